@@ -1,0 +1,50 @@
+# make quickstart   the main job on real text, on this machine, ending with a picture and a table
+# make test         the default test suite
+# Both make .venv first when it is missing; `make install` does only that. All of them take PYTHON=python3.12 and VENV=DIR.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# One BLAS thread a process: two pytest workers, each with up to four gloo ranks, share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
+LINTED := megatron_longpo tools tests examples setup.py $(wildcard pretrain_longpo.py)
+
+.PHONY: help install quickstart test test-slow test-gpu lint format
+
+help:
+	@echo "make install     .venv with the locked versions (CPU build of torch where there is no CUDA)"
+	@echo "make quickstart  corpus, tokenizer, model, pairs, training with TP 2 and CP 2, report (about 5 minutes on 2 cores)"
+	@echo "make test        the default tests (under 4 minutes on 2 cores)"
+	@echo "make test-slow   the opt-in long tests"
+	@echo "make test-gpu    the tests that need a CUDA device"
+	@echo "make lint        ruff check, ruff format --check, mypy"
+	@echo "make format      let ruff fix and format"
+
+# The stamp is newer than what it was made from, so nothing is installed twice and a changed lock is never forgotten.
+$(INSTALLED): setup.py constraints.txt tools/install.sh
+	@bash tools/install.sh "$(VENV)" "$(PYTHON)"
+	@touch $@
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	@$(RUN) examples/quickstart/run.py
+
+test: $(INSTALLED)
+	$(PYTEST) -n 2
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+test-gpu: $(INSTALLED)
+	$(PYTEST) -m gpu
+
+lint: $(INSTALLED)
+	$(RUN) -m ruff check $(LINTED)
+	$(RUN) -m ruff format --check $(LINTED)
+	$(RUN) -m mypy
+
+format: $(INSTALLED)
+	$(RUN) -m ruff check --fix $(LINTED)
+	$(RUN) -m ruff format $(LINTED)

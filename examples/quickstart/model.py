@@ -1,0 +1,125 @@
+"""A small Mistral-shaped model, pre-trained on short rows of the corpus until its log-probs mean something.
+
+Rows are `row_tokens` long while the documents of the preference pairs are two to three times that: the model is, like
+the one of the paper, good at short inputs and worse at long ones.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from examples.quickstart.corpus import Document, draw, read_corpus
+from examples.quickstart.instructions import draw_exercise
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Shape of the model and length of its pre-training."""
+
+    num_layers: int = 4
+    hidden_size: int = 256
+    ffn_hidden_size: int = 704
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    rope_base: float = 10_000.0
+    max_positions: int = 4096
+    row_tokens: int = 512
+    rows_per_step: int = 4
+    num_steps: int = 160
+    max_seconds: float = 100.0  # a slow machine makes fewer steps; the learning rate still ends at 0
+    peak_lr: float = 3e-3
+    exercises_per_document: int = 3
+    seed: int = 0
+
+
+def pretrain_model(corpus: Path, tokenizer_folder: Path, folder: Path, settings: ModelSettings) -> None:
+    """Train the model and save it, with its tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    stream = token_stream([d for d in read_corpus(corpus) if not d.held], tokenizer, settings)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=settings.ffn_hidden_size,
+            num_hidden_layers=settings.num_layers,
+            num_attention_heads=settings.num_heads,
+            num_key_value_heads=settings.num_kv_heads,
+            head_dim=settings.hidden_size // settings.num_heads,
+            max_position_embeddings=settings.max_positions,
+            rope_theta=settings.rope_base,
+            sliding_window=None,
+            tie_word_embeddings=False,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    _train(model, stream, settings)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def token_stream(
+    documents: list[Document], tokenizer: PreTrainedTokenizerFast, settings: ModelSettings
+) -> torch.Tensor:
+    """One epoch of plain documents and of chats about their chunks, in an order drawn by the seed: int64 `[tokens]`."""
+    texts: list[tuple[int, str]] = []
+    for document in documents:
+        plain = f"{tokenizer.bos_token}{document.text}{tokenizer.eos_token}"
+        texts.append((draw(settings.seed, document.id, "order"), plain))
+        for number in range(settings.exercises_per_document):
+            exercise = draw_exercise(document, settings.seed, number)
+            if exercise is None:
+                continue
+            chunk = document.text[slice(*exercise.chunk_span)]
+            chat = [
+                {"role": "user", "content": f"{chunk}\n\n{exercise.instruction}"},
+                {"role": "assistant", "content": exercise.answer},
+            ]
+            rendered = tokenizer.apply_chat_template(chat, tokenize=False)
+            texts.append((draw(settings.seed, document.id, number, "order"), rendered))
+    texts.sort()
+    ids = tokenizer([text for _, text in texts], add_special_tokens=False)["input_ids"]
+    return torch.tensor([token for row in ids for token in row])
+
+
+def _train(model: MistralForCausalLM, stream: torch.Tensor, settings: ModelSettings) -> None:
+    """AdamW with warm-up and cosine decay over `num_steps`, or over `max_seconds` where that ends first."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.peak_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    started = time.monotonic()
+    batches = _batches(stream, settings)
+    with tqdm(total=settings.num_steps, desc="      pre-training", unit="step") as bar:
+        for step in range(settings.num_steps):
+            progress = max(step / settings.num_steps, (time.monotonic() - started) / settings.max_seconds)
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = settings.peak_lr * min(1.0, progress / 0.05 + 0.05) * 0.5 * (1 + math.cos(math.pi * progress))
+            tokens = next(batches)
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+            bar.update()
+
+
+def _batches(stream: torch.Tensor, settings: ModelSettings) -> Iterator[torch.Tensor]:
+    """Endless batches of consecutive rows: int64 `[rows_per_step, row_tokens]`."""
+    rows = stream[: len(stream) // settings.row_tokens * settings.row_tokens].view(-1, settings.row_tokens)
+    first = 0
+    while True:
+        yield rows[torch.arange(first, first + settings.rows_per_step) % len(rows)]
+        first += settings.rows_per_step

@@ -1,0 +1,39 @@
+"""What is reported, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_longpo.config.field import AUTO, flag, given
+
+_WANDB = given("wandb_project")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Console, metrics file, TensorBoard, wandb."""
+
+    log_interval: int = flag(
+        1, "steps between reports (Megatron-LM: 100; steps are long here)", unit="steps", at_least=1
+    )
+    progress_bar: str = flag(
+        AUTO,
+        "progress bar on the last line of the console",
+        choices=(AUTO, "on", "off"),
+        default_text="auto (on a terminal)",
+        source="ours",
+    )
+    metrics_jsonl: str | None = flag(
+        None, "file that gets one JSON line per report", unit="file", default_text="none", source="ours"
+    )
+    tensorboard_dir: str | None = flag(None, "folder for TensorBoard", unit="folder", default_text="none")
+    wandb_project: str | None = flag(None, "report to this wandb project", unit="name", default_text="no wandb")
+    wandb_entity: str | None = flag(
+        None, "wandb team or user", needs=_WANDB, unit="name", default_text="the account's own"
+    )
+    wandb_exp_name: str | None = flag(
+        None, "name of the wandb run", needs=_WANDB, unit="name", default_text="made by wandb"
+    )
+    wandb_save_dir: str | None = flag(
+        None, "folder for wandb's local files", needs=_WANDB, unit="folder", default_text="SAVE/wandb, or ./wandb"
+    )

@@ -1,0 +1,196 @@
+"""The configuration of one run: all groups together, and its way to and from flat dictionaries, YAML and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.config.checkpoint import CheckpointConfig
+from megatron_longpo.config.data import DataConfig, TokenizerConfig
+from megatron_longpo.config.field import AUTO, ConfigError, flag_of
+from megatron_longpo.config.flags import FLAGS, GROUPS, nearest, show, without_effect
+from megatron_longpo.config.logs import LoggingConfig
+from megatron_longpo.config.model import ModelConfig
+from megatron_longpo.config.objective import ObjectiveConfig
+from megatron_longpo.config.optimizer import OptimizerConfig
+from megatron_longpo.config.parallel import ParallelConfig
+from megatron_longpo.config.training import TrainingConfig
+from megatron_longpo.config.yaml_file import to_yaml
+from megatron_longpo.files import atomic_writer
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run does.
+
+    Args:
+        explicit: Keys of the flags that were given on the command line or in a YAML file; not part of equality.
+        source_model: The checkpoint's own model, once `with_model` has been called; not part of equality.
+    """
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)
+    source_model: ModelConfig | None = field(default=None, compare=False)
+
+    @property
+    def awaits_model(self) -> bool:
+        """Whether a checkpoint still has to give the model's shape, by `with_model`."""
+        return self.checkpoint.gives_model and self.source_model is None
+
+    @property
+    def reference_rotary_base(self) -> float:
+        """RoPE base of the reference model: as given, else the checkpoint's own; for ``dpo`` the one trained with."""
+        if not self.has_effect("reference_rotary_base"):
+            return self.model.rotary_base
+        given = self.objective.reference_rotary_base
+        return given if given is not None else (self.source_model or self.model).rotary_base
+
+    def num_microbatches(self, world_size: int) -> int:
+        """Rows that every rank computes for one optimizer step."""
+        rows = self.training.micro_batch_size * self.parallel.data_parallel_size(world_size)
+        return self.training.global_batch_size // rows
+
+    def to_flat_dict(self) -> dict[str, Any]:
+        """Every value by the key of its flag, as plain JSON and YAML types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in _values(self).items()}
+
+    @classmethod
+    def from_flat_dict(cls, values: Mapping[str, Any], explicit: Collection[str] = ()) -> RunConfig:
+        """The configuration with these values, and the defaults for the rest.
+
+        Raises:
+            ConfigError: Keys that are no flags, or values that are not of the flag's type or range.
+        """
+        errors, groups = [], {group: {} for group in GROUPS}  # type: ignore[var-annotated]
+        for key, value in values.items():
+            if key not in FLAGS:
+                errors.append(f"{key} is not a flag's key{nearest(key, FLAGS)}")
+                continue
+            spec = FLAGS[key]
+            try:
+                groups[spec.group][spec.field] = spec.convert(value)
+            except ValueError as error:
+                errors.append(f"{flag_of(key)} {error}")
+        if errors:
+            raise ConfigError(*errors)
+        return cls(**{group: GROUPS[group](**fields) for group, fields in groups.items()}, explicit=frozenset(explicit))
+
+    def undecided(self) -> set[str]:
+        """Keys of the flags whose value is not final: those of the model, while it awaits its checkpoint."""
+        if not self.awaits_model:
+            return set()
+        return {key for key, spec in FLAGS.items() if spec.group == "model"} - self.explicit
+
+    def has_effect(self, key: str) -> bool:
+        """Whether a flag's value is used, beside the values of the other flags."""
+        values = _values(self)
+        return all(need.holds(values, self.undecided()) for need in FLAGS[key].info.needs)
+
+    def to_yaml(self) -> str:
+        """A YAML text that ``--config`` reads back to an equal configuration.
+
+        Flags without effect are in it as comments, and what a checkpoint still has to decide is not in it.
+        """
+        values = {key: value for key, value in _values(self).items() if key not in self.undecided()}
+        return to_yaml(values, {key for key in values if self.has_effect(key)})
+
+    def dump_yaml(self, path: str | Path) -> None:
+        """Write `to_yaml` to a file, whole or not at all."""
+        with atomic_writer(path) as file:
+            file.write(self.to_yaml())
+
+    def model_flags(self) -> list[str]:
+        """The command line that makes the same model."""
+        words: list[str] = []
+        for key, spec in FLAGS.items():
+            value = getattr(self.model, spec.field) if spec.group == "model" else spec.default
+            if value != spec.default and self.has_effect(key):
+                words += (
+                    [spec.flag] if spec.kind is bool else [spec.flag, repr(value) if spec.kind is float else str(value)]
+                )
+        return words
+
+    def with_model(self, model: ModelConfig, source: str = "the checkpoint") -> RunConfig:
+        """The configuration with a checkpoint's model.
+
+        Flags of the model that were given must agree with it. Only those that need no other weights may differ, and
+        then win: rotary base and scaling, length, padding of the vocabulary, standard deviation of new weights. The
+        reference model keeps the checkpoint's rotary base unless ``--reference-rotary-base`` was given.
+
+        Args:
+            model: What the checkpoint holds.
+            source: Names the checkpoint in error messages.
+
+        Raises:
+            ConfigError: Given flags disagree with the checkpoint, or have no effect on its model.
+        """
+        errors, changes = [], {}
+        for key in sorted(self.explicit):
+            spec = FLAGS[key]
+            if spec.group != "model":
+                continue
+            ours, theirs = getattr(self.model, spec.field), getattr(model, spec.field)
+            if ours == 0 and spec.kind is int:
+                continue  # a size of 0 is not given
+            if ours != theirs and not spec.info.changeable:
+                errors.append(
+                    f"{flag_of(key)} {show(ours)} disagrees with {source}, which has {show(theirs)}; remove the flag"
+                )
+            changes[spec.field] = ours
+        if errors:
+            raise ConfigError(*errors)
+        objective = self.objective
+        if objective.reference_rotary_base is None and self.has_effect("reference_rotary_base"):
+            objective = dataclasses.replace(objective, reference_rotary_base=model.rotary_base)
+        merged = dataclasses.replace(model, **changes)
+        config = dataclasses.replace(self, objective=objective, model=merged, source_model=model)
+        config.refuse_flags_without_effect()
+        # A changed position embedding leaves the scaling of the checkpoint's own behind.
+        unused = {
+            spec.field: spec.default
+            for key, spec in FLAGS.items()
+            if spec.group == "model" and not config.has_effect(key)
+        }
+        return dataclasses.replace(config, model=dataclasses.replace(merged, **unused))
+
+    def with_device_defaults(self, transformer_impl: str, distributed_backend: str) -> RunConfig:
+        """The configuration with what the device decides in place of ``auto``.
+
+        Raises:
+            ConfigError: Given flags have no effect with it (``--fp8-format`` with ``local`` layers).
+        """
+        training, parallel = self.training, self.parallel
+        if training.transformer_impl == AUTO:
+            training = dataclasses.replace(training, transformer_impl=transformer_impl)
+        if parallel.distributed_backend == AUTO:
+            parallel = dataclasses.replace(parallel, distributed_backend=distributed_backend)
+        config = dataclasses.replace(self, training=training, parallel=parallel)
+        config.refuse_flags_without_effect()
+        return config
+
+    def refuse_flags_without_effect(self, origins: Mapping[str, str] | None = None) -> None:
+        """Raise ConfigError where a given flag has no effect beside the others.
+
+        Args:
+            origins: How to name the given flags, by key (`flags.without_effect`).
+        """
+        if origins is None:
+            origins = {key: FLAGS[key].flag for key in FLAGS if key in self.explicit}
+        errors = without_effect(_values(self), origins, self.undecided())
+        if errors:
+            raise ConfigError(*errors)
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    return {key: getattr(getattr(config, spec.group), spec.field) for key, spec in FLAGS.items()}

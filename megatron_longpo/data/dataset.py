@@ -1,0 +1,124 @@
+"""A tokenized preference dataset: its documents, the rows they make, and its split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_longpo.data.document import CHOSEN, REJECTED, TokenizedDocument
+from megatron_longpo.data.manifest import Manifest
+from megatron_longpo.data.records import RecordReader
+from megatron_longpo.data.rows import TURNS, TrainingRow, short_rows, training_row
+
+
+class PreferenceDataset:
+    """The documents of one ``--data-path``, by number.
+
+    Args:
+        prefix: ``--data-path``: the output prefix of tools/preprocess_pairs.py.
+        vocab_size: The model's true vocabulary size; None does not check.
+
+    Raises:
+        ValueError: Files are missing or damaged; a token id is beyond the vocabulary.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int | None = None) -> None:
+        self.prefix = Path(prefix)
+        self._reader = RecordReader(prefix)
+        if vocab_size is not None and self.manifest.max_token_id >= vocab_size:
+            raise ValueError(
+                f"--data-path {prefix} has token id {self.manifest.max_token_id} and the model's vocabulary has "
+                f"{vocab_size} entries: preprocess with this model's tokenizer (the dataset's is "
+                f"{self.manifest.tokenizer.get('path')}), or use the model that belongs to the dataset"
+            )
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the dataset says about itself."""
+        return self._reader.manifest
+
+    @property
+    def hash(self) -> str:
+        """The key of everything computed from this dataset's tokens."""
+        return self.manifest.dataset_hash
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, number: int) -> TokenizedDocument:
+        return self._reader[number]
+
+    def row(self, number: int, turns: str, roles: Sequence[int] = (CHOSEN, REJECTED)) -> TrainingRow:
+        """The training row of one document; see `rows.training_row`."""
+        return training_row(self[number], turns, roles, number)
+
+    def short_rows(self, number: int, roles: Sequence[int] = (CHOSEN, REJECTED)) -> list[TrainingRow]:
+        """The rows of one document's short prompts, one per turn; see `rows.short_rows`."""
+        return short_rows(self[number], roles, number)
+
+    def row_tokens(self, turns: str) -> NDArray[np.int64]:
+        """Every document's row length, both roles: int64 ``[len(self)]``, without reading any tokens.
+
+        Raises:
+            ValueError: The dataset lacks this kind of conversation in some document.
+        """
+        if turns not in TURNS:
+            raise ValueError(f"--turns {turns} is unknown: choose one of {', '.join(TURNS)}")
+        lengths = self.manifest.row_tokens[turns]
+        if len(lengths) != len(self):
+            other = TURNS[1 - TURNS.index(turns)]
+            raise ValueError(
+                f"--data-path {self.prefix} has no {turns} conversations for all of its documents: train with --turns "
+                f"{other}, or run tools/preprocess_pairs.py again with --turns {turns}"
+            )
+        return np.array(lengths, dtype=np.int64)
+
+    def split(self, shares: str) -> tuple[NDArray[np.int64], ...]:
+        """Divide the documents, each with all of its turns, by a hash of their ids.
+
+        The same documents always fall on the same side, whatever their order in the pairs file. Every share above
+        zero gets at least one document.
+
+        Args:
+            shares: ``--split``, relative sizes such as ``98,2`` (training, evaluation) or ``969,30,1``.
+
+        Returns:
+            For each share the numbers of its documents, ascending.
+
+        Raises:
+            ValueError: The shares cannot be read, or there are fewer documents than shares.
+        """
+        sizes = split_sizes(shares, len(self))
+        ranks = [(hashlib.sha256(self._reader.document_id(n).encode("utf-8")).digest(), n) for n in range(len(self))]
+        order = np.array([number for _, number in sorted(ranks)], dtype=np.int64)
+        bounds = np.cumsum([0, *sizes])
+        return tuple(np.sort(order[start:stop]) for start, stop in pairwise(bounds.tolist()))
+
+
+def split_sizes(shares: str, num_documents: int) -> list[int]:
+    """Documents per share: proportional by the largest remainder, at least one where the share is above zero."""
+    try:
+        numbers = [float(share) for share in shares.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 <= number < float("inf") for number in numbers) or sum(numbers) == 0:
+        raise ValueError(f"--split {shares!r} must be numbers such as 98,2 that are not negative and not all zero")
+    needed = sum(number > 0 for number in numbers)
+    if num_documents < needed:
+        raise ValueError(
+            f"--split {shares} makes {needed} parts and the dataset has {num_documents} documents: use fewer parts, "
+            f"such as --split {','.join('100' if i == 0 else '0' for i in range(len(numbers)))}"
+        )
+    exact = [number / sum(numbers) * num_documents for number in numbers]
+    sizes = [max(int(size), int(size > 0)) for size in exact]
+    while sum(sizes) != num_documents:
+        step = 1 if sum(sizes) < num_documents else -1
+        # Largest remainder first when documents are left over, the most overfull share first when there are too many.
+        candidates = [i for i, number in enumerate(numbers) if number > 0 and (step > 0 or sizes[i] > 1)]
+        sizes[max(candidates, key=lambda i: step * (exact[i] - sizes[i]))] += step
+    return sizes

@@ -1,0 +1,76 @@
+"""Writing files so that a reader finds the old content or the new one, never half of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+_BLOCK_BYTES = 1 << 20
+
+
+def temporary_name(path: str | Path) -> Path:
+    """A name beside ``path`` that no other process on this machine uses."""
+    return Path(f"{path}.{os.getpid()}.tmp")
+
+
+def sync_file(path: str | Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def replace_file(temporary: str | Path, path: str | Path) -> None:
+    """Give a finished temporary file its name; after a power cut the name points to the old or to the new file."""
+    sync_file(temporary)
+    os.replace(temporary, path)
+    sync_folder(Path(path).parent)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_writer(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
+    """Open a file that takes its name only when the block ends without an error.
+
+    The parent folder is created. On any error, Ctrl-C included, the temporary file is removed and ``path`` is as it
+    was before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        text = {} if binary else {"encoding": "utf-8", "newline": "\n"}
+        with open(temporary, "wb" if binary else "w", **text) as file:  # type: ignore[call-overload]
+            yield file
+        replace_file(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write one JSON value atomically."""
+    with atomic_writer(path) as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,134 @@
+"""From a run's configuration to the model chunks of this rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+from megatron_longpo import platform
+from megatron_longpo.config import RunConfig
+from megatron_longpo.model.gpt import SharedPrefixGPT
+from megatron_longpo.model.rope import attention_factor
+from megatron_longpo.model.specs import block_spec
+
+
+def num_virtual_stages(config: RunConfig) -> int | None:
+    """Model chunks per pipeline rank of the interleaved schedule, or None for 1F1B."""
+    per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
+    if per_stage is None:
+        return None
+    return config.model.num_layers // config.parallel.pipeline_model_parallel_size // per_stage
+
+
+def transformer_config(config: RunConfig) -> TransformerConfig:
+    """Megatron's transformer configuration for a run.
+
+    No dropout and no fused kernels that only some shapes have. ``calculate_per_token_loss`` makes the schedules sum
+    gradients and divide once by the count that the loss function returns, here documents: the average over a global
+    batch is then exact for every layout.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    factor = attention_factor(model)
+    interleaved = num_virtual_stages(config) is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        kv_channels=model.kv_channels,
+        num_query_groups=model.num_query_groups if model.group_query_attention else model.num_attention_heads,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        add_bias_linear=not model.disable_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        # YaRN scales queries and keys alike, so the scores by the square.
+        softmax_scale=None if factor == 1.0 else factor**2 / model.kv_channels**0.5,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=training.bf16,
+        use_cpu_initialization=not platform.has_cuda(),
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=num_virtual_stages(config),
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=True,
+        calculate_per_token_loss=True,
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=training.recompute_method,
+        recompute_num_layers=training.recompute_num_layers,
+        recompute_modules=list(training.recompute_modules) if training.recompute_modules else None,
+        fp8=training.fp8_format,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **platform.pipeline_options(parallel.pipeline_model_parallel_size, interleaved),
+    )
+
+
+def build_model(config: RunConfig) -> list[SharedPrefixGPT]:
+    """The model chunks of this rank, on its device, in the training dtype (one chunk unless interleaved).
+
+    Needs Megatron's parallel state. Weights are random; a checkpoint replaces them.
+    """
+    settings = transformer_config(config)
+    virtual_stages = num_virtual_stages(config)
+    chunks = []
+    with platform.construction():
+        for stage in range(virtual_stages or 1):
+            vp_stage = stage if virtual_stages else None
+            chunk = SharedPrefixGPT(
+                settings,
+                block_spec(
+                    config.model, config.training.transformer_impl, get_num_layers_to_build(settings, vp_stage=vp_stage)
+                ),
+                config.model,
+                config.model.padded_vocab_size(settings.tensor_model_parallel_size),
+                config.training.logits_chunk_tokens,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+            )
+            chunk.to(platform.device())
+            chunks.append(Float16Module(settings, chunk) if config.training.bf16 else chunk)
+    return chunks
+
+
+def wrap_for_training(config: RunConfig, chunks: list[SharedPrefixGPT]) -> list[DistributedDataParallel]:
+    """Put Megatron's data parallelism around every chunk: gradient buffers in fp32, reduced over DP x CP."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    with platform.construction():
+        return [
+            # As in Megatron-LM: only the first chunk's buckets can overlap, later ones finish at the flush.
+            DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+
+
+def unwrap(chunk: torch.nn.Module) -> SharedPrefixGPT:
+    """The bare model inside its data-parallel and bf16 wrappers."""
+    while not isinstance(chunk, SharedPrefixGPT):
+        chunk = chunk.module
+    return chunk

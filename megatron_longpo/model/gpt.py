@@ -1,0 +1,125 @@
+"""Megatron-Core's GPTModel on a shared-prefix row: rotary angles from position ids, token log-probs out."""
+
+# T=tokens of this context-parallel rank H=hidden_size K=predictions
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_longpo.config import ModelConfig
+from megatron_longpo.model.rope import inverse_frequencies, rotary_angles
+from megatron_longpo.objective.logprobs import linear_logprobs
+
+
+class SharedPrefixGPT(GPTModel):
+    """GPTModel whose forward takes one row and returns the log-probs of chosen predictions, never logits.
+
+    Args:
+        config: Megatron's transformer configuration.
+        spec: Submodules of this stage's block, with `SharedPrefixAttention` inside.
+        model: Shape of the model; gives vocabulary and rotary frequencies.
+        padded_vocab_size: Rows of the embedding over all tensor-parallel ranks.
+        logits_chunk_tokens: Predictions whose logits exist at one time.
+        pre_process: This stage holds the embedding.
+        post_process: This stage holds the final norm and the LM head.
+        vp_stage: Virtual pipeline stage, with the interleaved schedule.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        spec: TransformerBlockSubmodules,
+        model: ModelConfig,
+        padded_vocab_size: int,
+        logits_chunk_tokens: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(
+            config,
+            spec,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
+        self.model_shape = model
+        self.logits_chunk_tokens = logits_chunk_tokens
+        # A plain attribute: a buffer would be cast to bf16 with the weights, and angles need fp32.
+        self.inverse_frequencies = inverse_frequencies(model)
+
+    @contextlib.contextmanager
+    def rotary_base(self, rotary_base: float) -> Iterator[None]:
+        """Evaluate with another RoPE base, as the reference model is (its ORIGINAL base; DESIGN: π_S)."""
+        trained = self.inverse_frequencies
+        self.inverse_frequencies = inverse_frequencies(self.model_shape, rotary_base)
+        try:
+            yield
+        finally:
+            self.inverse_frequencies = trained
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        layout: torch.Tensor,
+        source_index: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        """Log-probs of the predictions of one row, or the hidden states that the next pipeline stage needs.
+
+        Collectives: those of Megatron's layers; in the LM head an all-gather of the hidden states with sequence
+        parallel (reduce-scatter backward) or none forward (all-reduce backward), and 2 TP all-reduces of ``[K]``.
+
+        Args:
+            input_ids: int64 ``[1, T]``.
+            position_ids: int64 ``[1, T]``.
+            layout: `RowLayout.to_tensor` of the whole row, int64, CPU.
+            source_index: int64 ``[K]``; the row position whose hidden state makes each prediction.
+            targets: int64 ``[K]``; the token predicted.
+
+        Returns:
+            fp32 ``[K]`` on the last pipeline stage, else hidden states ``[T, 1, H]`` (``[T / tp, 1, H]`` with
+            sequence parallel).
+        """
+        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        if self.inverse_frequencies.device != position_ids.device:
+            self.inverse_frequencies = self.inverse_frequencies.to(position_ids.device)
+        hidden = self.decoder(
+            hidden_states=embedded,
+            # Megatron passes this argument untouched to the core attention, also through recomputation.
+            attention_mask=layout,
+            rotary_pos_emb=rotary_angles(position_ids[0], self.inverse_frequencies),
+        )
+        if not self.post_process:
+            return hidden
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        tied = self.share_embeddings_and_output_weights
+        return linear_logprobs(
+            hidden.squeeze(1),
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            source_index,
+            targets,
+            vocab_size=self.model_shape.vocab_size,
+            chunk_tokens=self.logits_chunk_tokens,
+            tp_group=group,
+        )

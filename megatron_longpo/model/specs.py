@@ -1,0 +1,70 @@
+"""The two layer specs behind ``--transformer-impl``, both with shared-prefix attention as their core.
+
+``local``: Megatron-Core's own modules, on CPU and GPU. ``transformer_engine``: TE's linears and norms, on GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_longpo.attention.core_attention import SharedPrefixAttention
+from megatron_longpo.config import ModelConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with Megatron's constructor, and with sequence parallel, which Megatron's own wrapper refuses.
+
+    Under sequence parallel every rank normalises other tokens, so the gradient of the weight is a sum over ranks:
+    Megatron all-reduces the gradients of parameters that carry ``sequence_parallel``.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def block_spec(model: ModelConfig, transformer_impl: str, num_local_layers: int) -> TransformerBlockSubmodules:
+    """The submodules of one pipeline stage's transformer block.
+
+    Args:
+        model: Shape of the model.
+        transformer_impl: ``local`` or ``transformer_engine``.
+        num_local_layers: Layers that this stage holds.
+
+    Raises:
+        ValueError: ``transformer_engine`` is asked for and not installed.
+    """
+    if transformer_impl == "transformer_engine":
+        layer, norm = _transformer_engine_layer(model)
+    else:
+        layer, norm = _local_layer(model), RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SharedPrefixAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)
+
+
+def _local_layer(model: ModelConfig) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm if model.qk_layernorm else IdentityOp
+    return layer
+
+
+def _transformer_engine_layer(model: ModelConfig) -> tuple[ModuleSpec, type]:
+    try:
+        from megatron.core.extensions.transformer_engine import TENorm
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    except ImportError as error:
+        raise ValueError(
+            "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: use "
+            "--transformer-impl local, an NGC image, or pip install 'megatron_longpo[gpu]'"
+        ) from error
+    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm), TENorm

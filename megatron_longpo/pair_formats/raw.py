@@ -1,0 +1,128 @@
+"""The raw rows of files, before any is understood: JSON lines, or the tables of Hugging Face datasets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.pair_formats.document import Location, PairsError
+from megatron_longpo.pair_formats.fields import kind_of
+
+TABLE_SUFFIXES = (".parquet", ".arrow")
+_BATCH_ROWS = 16
+
+
+def input_files(paths: Sequence[str | Path]) -> list[Path]:
+    """The files behind paths: files as they are, folders replaced by the tables and JSON lines in them, sorted.
+
+    Raises:
+        ValueError: A path does not exist, is empty, or is a folder without such files.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*")) if p.suffix in (".jsonl", *TABLE_SUFFIXES)]
+            # Hugging Face leaves the results of map() beside the data.
+            found = [p for p in found if not p.name.startswith("cache-")]
+            if not found:
+                raise ValueError(f"--input {path}: the folder has no .jsonl, .parquet or .arrow file")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"--input {path}: there is no such file")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise ValueError(f"--input {file}: the file is empty; give at least one pair")
+    return files
+
+
+def raw_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
+    """The rows of one file, one at a time.
+
+    Raises:
+        PairsError: A line is not a JSON object in UTF-8; a table cannot be read.
+    """
+    if file.suffix == ".parquet":
+        yield from _parquet_rows(file)
+    elif file.suffix == ".arrow":
+        yield from _arrow_rows(file)
+    else:
+        yield from _json_lines(file)
+
+
+def _json_lines(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            where = Location(str(file), number)
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise PairsError(where, "", f"is not UTF-8 at byte {error.start}", "save the file as UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                reason = str(error) or type(error).__name__
+                raise PairsError(where, "", f"is not JSON ({reason})", "write one JSON object per line") from error
+            if not isinstance(row, dict):
+                raise PairsError(where, "", f"is {kind_of(row)}, not an object", "write one JSON object per line")
+            yield where, row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
+    arrow = _pyarrow(file)
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS)
+        yield from _table_rows(file, batches)
+    except arrow.ArrowException as error:
+        raise PairsError(str(file), "", f"is not a readable Parquet file ({error})", "download it again") from error
+
+
+def _arrow_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
+    arrow = _pyarrow(file)
+    import pyarrow.ipc  # type: ignore[import-untyped]
+
+    try:
+        with arrow.memory_map(str(file)) as source:
+            yield from _table_rows(file, pyarrow.ipc.open_stream(source))
+    except arrow.ArrowException as error:
+        raise PairsError(
+            str(file), "", f"is not a readable Arrow stream ({error})", "save the dataset again"
+        ) from error
+
+
+def _table_rows(file: Path, batches: Any) -> Iterator[tuple[Location, dict[str, Any]]]:
+    number = 0
+    for batch in batches:
+        for row in range(batch.num_rows):
+            number += 1
+            values = {name: _python(batch.column(name)[row]) for name in batch.schema.names}
+            yield Location(str(file), number), values
+
+
+def _python(scalar: Any) -> Any:
+    """An Arrow value as Python's, but lists of numbers as arrays: a document has half a million of them."""
+    import pyarrow.types as types  # type: ignore[import-untyped]
+
+    values = getattr(scalar, "values", None)
+    if values is None or not (types.is_list(scalar.type) or types.is_large_list(scalar.type)):
+        return scalar.as_py()
+    if types.is_integer(values.type) and values.null_count == 0:
+        return values.to_numpy(zero_copy_only=False)
+    if types.is_list(values.type) or types.is_large_list(values.type):
+        return [_python(value) for value in values]
+    return scalar.as_py()
+
+
+def _pyarrow(file: Path) -> Any:
+    try:
+        import pyarrow  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise ValueError(f"--input {file}: reading {file.suffix} files needs pyarrow: pip install pyarrow") from error
+    return pyarrow

@@ -1,0 +1,101 @@
+"""Schema 1, the project's own format: one document a line.
+
+    {"schema": 1, "id": "…", "document": "…", "turns": [{"chunk_span": [start, end], "instruction": "…",
+     "chosen": "…", "rejected": "…"}], "provenance": {…}}
+
+``chunk_span`` counts characters (Unicode code points) of the document, end excluded. ``chunk`` with the text may stand
+instead of it or beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_longpo.pair_formats.document import Location, PairsError, PreferenceDocument, Turn
+from megatron_longpo.pair_formats.fields import check_answers, check_known, checked_text, kind_of, text
+
+SCHEMA = 1
+
+_LINE_FIELDS = ("schema", "id", "document", "turns", "provenance")
+_TURN_FIELDS = ("chunk_span", "chunk", "instruction", "chosen", "rejected", "provenance")
+
+
+def parse(row: Mapping[str, Any], where: Location) -> PreferenceDocument:
+    """A row of schema 1 as a document.
+
+    Raises:
+        PairsError: The row breaks the schema.
+    """
+    schema = row.get("schema")
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise PairsError(where, "schema", f"is {schema!r}", f"this version reads schema {SCHEMA}")
+    check_known(row, _LINE_FIELDS, where)
+    document = text(row, "document", where)
+    turns = row.get("turns")
+    if not isinstance(turns, list) or not turns:
+        problem = "is missing" if "turns" not in row else f"is {kind_of(turns) if turns != [] else 'empty'}"
+        raise PairsError(where, "turns", problem, "give a list of at least one turn")
+    provenance = row.get("provenance") or {}
+    if not isinstance(provenance, Mapping):
+        raise PairsError(where, "provenance", f"is {kind_of(provenance)}, not an object", "write it as an object")
+    return PreferenceDocument(
+        id=text(row, "id", where),
+        document=document,
+        turns=tuple(_turn(turn, document, where, f"turns[{i}]") for i, turn in enumerate(turns)),
+        provenance=provenance,
+        location=where,
+    )
+
+
+def dump(document: PreferenceDocument) -> dict[str, Any]:
+    """The row of a document; `parse` gives the document back."""
+    if document.long_context or document.short_context:
+        raise ValueError(f"document {document.id!r} has messages before its prompt, which schema {SCHEMA} cannot hold")
+    return {
+        "schema": SCHEMA,
+        "id": document.id,
+        "document": document.document,
+        "turns": [_dump_turn(turn) for turn in document.turns],
+        "provenance": dict(document.provenance),
+    }
+
+
+def _turn(turn: Any, document: str, where: Location, name: str) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise PairsError(where, name, f"is {kind_of(turn)}, not an object", "write every turn as an object")
+    path = f"{name}."
+    check_known(turn, _TURN_FIELDS, where, path)
+    span = _chunk_span(turn["chunk_span"], document, where, f"{path}chunk_span") if "chunk_span" in turn else None
+    chunk = checked_text(document[slice(*span)], f"{path}chunk_span", where) if span else None
+    if "chunk" in turn:
+        given = text(turn, "chunk", where, path)
+        if chunk is not None and given != chunk:
+            raise PairsError(
+                where, f"{path}chunk", "is not the text at 'chunk_span'", "correct one of the two or leave one out"
+            )
+        chunk = given
+    if chunk is None:
+        raise PairsError(where, f"{path}chunk_span", "is missing", "add it, or the chunk's text as 'chunk'")
+    instruction, chosen, rejected = (text(turn, key, where, path) for key in ("instruction", "chosen", "rejected"))
+    return check_answers(Turn(instruction, chosen, rejected, chunk, span), where, path)
+
+
+def _chunk_span(value: Any, document: str, where: Location, name: str) -> tuple[int, int]:
+    numbers = value if isinstance(value, list) else []
+    if len(numbers) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise PairsError(where, name, "is not a list of two whole numbers", "write [start_char, end_char]")
+    start, end = numbers
+    if not 0 <= start < end <= len(document):
+        raise PairsError(
+            where,
+            name,
+            f"is [{start}, {end}], outside of the document's {len(document)} characters",
+            f"it must satisfy 0 <= start < end <= {len(document)}",
+        )
+    return start, end
+
+
+def _dump_turn(turn: Turn) -> dict[str, Any]:
+    chunk = {"chunk": turn.chunk} if turn.chunk_span is None else {"chunk_span": list(turn.chunk_span)}
+    return {**chunk, "instruction": turn.instruction, "chosen": turn.chosen, "rejected": turn.rejected}

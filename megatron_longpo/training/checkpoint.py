@@ -1,0 +1,269 @@
+"""Checkpoints in Megatron's ``torch_dist`` format: they load at another TP, PP, CP and DP size.
+
+    SAVE/latest_checkpointed_iteration.txt      "10"
+    SAVE/iter_0000010/                          weights, optimizer, schedule, random states, progress
+    SAVE/iter_0000010/run.yaml                  the resolved configuration; --config reads it
+
+A checkpoint is written to a hidden folder beside its place and renamed when it is whole; the tracker file comes last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, safe_globals, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+
+from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.config.flags import FLAGS
+from megatron_longpo.files import atomic_writer, sync_folder
+from megatron_longpo.model.build import unwrap
+from megatron_longpo.training.distributed import is_rank_0
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RUN_FILE = "run.yaml"
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # The gather on save then runs over gloo from host memory, on any machine.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is. Everything that a resumed run needs besides weights, optimizer, schedule and random states."""
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reference_fingerprint: str | None = None
+
+
+def iteration_folder(folder: str | Path, iteration: int) -> Path:
+    """Where a step's checkpoint lies."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def find_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that a folder's tracker names, the folder itself if it is one, or None if it holds none.
+
+    Raises:
+        ValueError: The tracker is broken, or names a checkpoint that is not there.
+    """
+    folder = Path(folder)
+    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        return folder
+    tracker = folder / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    if text == "release":
+        found = folder / "release"
+    elif text.isdigit():
+        found = iteration_folder(folder, int(text))
+    else:
+        raise ValueError(f"{tracker}: expected an iteration number or 'release', got {text!r}")
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(found)):
+        raise ValueError(
+            f"{tracker} names {found.name}, but {found} is not a torch_dist checkpoint; write the iteration of a "
+            f"complete iter_* folder into {tracker.name}"
+        )
+    return found
+
+
+def saved_model(checkpoint: Path) -> ModelConfig:
+    """The model's shape as a checkpoint of this trainer recorded it (``--use-checkpoint-args``).
+
+    Raises:
+        ValueError: The checkpoint was written by another program.
+    """
+    safe_globals.register_safe_globals()
+    saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
+    values = {key: saved[key] for key, spec in FLAGS.items() if spec.group == "model" and key in saved}
+    if "hidden_size" not in values:
+        raise ValueError(
+            f"{checkpoint} does not record its model's shape: give the model's flags instead of --use-checkpoint-args"
+        )
+    return RunConfig.from_flat_dict(values).model
+
+
+class Checkpointer:
+    """Saves and loads the state of one run.
+
+    Args:
+        config: The run.
+        chunks: This rank's model chunks.
+        optimizer: Megatron's optimizer, or None (weights only).
+        scheduler: Megatron's schedule, or None.
+    """
+
+    def __init__(self, config: RunConfig, chunks: list[Any], optimizer: Any = None, scheduler: Any = None) -> None:
+        self.config, self.chunks, self.optimizer, self.scheduler = config, chunks, optimizer, scheduler
+        self.queue = AsyncCallsQueue()
+        safe_globals.register_safe_globals()
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint; with ``--async-save`` it is finished later, by `finish`.
+
+        Returns:
+            Where the checkpoint lies, or will.
+        """
+        settings = self.config.checkpoint
+        self.finish(blocking=True)
+        final = iteration_folder(settings.save, progress.iteration)
+        partial = final.with_name(f".{final.name}.partial")
+        if is_rank_0():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        state: dict[str, Any] = {
+            "args": Namespace(**self.config.to_flat_dict()),
+            "checkpoint_version": 3.0,
+            "iteration": progress.iteration,
+            "progress": dataclasses.asdict(progress),
+            "parallel_sizes": _parallel_sizes(),
+        } | self._model_state()
+        if self.optimizer is not None and not settings.no_save_optim:
+            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=False, metadata=_OPTIMIZER_FORMAT)
+            state["opt_param_scheduler"] = self.scheduler.state_dict()
+        if not settings.no_save_rng:
+            state["rng_state"] = _rng_state()
+        request = dist_checkpointing.save(
+            state, str(partial), async_sharded_save=settings.async_save, content_metadata=_OPTIMIZER_FORMAT
+        )
+
+        def publish() -> None:
+            if is_rank_0():
+                self.config.dump_yaml(partial / RUN_FILE)
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(partial, final)
+                sync_folder(final.parent)
+                with atomic_writer(final.parent / TRACKER) as file:
+                    file.write(str(progress.iteration))
+            dist.barrier()
+
+        if request is None:
+            publish()
+        else:
+            request.add_finalize_fn(publish)
+            self.queue.schedule_async_request(request)
+        return final
+
+    def finish(self, blocking: bool) -> None:
+        """Complete background saves whose files are written; with ``blocking`` wait for them. All ranks call it."""
+        self.queue.maybe_finalize_async_calls(blocking=blocking)
+
+    def load(self, checkpoint: Path, weights_only: bool = False) -> Progress:
+        """Load a checkpoint written at any parallel sizes.
+
+        Args:
+            checkpoint: What `find_checkpoint` returned.
+            weights_only: Leave optimizer, schedule, random states and progress as they are.
+
+        Raises:
+            ValueError: The checkpoint is of another model, or lacks what is asked for.
+        """
+        settings = self.config.checkpoint
+        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        self._check_shape(checkpoint, common)
+        with_optimizer = self.optimizer is not None and not (weights_only or settings.no_load_optim)
+        if with_optimizer and "optimizer" not in common:
+            raise ValueError(
+                f"{checkpoint} holds no optimizer state: give --no-load-optim to start with a fresh optimizer, or "
+                "--finetune to start from its weights at step 0"
+            )
+        with_rng = not (weights_only or settings.no_load_rng) and common.get("parallel_sizes") == _parallel_sizes()
+        state = self._model_state()
+        if with_optimizer:
+            metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
+            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+        if with_rng:
+            state["rng_state"] = _rng_state()
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(checkpoint)),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        loaded = dist_checkpointing.load(state, str(checkpoint), strategy)
+        for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
+            unwrap(chunk).load_state_dict(loaded[key])
+        if with_optimizer:
+            self.optimizer.load_state_dict(loaded["optimizer"])
+            self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
+        elif self.optimizer is not None:
+            self.optimizer.reload_model_params()
+        if with_rng:
+            _set_rng_state(loaded["rng_state"])
+        if weights_only:
+            return Progress()
+        known = {field.name for field in dataclasses.fields(Progress)}
+        saved = common.get("progress", {"iteration": common.get("iteration", 0)})
+        return Progress(**{name: value for name, value in saved.items() if name in known})
+
+    def _chunk_keys(self) -> list[str]:
+        return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
+
+    def _model_state(self) -> dict[str, Any]:
+        return {
+            key: unwrap(chunk).sharded_state_dict(metadata=_OPTIMIZER_FORMAT)
+            for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True)
+        }
+
+    def _check_shape(self, checkpoint: Path, common: dict[str, Any]) -> None:
+        saved, model = vars(common.get("args", Namespace())), self.config.model
+        different = [
+            f"{spec.flag} is {getattr(model, spec.field)}, the checkpoint's is {saved[key]}"
+            for key, spec in FLAGS.items()
+            if spec.group == "model" and not spec.info.changeable
+            if key in saved and saved[key] != getattr(model, spec.field)
+        ]
+        if different:
+            raise ValueError(f"{checkpoint} is a checkpoint of another model: " + "; ".join(different))
+
+
+def _parallel_sizes() -> list[int]:
+    return [
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    ]
+
+
+def _rng_state() -> ShardedObject:
+    """Random states of this rank, one entry per pipeline and tensor rank as Megatron-LM stores them."""
+    state = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject(
+        "rng_state",
+        [state],
+        (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        ),
+        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
+    state = loaded[0]
+    random.setstate(state["random_rng_state"])
+    np.random.set_state(state["np_rng_state"])
+    torch.set_rng_state(state["torch_rng_state"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

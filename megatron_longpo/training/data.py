@@ -1,0 +1,85 @@
+"""From the dataset to this rank's micro-batches of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron.core import parallel_state
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_longpo.config import RunConfig
+from megatron_longpo.data.batch import Batch, collate
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.data.rows import OBJECTIVE_ROLES
+from megatron_longpo.data.sampler import GlobalBatchSampler
+from megatron_longpo.training.sidecar import ReferenceLogprobs
+
+
+class MicroBatches(Dataset[Batch]):
+    """Collates the micro-batch of given document numbers for one context-parallel rank; picklable for workers."""
+
+    def __init__(self, config: RunConfig, dataset: PreferenceDataset, reference: ReferenceLogprobs | None) -> None:
+        self.config, self.dataset, self.reference = config, dataset, reference
+        self.cp_rank = parallel_state.get_context_parallel_rank()
+
+    def __getitem__(self, numbers: tuple[int, ...]) -> Batch:
+        config = self.config
+        roles = OBJECTIVE_ROLES[config.objective.objective]
+        return collate(
+            [self.dataset.row(number, config.objective.turns, roles) for number in numbers],
+            objective=config.objective,
+            cp_size=config.parallel.context_parallel_size,
+            cp_rank=self.cp_rank,
+            row_multiple=config.parallel.row_multiple,
+            max_sequence_tokens=config.data.seq_length,
+            reference=self.reference,
+        )
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One step's data on one rank: its micro-batches, and the documents of the whole global batch."""
+
+    micro_batches: list[Batch]
+    numbers: list[int]
+
+
+def training_batches(micro_batches: MicroBatches, sampler: GlobalBatchSampler) -> Iterator[GlobalBatch]:
+    """Every step's micro-batches of this rank, read ahead by ``--num-workers`` processes."""
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    settings = micro_batches.config
+    drawn: list[tuple[list[int], int]] = []
+
+    def dealt() -> Iterator[tuple[int, ...]]:
+        for numbers in sampler:
+            mine = sampler.microbatches(numbers, settings.training.micro_batch_size, rank, size)
+            drawn.append((numbers, len(mine)))
+            yield from (tuple(part) for part in mine)
+
+    workers = settings.data.num_workers
+    loader = iter(DataLoader(micro_batches, sampler=dealt(), batch_size=None, num_workers=workers))  # type: ignore[arg-type]
+    for first in loader:
+        numbers, count = drawn.pop(0)
+        yield GlobalBatch([first, *(next(loader) for _ in range(count - 1))], numbers)
+
+
+def evaluation_batches(micro_batches: MicroBatches, numbers: list[int]) -> Iterator[tuple[GlobalBatch, list[int]]]:
+    """All of the given documents once, in groups as large as a training step.
+
+    The last group is filled up with repeats, since all ranks must run the same number of micro-batches.
+
+    Yields:
+        The group, and how many documents of each of its micro-batches are no repeats (they come first).
+    """
+    settings = micro_batches.config.training
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    row = settings.micro_batch_size
+    for start in range(0, len(numbers), settings.global_batch_size):
+        group = numbers[start : start + settings.global_batch_size]
+        rows = [group[i : i + row] for i in range(0, len(group), row)]
+        while len(rows) % size:
+            rows.append([])
+        mine = rows[rank::size]
+        filled = [tuple(part + group[:1] * (row - len(part))) for part in mine]
+        yield GlobalBatch([micro_batches[part] for part in filled], group), [len(part) for part in mine]

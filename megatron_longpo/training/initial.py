@@ -1,0 +1,60 @@
+"""Where a run's weights come from: a checkpoint to resume, else the model to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_longpo.config import RunConfig
+from megatron_longpo.conversion.hf_config import read_hf_model
+from megatron_longpo.conversion.load import load_hf_weights
+from megatron_longpo.training.checkpoint import Checkpointer, Progress, find_checkpoint, saved_model
+
+
+def with_initial_model(config: RunConfig) -> RunConfig:
+    """The run with the model's shape that its checkpoint gives (``--load-hf``, ``--use-checkpoint-args``)."""
+    settings = config.checkpoint
+    if settings.load_hf is not None:
+        return config.with_model(read_hf_model(settings.load_hf), f"--load-hf {settings.load_hf}")
+    if settings.use_checkpoint_args:
+        for folder in (settings.load, settings.pretrained_checkpoint):
+            found = find_checkpoint(folder) if folder else None
+            if found is not None:
+                return config.with_model(saved_model(found), str(found))
+        raise ValueError(
+            "--use-checkpoint-args: neither --load nor --pretrained-checkpoint holds a checkpoint; give the model's "
+            "flags (--num-layers, --hidden-size, …) or --load-hf"
+        )
+    return config
+
+
+def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progress:
+    """Fill the model (and optimizer) of a run that starts.
+
+    ``--load`` wins where it holds a checkpoint, so that the same command starts and resumes a run. Otherwise weights
+    come from ``--load-hf`` or ``--pretrained-checkpoint``, or stay random.
+
+    Raises:
+        ValueError: A checkpoint was asked for and is not there.
+    """
+    settings = config.checkpoint
+    if settings.load is not None:
+        found = find_checkpoint(settings.load)
+        if found is not None:
+            return checkpointer.load(found, weights_only=settings.finetune)
+        starts_elsewhere = settings.load_hf is not None or settings.pretrained_checkpoint is not None
+        same = settings.save is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
+        if not (starts_elsewhere or same):
+            raise ValueError(
+                f"--load {settings.load} holds no checkpoint (no {Path(settings.load) / 'latest_checkpointed_iteration.txt'}"
+                "); to start a run here and resume it with the same command, let --load equal --save"
+            )
+    if settings.pretrained_checkpoint is not None:
+        found = find_checkpoint(settings.pretrained_checkpoint)
+        if found is None:
+            raise ValueError(f"--pretrained-checkpoint {settings.pretrained_checkpoint} holds no checkpoint")
+        return checkpointer.load(found, weights_only=True)
+    if settings.load_hf is not None:
+        load_hf_weights(config, checkpointer.chunks, settings.load_hf)
+        if checkpointer.optimizer is not None:
+            checkpointer.optimizer.reload_model_params()
+    return Progress()

@@ -1,0 +1,50 @@
+"""When a run must save and leave: SIGTERM, a time limit, a step limit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+from megatron_longpo.config import TrainingConfig
+from megatron_longpo.training.distributed import any_rank
+
+
+class Leaving:
+    """Asks all ranks once per step whether it is time to leave, so that they leave together.
+
+    Use as a context manager: the SIGTERM handler is there only inside.
+
+    Args:
+        settings: ``--exit-signal-handler``, ``--exit-duration-in-mins`` and ``--exit-interval``.
+        started_s: `time.monotonic` at the start of the run.
+    """
+
+    def __init__(self, settings: TrainingConfig, started_s: float) -> None:
+        self.settings, self.started_s = settings, started_s
+        self.signalled = False
+
+    def __enter__(self) -> Leaving:
+        if self.settings.exit_signal_handler:
+            self.previous = signal.signal(signal.SIGTERM, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.settings.exit_signal_handler:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True
+
+    def reason(self, iteration: int) -> str | None:
+        """Why to leave after this step, or None. Collectives: 1 all-reduce per condition that is switched on."""
+        settings = self.settings
+        if settings.exit_signal_handler and any_rank(self.signalled):
+            return "SIGTERM was received"
+        if settings.exit_duration_in_mins is not None:
+            minutes = (time.monotonic() - self.started_s) / 60
+            if any_rank(minutes >= settings.exit_duration_in_mins):
+                return f"--exit-duration-in-mins {settings.exit_duration_in_mins} have passed"
+        if settings.exit_interval is not None and iteration % settings.exit_interval == 0:
+            return f"--exit-interval {settings.exit_interval} was reached"
+        return None

@@ -1,0 +1,243 @@
+"""The training run: reference pass, steps, evaluation, checkpoints, leaving in order."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+
+from megatron_longpo import platform
+from megatron_longpo.config import RunConfig
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.data.sampler import GlobalBatchSampler
+from megatron_longpo.model.build import build_model, wrap_for_training
+from megatron_longpo.model.flops import step_flops
+from megatron_longpo.training.checkpoint import Checkpointer, Progress
+from megatron_longpo.training.data import GlobalBatch, MicroBatches, evaluation_batches, training_batches
+from megatron_longpo.training.distributed import any_rank, is_rank_0
+from megatron_longpo.training.initial import load_initial_state
+from megatron_longpo.training.leaving import Leaving
+from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
+from megatron_longpo.training.reference import reference_logprobs
+from megatron_longpo.training.reporting import Reporter
+from megatron_longpo.training.step import document_loss, global_batch_metrics, gradients_are_finite, run_schedule
+
+
+class Trainer:
+    """Everything one run needs on one rank; `train` runs it.
+
+    Args:
+        config: A validated run, with its model's shape.
+        dataset: The whole dataset.
+
+    The process group and Megatron's parallel state must be up (`distributed.initialize`).
+    """
+
+    def __init__(self, config: RunConfig, dataset: PreferenceDataset) -> None:
+        self.config, self.dataset = config, dataset
+        self.started_s = time.monotonic()
+        self.train_numbers, self.eval_numbers = self._split()
+        self.total_samples, self.total_steps = self._duration()
+        self.chunks = wrap_for_training(config, build_model(config))
+        self.optimizer = build_optimizer(config, self.chunks)
+        self.scheduler = build_scheduler(config, self.optimizer, self.total_samples)
+        self.checkpointer = Checkpointer(config, self.chunks, self.optimizer, self.scheduler)
+        self.progress = load_initial_state(config, self.checkpointer)
+        self._connect_schedule()
+
+    def train(self) -> Progress:
+        """Run to the end, or to the first reason to leave. Returns where it stopped."""
+        config, progress = self.config, self.progress
+        reference = None
+        if config.objective.needs_reference:
+            reference, progress.reference_fingerprint = reference_logprobs(
+                config, self.dataset, self.chunks, progress.reference_fingerprint
+            )
+        micro_batches = MicroBatches(config, self.dataset, reference)
+        self.sampler = self._sampler()
+        reporter = Reporter(config, is_rank_0(), self.total_steps, progress.iteration)
+        saved_at = progress.iteration
+        skipped_in_a_row = 0
+        try:
+            with Leaving(config.training, self.started_s) as leaving:
+                batches = training_batches(micro_batches, self.sampler)
+                while progress.iteration < self.total_steps:
+                    batch = next(batches)
+                    metrics, bad = self._step(batch)
+                    self.checkpointer.finish(blocking=False)
+                    skipped_in_a_row = skipped_in_a_row + 1 if bad is not None else 0
+                    self._report(reporter, metrics, bad)
+                    if skipped_in_a_row > config.training.max_skipped_steps:
+                        raise FloatingPointError(
+                            f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
+                            f"(--max-skipped-steps {config.training.max_skipped_steps}); samples of the last one: "
+                            f"{', '.join(bad or [])}. Lower --lr, look at these samples, or resume from a checkpoint"
+                        )
+                    last = progress.iteration >= self.total_steps
+                    self._maybe_evaluate(reporter, micro_batches, last)
+                    reason = leaving.reason(progress.iteration)
+                    interval = config.checkpoint.save_interval
+                    if config.checkpoint.save and (
+                        last or reason is not None or (interval and progress.iteration % interval == 0)
+                    ):
+                        self._save(reporter)
+                        saved_at = progress.iteration
+                    if reason is not None and not last:
+                        reporter.print(f"leaving after iteration {progress.iteration}: {reason}; saved at {saved_at}")
+                        break
+            self.checkpointer.finish(blocking=True)
+        finally:
+            reporter.close()
+        return progress
+
+    def _step(self, batch: GlobalBatch) -> tuple[dict[str, float], list[str] | None]:
+        """One optimizer step. Returns its metrics, and the suspect samples' ids if the step was skipped."""
+        config, progress = self.config, self.progress
+        began = time.perf_counter()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = run_schedule(
+            config,
+            self.chunks,
+            batch.micro_batches,
+            lambda b, logps: document_loss(config.objective, b, logps),
+            forward_only=False,
+        )
+        means, bad_here = global_batch_metrics(config, outputs, len(batch.numbers))
+        bad: list[str] | None = None
+        grad_norm = math.nan
+        if any_rank(not (math.isfinite(means["loss"]) and gradients_are_finite(self.chunks))):
+            bad = self._all_ids(bad_here) or [self.dataset[number].id for number in batch.numbers]
+            progress.skipped_steps += 1
+        else:
+            _, norm, _ = self.optimizer.step()
+            grad_norm = float(norm)
+            self.scheduler.step(increment=config.training.global_batch_size)
+        progress.iteration += 1
+        progress.consumed_samples += config.training.global_batch_size
+        platform.synchronize()
+        return means | self._performance(batch, time.perf_counter() - began) | {"grad_norm": grad_norm}, bad
+
+    def _performance(self, batch: GlobalBatch, seconds: float) -> dict[str, float]:
+        """Rates of one step, over all ranks: 1 all-reduce over data-parallel and context-parallel ranks."""
+        model, world = self.config.model, dist.get_world_size()
+        first_cp = parallel_state.get_context_parallel_rank() == 0
+        # Predictions are spread over context-parallel ranks, rows are on all of them.
+        num_tokens = sum(b.num_tokens for b in batch.micro_batches) if first_cp else 0
+        flops = sum(
+            step_flops(model, b.layout, 0) * first_cp
+            + 6.0 * model.hidden_size * model.vocab_size * len(b.predictions.targets)
+            for b in batch.micro_batches
+        )
+        totals = torch.tensor([num_tokens, flops], dtype=torch.float64, device=platform.device())
+        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        tokens, flops = totals.tolist()
+        return {
+            "iteration_time_s": seconds,
+            "tokens_per_s_per_gpu": tokens / seconds / world,
+            "tflops_per_gpu": flops / seconds / world / 1e12,
+            "peak_memory_gib": platform.peak_memory_gib(),
+        }
+
+    def _report(self, reporter: Reporter, metrics: dict[str, float], bad: list[str] | None) -> None:
+        progress = self.progress
+        reporter.step_done()
+        if bad is not None:
+            shown = ", ".join(bad[:8]) + (", …" if len(bad) > 8 else "")
+            reporter.print(f"iteration {progress.iteration} was skipped: loss or gradient is not finite in {shown}")
+        if progress.iteration % self.config.logging.log_interval and progress.iteration != self.total_steps:
+            return
+        groups = self.optimizer.param_groups
+        counters = {
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed_samples,
+            "learning_rate": get_canonical_lr_for_logging(groups) or groups[0]["lr"],
+            "skipped_steps": progress.skipped_steps,
+        }
+        reporter.report(metrics | counters)
+
+    def _maybe_evaluate(self, reporter: Reporter, micro_batches: MicroBatches, last: bool) -> None:
+        settings, progress = self.config.training, self.progress
+        due = last or progress.iteration % settings.eval_interval == 0
+        if not (due and settings.eval_iters and self.eval_numbers):
+            return
+        numbers = self.eval_numbers[: settings.eval_iters * settings.global_batch_size]
+        totals: dict[str, float] = {}
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            for group, counted in evaluation_batches(micro_batches, numbers):
+                outputs = run_schedule(
+                    self.config,
+                    self.chunks,
+                    group.micro_batches,
+                    lambda b, logps: document_loss(self.config.objective, b, logps),
+                    forward_only=True,
+                )
+                means, _ = global_batch_metrics(self.config, outputs, len(numbers), counted)
+                totals = {name: totals.get(name, 0.0) + value for name, value in means.items()}
+        for chunk in self.chunks:
+            chunk.train()
+        counters = {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples}
+        reporter.report(totals | counters, prefix="eval/")
+
+    def _save(self, reporter: Reporter) -> None:
+        progress = self.progress
+        # The sampler itself has been read ahead of training.
+        progress.sampler = self.sampler.state_dict() | {"consumed_samples": progress.consumed_samples}
+        folder = self.checkpointer.save(progress)
+        verb = "saving" if self.config.checkpoint.async_save else "saved"
+        reporter.print(f"{verb} checkpoint at iteration {progress.iteration} to {folder}")
+
+    def _sampler(self) -> GlobalBatchSampler:
+        settings, progress = self.config, self.progress
+        lengths = self.dataset.row_tokens(settings.objective.turns)[self.train_numbers]
+        sampler = GlobalBatchSampler(
+            lengths,
+            settings.training.global_batch_size,
+            settings.training.seed,
+            group_samples=settings.data.sampler_group_samples,
+            documents=self.train_numbers,
+        )
+        if progress.sampler:
+            sampler.load_state_dict(progress.sampler)
+        return sampler
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        train, *rest = self.dataset.split(self.config.data.split)
+        return train.tolist(), rest[0].tolist() if rest else []
+
+    def _duration(self) -> tuple[int, int]:
+        """Documents and steps of the whole run."""
+        settings = self.config.training
+        if settings.train_iters is not None:
+            return settings.train_iters * settings.global_batch_size, settings.train_iters
+        samples = settings.train_samples or settings.train_epochs * len(self.train_numbers)
+        steps = max(1, samples // settings.global_batch_size)
+        return steps * settings.global_batch_size, steps
+
+    def _connect_schedule(self) -> None:
+        """Tell Megatron's schedules how this run reduces gradients and gathers parameters, as Megatron-LM does."""
+        settings = self.chunks[0].config
+        settings.finalize_model_grads_func = finalize_model_grads
+        settings.grad_scale_func = self.optimizer.scale_loss
+        one = len(self.chunks) == 1
+        if self.config.parallel.overlap_grad_reduce:
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            settings.no_sync_func = no_sync[0] if one else no_sync
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.enable_forward_pre_hook()
+
+    def _all_ids(self, ids: list[str]) -> list[str]:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, ids)
+        return sorted({name for part in gathered for name in part})
+

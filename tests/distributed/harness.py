@@ -1,0 +1,69 @@
+"""Run a function on several real gloo ranks, each its own process, and bring back what every rank returned."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 120
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``function(rank, *args)`` on every rank of a new gloo world and return the results in rank order.
+
+    Args:
+        function: A module-level function; it and its arguments are pickled to the new processes.
+        world_size: Number of processes.
+
+    Raises:
+        AssertionError: A rank failed; the message holds its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.get_context("spawn")
+        processes = [
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, args))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(TIMEOUT_S)
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        failures = sorted(Path(folder).glob("*.error"), key=lambda p: p.stat().st_mtime)
+        assert not failures, f"{failures[0].stem} failed first:\n{failures[0].read_text()}"
+        codes = [process.exitcode for process in processes]
+        assert codes == [0] * world_size, f"exit codes {codes}"
+        return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=TIMEOUT_S),
+        )
+        result = function(rank, *args)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+        dist.barrier()
+    except BaseException:
+        Path(folder, f"rank {rank}.error").write_text(traceback.format_exc())
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

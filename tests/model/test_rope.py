@@ -1,0 +1,92 @@
+"""Rotary frequencies against transformers' own, bit for bit."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_longpo.config import ModelConfig
+from megatron_longpo.model.rope import attention_factor, inverse_frequencies, rotary_angles
+
+HEADS, HIDDEN = 4, 256
+SHAPE = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "kv_channels": HIDDEN // HEADS}
+
+
+def huggingface(rope_type: str, base: float, **parameters: float | bool) -> tuple[torch.Tensor, float]:
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        max_position_embeddings=int(parameters.pop("max_position_embeddings", 131072)),
+        rope_parameters={"rope_type": rope_type, "rope_theta": base, **parameters},
+    )
+    if rope_type == "default":
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        return LlamaRotaryEmbedding(config).inv_freq, 1.0
+    return ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("base", [10000.0, 1e6, 1e7])
+def test_plain(base: float) -> None:
+    theirs, _ = huggingface("default", base)
+    assert torch.equal(inverse_frequencies(ModelConfig(**SHAPE, rotary_base=base)), theirs)
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3(factor: float) -> None:
+    theirs, _ = huggingface(
+        "llama3",
+        500000.0,
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    model = ModelConfig(**SHAPE, rotary_base=500000.0, use_rope_scaling=True, rope_scaling_factor=factor)
+    torch.testing.assert_close(inverse_frequencies(model), theirs, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn(truncate: bool) -> None:
+    theirs, their_factor = huggingface(
+        "yarn",
+        1e6,
+        factor=4.0,
+        original_max_position_embeddings=32768,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        truncate=truncate,
+    )
+    model = ModelConfig(
+        **SHAPE,
+        rotary_base=1e6,
+        position_embedding_type="yarn",
+        yarn_rotary_scaling_factor=4.0,
+        yarn_original_max_position_embeddings=32768,
+        yarn_correction_range_round_to_int=truncate,
+    )
+    torch.testing.assert_close(inverse_frequencies(model), theirs, rtol=3e-7, atol=0)
+    assert math.isclose(attention_factor(model), their_factor, rel_tol=1e-12)
+
+
+def test_yarn_temperature_from_mscale() -> None:
+    scaled = dict(SHAPE, position_embedding_type="yarn", yarn_rotary_scaling_factor=40.0)
+    equal = ModelConfig(**scaled, yarn_mscale=1.0, yarn_mscale_all_dim=1.0)
+    assert attention_factor(equal) == 1.0
+    other = ModelConfig(**scaled, yarn_mscale=0.7, yarn_mscale_all_dim=1.0)
+    assert attention_factor(other) == pytest.approx((0.07 * math.log(40) + 1) / (0.1 * math.log(40) + 1))
+
+
+def test_another_base_replaces_the_models() -> None:
+    model = ModelConfig(**SHAPE, rotary_base=1e7)
+    assert torch.equal(inverse_frequencies(model, 1e4), inverse_frequencies(ModelConfig(**SHAPE, rotary_base=1e4)))
+
+
+def test_angles_follow_position_ids() -> None:
+    inverse = inverse_frequencies(ModelConfig(**SHAPE))
+    angles = rotary_angles(torch.tensor([0, 1, 2, 1, 2]), inverse)
+    assert angles.shape == (5, 1, 1, HIDDEN // HEADS) and angles.dtype == torch.float32
+    assert torch.equal(angles[1:3], angles[3:5])
+    assert torch.equal(angles[2, 0, 0, : len(inverse)], 2 * inverse)

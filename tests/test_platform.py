@@ -1,0 +1,93 @@
+"""The CPU adapters: scoped to Megatron's modules, and tied to the versions they were checked on."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import megatron.core
+import pytest
+import torch
+from packaging.version import Version
+
+from megatron_longpo import platform
+
+cpu_only = pytest.mark.skipif(platform.has_cuda(), reason="the adapters are for machines without CUDA")
+
+
+def test_installed_megatron_core_was_checked() -> None:
+    installed = Version(megatron.core.__version__)
+    assert f"{installed.major}.{installed.minor}" in platform.CHECKED_VERSIONS, (
+        f"megatron-core {installed} is new here: run the whole suite, then add it to platform.CHECKED_VERSIONS"
+    )
+    assert version("megatron-core") == megatron.core.__version__
+
+
+@cpu_only
+def test_unchecked_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
+    with pytest.raises(RuntimeError, match=r"megatron-core 0\.99\.0 was not checked on a CPU.*0\.16"):
+        platform._require_checked_version()
+
+
+@cpu_only
+def test_torch_itself_is_untouched() -> None:
+    platform.prepare()
+    from megatron.core.tensor_parallel import mappings
+
+    assert mappings.torch is not torch
+    assert mappings.torch.empty(1, device=mappings.torch.cuda.current_device()).device.type == "cpu"
+    assert mappings.torch.zeros(2, device="cuda").device.type == "cpu"
+    assert mappings.torch.Tensor is torch.Tensor
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.zeros(2, device="cuda")
+
+
+@cpu_only
+def test_type_names_say_cuda_only_during_construction() -> None:
+    tensor = torch.zeros(1)
+    with platform.construction():
+        assert tensor.type() == "torch.cuda.FloatTensor"
+        assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+        assert tensor.cuda() is tensor
+    assert tensor.type() == "torch.FloatTensor"
+
+
+@cpu_only
+def test_gradient_clipping_scales_to_the_norm() -> None:
+    platform.prepare()
+    from megatron.core.optimizer import clip_grads
+
+    parameter = torch.nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.full((4,), 3.0)
+    clip_grads.clip_grad_by_total_norm_fp32([parameter], max_norm=1.0, total_norm=6.0)
+    assert parameter.grad.norm().item() == pytest.approx(1.0)
+    clip_grads.clip_grad_by_total_norm_fp32([parameter], max_norm=10.0, total_norm=1.0)
+    assert parameter.grad.norm().item() == pytest.approx(1.0)
+
+
+@cpu_only
+def test_random_state_fork_is_repeatable_and_restores() -> None:
+    platform.prepare()
+    from megatron.core.tensor_parallel import random
+
+    tracker = type(random.get_cuda_rng_tracker())()
+    tracker.reset()
+    tracker.add("here", 7)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    with tracker.fork("here"):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert torch.equal(torch.rand(3), first)
+
+
+def test_cuda_is_named_nowhere_else() -> None:
+    package = Path(platform.__file__).parent
+    named = re.compile(r"torch\.cuda\.|\.cuda\(")
+    offenders = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "platform.py" and named.search(path.read_text())
+    ]
+    assert not offenders
