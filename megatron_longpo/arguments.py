@@ -46,20 +46,20 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         HelpRequested: ``--help``, with the page.
     """
     parser = _Parser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--help", "-h", nargs="?", const="", dest="help words")
-    parser.add_argument("--config", dest="config file")
+    parser.add_argument("--help", "-h", nargs="?", const="", dest="help", default=None)
+    parser.add_argument("--config", dest="config", default=None)
     for spec in FLAGS.values():
         _add(parser, spec)
     namespace, unknown = parser.parse_known_args(list(argv))
     words = vars(namespace)
-    if (topic := words.pop("help words", None)) is not None:
+    if (topic := words.pop("help")) is not None:
         raise HelpRequested(help_text(topic))
     errors = [_unknown(word) for word in unknown if word.startswith("-")]
     errors = errors or [f"{word!r} stands alone: flags begin with --" for word in unknown]
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    config_file = words.pop("config file", None)
+    config_file = words.pop("config")
     if config_file is not None:
         values, origins = read_yaml(config_file)
     for key, word in words.items():

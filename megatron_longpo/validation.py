@@ -51,7 +51,8 @@ def _model(config: RunConfig, world_size: int) -> Iterator[str]:
     if model.num_layers and not model.disable_bias_linear:
         yield "--disable-bias-linear is required: the supported families have no bias in linear layers"
     heads, groups = model.num_attention_heads, model.num_query_groups
-    if heads and model.hidden_size % heads and "kv_channels" not in config.explicit and not config.source_model:
+    derived = heads and model.hidden_size % heads and model.kv_channels == model.hidden_size // heads
+    if derived and "kv_channels" not in config.explicit:
         yield (
             f"--hidden-size {model.hidden_size} must be a multiple of --num-attention-heads {heads}, "
             f"or give --kv-channels; nearest: {nearest_multiple(model.hidden_size, heads)}"

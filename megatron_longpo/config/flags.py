@@ -213,4 +213,7 @@ def show(value: Any) -> str:
     """A value as typed on the command line."""
     if isinstance(value, tuple):
         return " ".join(value)
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from megatron_longpo.config.field import absent, equals, flag, given
 
 _FROM_CHECKPOINT = "that of the checkpoint; else required"
-_LLAMA3 = given("use_rope_scaling")
+_ROPE = equals("position_embedding_type", "rope")
+_LLAMA3 = (_ROPE, given("use_rope_scaling"))
 _YARN = equals("position_embedding_type", "yarn")
 _NO_DROPOUT = "the shared-prefix row has no dropout"
 
@@ -55,7 +56,7 @@ class ModelConfig:
     use_rope_scaling: bool = flag(
         False,
         "Llama 3.1 frequency scaling",
-        needs=equals("position_embedding_type", "rope"),
+        needs=_ROPE,
         changeable=True,
     )
     rope_scaling_factor: float = flag(
@@ -109,6 +110,7 @@ class ModelConfig:
     yarn_mscale: float | None = flag(
         None,
         "attention temperature: numerator's scale",
+        at_least=0,
         needs=(_YARN, given("yarn_mscale_all_dim")),
         default_text="1",
         source="YaRN",
@@ -117,13 +119,19 @@ class ModelConfig:
     yarn_mscale_all_dim: float | None = flag(
         None,
         "attention temperature: denominator's scale",
+        at_least=0,
         needs=(_YARN, given("yarn_mscale")),
         default_text="0",
         source="YaRN",
         changeable=True,
     )
     yarn_correction_range_round_to_int: bool = flag(
-        True, "round the ramp's first and last dimension", needs=_YARN, source="YaRN", changeable=True
+        True,
+        "keep fractions of the ramp's first and last dimension",
+        needs=_YARN,
+        default_text="rounded",
+        source="YaRN",
+        changeable=True,
     )
     normalization: str = flag(
         "RMSNorm", "norm of every layer", choices=("RMSNorm",), why="the supported families have no other"

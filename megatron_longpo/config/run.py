@@ -116,9 +116,7 @@ class RunConfig:
         for key, spec in FLAGS.items():
             value = getattr(self.model, spec.field) if spec.group == "model" else spec.default
             if value != spec.default and self.has_effect(key):
-                words += (
-                    [spec.flag] if spec.kind is bool else [spec.flag, repr(value) if spec.kind is float else str(value)]
-                )
+                words += [spec.flag] if spec.kind is bool else [spec.flag, show(value)]
         return words
 
     def with_model(self, model: ModelConfig, source: str = "the checkpoint") -> RunConfig:

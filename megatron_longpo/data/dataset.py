@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_longpo.data.document import CHOSEN, REJECTED, TokenizedDocument
+from megatron_longpo.data.document import CHOSEN, REJECTED, TURNS, TokenizedDocument
 from megatron_longpo.data.manifest import Manifest
 from megatron_longpo.data.records import RecordReader
-from megatron_longpo.data.rows import TURNS, TrainingRow, short_rows, training_row
+from megatron_longpo.data.rows import TrainingRow, short_rows, training_row
 
 
 class PreferenceDataset:

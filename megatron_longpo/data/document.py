@@ -20,6 +20,9 @@ CHOSEN, REJECTED = 0, 1
 
 ROLE_NAMES = ("chosen", "rejected")
 
+TURNS = ("joint", "independent")
+"""Values of ``--turns``: one conversation over all turns per role, or every turn on its own."""
+
 
 @dataclass(frozen=True, eq=False)
 class Branch:

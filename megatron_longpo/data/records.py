@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_longpo.data.document import Branch, ShortPrompt, TokenizedDocument, Tokens
+from megatron_longpo.data.document import TURNS, Branch, ShortPrompt, TokenizedDocument, Tokens
 from megatron_longpo.data.manifest import SCHEMA, Manifest, manifest_path
-from megatron_longpo.data.rows import TURNS, training_row
+from megatron_longpo.data.rows import training_row
 from megatron_longpo.files import file_hash, replace_file, sync_file, temporary_name
 
 _HAS_JOINT, _HAS_INDEPENDENT, _HAS_SHORT = 1, 2, 4
@@ -44,7 +44,7 @@ class RecordWriter:
         self._builder = IndexedDatasetBuilder(str(self._temporary_bin), dtype=np.int32)
         self._digest = hashlib.sha256()
         self._row_tokens: dict[str, list[int]] = {turns: [] for turns in TURNS}
-        self._num_turns = self._longest = self._max_token_id = self._num_documents = 0
+        self.num_documents = self._num_turns = self._longest = self._max_token_id = 0
 
     def __enter__(self) -> RecordWriter:
         return self
@@ -63,7 +63,7 @@ class RecordWriter:
             self._digest.update(len(sequence).to_bytes(8, "little"))
             self._digest.update(sequence.tobytes())
         self._builder.end_document()
-        self._num_documents += 1
+        self.num_documents += 1
         self._num_turns += document.num_turns
         self._longest = max(self._longest, document.longest_sequence_tokens)
         self._max_token_id = max(self._max_token_id, *(int(t.max()) for t in document.all_tokens() if len(t)))
@@ -81,7 +81,7 @@ class RecordWriter:
         Raises:
             ValueError: No document was added.
         """
-        if not self._num_documents:
+        if not self.num_documents:
             raise ValueError(f"no document is left to write to {self.prefix}.bin")
         self._builder.finalize(str(self._temporary_idx))
         sync_file(self._temporary_bin)
@@ -89,11 +89,11 @@ class RecordWriter:
             dataset_hash=self._digest.hexdigest(),
             bin_bytes=self._temporary_bin.stat().st_size,
             idx_hash=file_hash(self._temporary_idx),
-            num_documents=self._num_documents,
+            num_documents=self.num_documents,
             num_turns=self._num_turns,
             longest_sequence_tokens=self._longest,
             max_token_id=self._max_token_id,
-            row_tokens={t: n if len(n) == self._num_documents else [] for t, n in self._row_tokens.items()},
+            row_tokens={t: n if len(n) == self.num_documents else [] for t, n in self._row_tokens.items()},
             **about,
         )
         # An older manifest must never stand beside newer tokens.

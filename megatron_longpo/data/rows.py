@@ -15,6 +15,7 @@ from megatron_longpo.data.document import (
     CHOSEN,
     REJECTED,
     ROLE_NAMES,
+    TURNS,
     Branch,
     ShortPrompt,
     TokenizedDocument,
@@ -22,9 +23,6 @@ from megatron_longpo.data.document import (
     common_prefix_length,
 )
 from megatron_longpo.data.layout import DocumentLayout
-
-TURNS = ("joint", "independent")
-"""Values of ``--turns``."""
 
 OBJECTIVE_ROLES = {
     "longpo": (CHOSEN, REJECTED),

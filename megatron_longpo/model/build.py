@@ -66,6 +66,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel,
         variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # required beside variable lengths, experts or not
         calculate_per_token_loss=True,
         recompute_granularity=training.recompute_granularity,
         recompute_method=training.recompute_method,

@@ -64,7 +64,7 @@ class SharedPrefixGPT(GPTModel):
         self.inverse_frequencies = inverse_frequencies(model)
 
     @contextlib.contextmanager
-    def rotary_base(self, rotary_base: float) -> Iterator[None]:
+    def with_rotary_base(self, rotary_base: float) -> Iterator[None]:
         """Evaluate with another RoPE base, as the reference model is (its ORIGINAL base; DESIGN: π_S)."""
         trained = self.inverse_frequencies
         self.inverse_frequencies = inverse_frequencies(self.model_shape, rotary_base)

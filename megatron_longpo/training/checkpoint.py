@@ -26,7 +26,8 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 
-from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo import platform
+from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.files import atomic_writer, sync_folder
 from megatron_longpo.model.build import unwrap
@@ -84,20 +85,21 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     return found
 
 
-def saved_model(checkpoint: Path) -> ModelConfig:
-    """The model's shape as a checkpoint of this trainer recorded it (``--use-checkpoint-args``).
+def saved_config(checkpoint: Path) -> RunConfig:
+    """Model and reference RoPE base as a checkpoint of this trainer recorded them (``--use-checkpoint-args``).
 
     Raises:
         ValueError: The checkpoint was written by another program.
     """
     safe_globals.register_safe_globals()
     saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
-    values = {key: saved[key] for key, spec in FLAGS.items() if spec.group == "model" and key in saved}
+    wanted = {key for key, spec in FLAGS.items() if spec.group == "model"} | {"reference_rotary_base"}
+    values = {key: saved[key] for key in wanted if key in saved}
     if "hidden_size" not in values:
         raise ValueError(
             f"{checkpoint} does not record its model's shape: give the model's flags instead of --use-checkpoint-args"
         )
-    return RunConfig.from_flat_dict(values).model
+    return RunConfig.from_flat_dict(values)
 
 
 class Checkpointer:
@@ -192,11 +194,7 @@ class Checkpointer:
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
         if with_rng:
             state["rng_state"] = _rng_state()
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(checkpoint)),
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
-        loaded = dist_checkpointing.load(state, str(checkpoint), strategy)
+        loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
         if with_optimizer:
@@ -231,6 +229,15 @@ class Checkpointer:
         ]
         if different:
             raise ValueError(f"{checkpoint} is a checkpoint of another model: " + "; ".join(different))
+
+
+def _load_strategy(checkpoint: Path) -> Any:
+    """Let each data-parallel rank read a part and send it to the others; their exchange needs CUDA tensors."""
+    strategy = get_default_load_sharded_strategy(str(checkpoint))
+    if not platform.has_cuda():
+        return strategy
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelLoadStrategyWrapper(strategy, group)
 
 
 def _parallel_sizes() -> list[int]:

@@ -41,6 +41,7 @@ def weights_fingerprint(chunks: list[torch.nn.Module]) -> str:
             for prefix, number in layer_numbers.items():
                 if name.startswith(prefix):
                     name = f"decoder.layers.{number}.{name.removeprefix(prefix)}"
+                    break
             values = parameter.detach()
             if name.startswith(("embedding.word_embeddings", "output_layer")):
                 values = values[: max(0, model.model_shape.vocab_size - tp_rank * len(values))]

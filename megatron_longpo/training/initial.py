@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.conversion.load import load_hf_weights
-from megatron_longpo.training.checkpoint import Checkpointer, Progress, find_checkpoint, saved_model
+from megatron_longpo.training.checkpoint import Checkpointer, Progress, find_checkpoint, saved_config
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
@@ -16,15 +17,26 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     if settings.load_hf is not None:
         return config.with_model(read_hf_model(settings.load_hf), f"--load-hf {settings.load_hf}")
     if settings.use_checkpoint_args:
-        for folder in (settings.load, settings.pretrained_checkpoint):
+        # The model to start from comes first: its RoPE base is the reference's, --load's may have been changed since.
+        for folder in (settings.pretrained_checkpoint, settings.load):
             found = find_checkpoint(folder) if folder else None
             if found is not None:
-                return config.with_model(saved_model(found), str(found))
+                return _with_saved(config, found)
         raise ValueError(
             "--use-checkpoint-args: neither --load nor --pretrained-checkpoint holds a checkpoint; give the model's "
             "flags (--num-layers, --hidden-size, …) or --load-hf"
         )
     return config
+
+
+def _with_saved(config: RunConfig, checkpoint: Path) -> RunConfig:
+    saved = saved_config(checkpoint)
+    reference_rotary_base = saved.objective.reference_rotary_base
+    if checkpoint.parent == Path(config.checkpoint.load or "") and config.objective.reference_rotary_base is None:
+        # A run that resumes keeps the reference that it began with.
+        objective = dataclasses.replace(config.objective, reference_rotary_base=reference_rotary_base)
+        config = dataclasses.replace(config, objective=objective)
+    return config.with_model(saved.model, str(checkpoint))
 
 
 def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progress:

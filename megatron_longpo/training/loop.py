@@ -113,6 +113,8 @@ class Trainer:
         means, bad_here = global_batch_metrics(config, outputs, len(batch.numbers))
         bad: list[str] | None = None
         grad_norm = math.nan
+        groups = self.optimizer.param_groups
+        learning_rate = get_canonical_lr_for_logging(groups) or groups[0]["lr"]
         if any_rank(not (math.isfinite(means["loss"]) and gradients_are_finite(self.chunks))):
             bad = self._all_ids(bad_here) or [self.dataset[number].id for number in batch.numbers]
             progress.skipped_steps += 1
@@ -123,7 +125,8 @@ class Trainer:
         progress.iteration += 1
         progress.consumed_samples += config.training.global_batch_size
         platform.synchronize()
-        return means | self._performance(batch, time.perf_counter() - began) | {"grad_norm": grad_norm}, bad
+        own = {"learning_rate": learning_rate, "grad_norm": grad_norm}
+        return means | own | self._performance(batch, time.perf_counter() - began), bad
 
     def _performance(self, batch: GlobalBatch, seconds: float) -> dict[str, float]:
         """Rates of one step, over all ranks: 1 all-reduce over data-parallel and context-parallel ranks."""
@@ -154,14 +157,7 @@ class Trainer:
             reporter.print(f"iteration {progress.iteration} was skipped: loss or gradient is not finite in {shown}")
         if progress.iteration % self.config.logging.log_interval and progress.iteration != self.total_steps:
             return
-        groups = self.optimizer.param_groups
-        counters = {
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
-            "learning_rate": get_canonical_lr_for_logging(groups) or groups[0]["lr"],
-            "skipped_steps": progress.skipped_steps,
-        }
-        reporter.report(metrics | counters)
+        reporter.report(self._counters() | metrics | {"skipped_steps": progress.skipped_steps})
 
     def _maybe_evaluate(self, reporter: Reporter, micro_batches: MicroBatches, last: bool) -> None:
         settings, progress = self.config.training, self.progress
@@ -185,8 +181,10 @@ class Trainer:
                 totals = {name: totals.get(name, 0.0) + value for name, value in means.items()}
         for chunk in self.chunks:
             chunk.train()
-        counters = {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples}
-        reporter.report(totals | counters, prefix="eval/")
+        reporter.report(self._counters() | totals, prefix="eval/")
+
+    def _counters(self) -> dict[str, float]:
+        return {"iteration": self.progress.iteration, "consumed_samples": self.progress.consumed_samples}
 
     def _save(self, reporter: Reporter) -> None:
         progress = self.progress

@@ -24,7 +24,7 @@ def prepared(config: RunConfig) -> RunConfig:
     """
     platform.prepare(config.training.use_cpu)
     if not config.data.data_path:
-        raise ConfigError(["--data-path is missing: the PREFIX that tools/preprocess_pairs.py wrote"])
+        raise ConfigError("--data-path is missing: the PREFIX that tools/preprocess_pairs.py wrote")
     config = with_initial_model(config)
     if not config.model.vocab_size:
         dataset = PreferenceDataset(config.data.data_path)

@@ -137,7 +137,7 @@ def compute_reference_logprobs(
     try:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for chunk in chunks:
-                stack.enter_context(unwrap(chunk).rotary_base(key.rotary_base))
+                stack.enter_context(unwrap(chunk).with_rotary_base(key.rotary_base))
             for start in range(0, len(todo), group):
                 numbers = todo[start : start + group]
                 # Every rank runs the same number of micro-batches; repeats at the end are computed twice.

@@ -1,0 +1,111 @@
+"""The core attention of Megatron's layers: same constructor and call, shared-prefix attention inside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_longpo.attention.context_parallel import context_parallel_attention
+from megatron_longpo.data.layout import RowLayout
+
+
+class SharedPrefixAttention(MegatronModule):
+    """Takes the place of ``DotProductAttention`` and ``TEDotProductAttention`` in a layer spec; has no parameters.
+
+    Megatron hands ``attention_mask`` through layers, pipeline stages' recomputation and checkpointing untouched, so it
+    carries the row's layout (`RowLayout.to_tensor`) instead of a mask.
+
+    Args:
+        config: Megatron's configuration; ``cp_comm_type`` is read where the argument is None.
+        layer_number: 1-based; unused.
+        attn_mask_type: Unused: the layout says who sees whom.
+        attention_type: Unused: self-attention.
+        attention_dropout: Must be 0, here and in ``config``.
+        softmax_scale: Factor on the scores; ``1 / sqrt(kv_channels)`` if None.
+        cp_comm_type: ``all_gather`` or ``a2a``.
+        pg_collection: Gives the context-parallel group; Megatron's global one if None.
+
+    Raises:
+        ValueError: The configuration asks for something that this attention does not do.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        unsupported = {
+            f"--attention-dropout {dropout} (use 0)": dropout,
+            f"--window-size {config.window_size} (leave it out)": config.window_size,
+            "--apply-query-key-layer-scaling (leave it out)": config.apply_query_key_layer_scaling,
+            f"--softmax-type {config.softmax_type} (use vanilla)": config.softmax_type != "vanilla",
+        }
+        for flag, is_set in unsupported.items():
+            if is_set:
+                raise ValueError(f"shared-prefix attention does not support {flag}")
+        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.cp_comm_type = cp_comm_type or config.cp_comm_type or "all_gather"
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attention of one row.
+
+        Collectives: those of `context_parallel_attention`.
+
+        Args:
+            query: ``[local_tokens, 1, heads, head_dim]``.
+            key: ``[local_tokens, 1, kv_heads, head_dim]``.
+            value: ``[local_tokens, 1, kv_heads, head_dim]``.
+            attention_mask: `RowLayout.to_tensor` of the whole row, int64, CPU.
+            attn_mask_type: Unused.
+            attention_bias: Must be None.
+            packed_seq_params: Must be None.
+
+        Returns:
+            ``[local_tokens, 1, heads * head_dim]``.
+
+        Raises:
+            ValueError: A batch of several rows, a bias or packed sequences; sizes that do not fit the layout.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("shared-prefix attention takes no attention_bias and no packed_seq_params")
+        if query.shape[1] != 1:
+            raise ValueError(
+                f"shared-prefix attention takes one row, got a batch of {query.shape[1]}: concatenate documents into "
+                "one RowLayout"
+            )
+        out = context_parallel_attention(
+            query.squeeze(1),
+            key.squeeze(1),
+            value.squeeze(1),
+            RowLayout.from_tensor(attention_mask),
+            self.cp_group,
+            self.cp_comm_type,
+            self.softmax_scale,
+        )
+        return out.flatten(1).unsqueeze(1)

@@ -1,0 +1,179 @@
+"""Reading the shape of a Hugging Face model, written by transformers 4 or 5, into a `ModelConfig`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_longpo.config import ModelConfig
+from megatron_longpo.conversion.families import FAMILIES, Family
+from megatron_longpo.model.rope import attention_factor
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """What a config.json says.
+
+    Args:
+        family: The map of its weights.
+        model: Its shape.
+        stored: The file's content.
+    """
+
+    family: Family
+    model: ModelConfig
+    stored: dict[str, Any]
+
+
+def read_hf_model(folder: str | Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder.
+
+    Raises:
+        ValueError: No config.json, an unknown architecture, or something that shared-prefix attention or the supported
+            layers do not have.
+    """
+    return read_hf_folder(folder).model
+
+
+def read_hf_folder(folder: str | Path) -> HFModel:
+    """`read_hf_model`, with the family and the file's content."""
+    path = Path(folder) / CONFIG_FILE
+    stored = _read_json(path)
+    family = _family(path, stored)
+    config = _with_defaults(path)
+    for name, value in family.required.items():
+        if getattr(config, name, value) != value:
+            raise ValueError(f"{path}: {name} is {getattr(config, name)}; only {name} {value} is supported")
+    if config.hidden_act != "silu":
+        raise ValueError(f"{path}: hidden_act is {config.hidden_act}; only silu (SwiGLU) is supported")
+    if stored.get("quantization_config"):
+        raise ValueError(f"{path}: the weights are quantised (quantization_config); convert the unquantised model")
+    _refuse_sliding_window(path, config)
+    heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    shape = {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "max_position_embeddings": config.max_position_embeddings,
+        "norm_epsilon": config.rms_norm_eps,
+        "swiglu": True,
+        "disable_bias_linear": True,
+        "add_qkv_bias": family.qkv_bias,
+        "qk_layernorm": family.qk_norm,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "vocab_size": config.vocab_size,
+    }
+    return HFModel(family, _with_rope(path, shape, _rope(config)), stored)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: give the folder of a Hugging Face checkpoint, with its config.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _family(path: Path, stored: dict[str, Any]) -> Family:
+    names = stored.get("architectures") or []
+    if len(names) != 1 or names[0] not in FAMILIES:
+        raise ValueError(f"{path}: architectures is {names}; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[names[0]]
+
+
+def _with_defaults(path: Path) -> Any:
+    """The configuration as transformers' class, which knows the values that the file leaves out."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    # transformers raises many types for a wrong value, and its own validation errors.
+    except Exception as error:
+        raise ValueError(f"{path}: transformers cannot read it: {error}") from error
+
+
+def _refuse_sliding_window(path: Path, config: Any) -> None:
+    layers = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None)
+    unused = getattr(config, "use_sliding_window", True) is False or (layers and "sliding_attention" not in layers)
+    if window is not None and not unused and window < config.max_position_embeddings:
+        raise ValueError(
+            f"{path}: sliding_window {window} is shorter than max_position_embeddings "
+            f"{config.max_position_embeddings}, and training attends to the whole prefix: set sliding_window to null "
+            "in config.json to train with full attention (as Mistral did from v0.2 on)"
+        )
+    other = set(layers) - {"full_attention", "sliding_attention"}
+    if other:
+        raise ValueError(f"{path}: layer_types has {', '.join(sorted(other))}; only full_attention is supported")
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """RoPE's parameters in the form of transformers 5, from either generation."""
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    rope.setdefault("rope_theta", getattr(config, "rope_theta", 10_000.0))
+    rope.setdefault("rope_type", rope.get("type") or "default")
+    rope.setdefault("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
+    return rope
+
+
+def _with_rope(path: Path, shape: dict[str, Any], rope: dict[str, Any]) -> ModelConfig:
+    kind = rope["rope_type"]
+    if rope["partial_rotary_factor"] not in (None, 1.0):
+        raise ValueError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1")
+    shape["rotary_base"] = float(rope["rope_theta"])
+    if kind == "default":
+        return ModelConfig(**shape)
+    # transformers takes the model's own length where the original one is not given.
+    original = int(rope.get("original_max_position_embeddings") or shape["max_position_embeddings"])
+    try:
+        if kind == "llama3":
+            return ModelConfig(
+                **shape,
+                use_rope_scaling=True,
+                rope_scaling_factor=float(rope["factor"]),
+                rope_low_freq_factor=float(rope["low_freq_factor"]),
+                rope_high_freq_factor=float(rope["high_freq_factor"]),
+                rope_original_max_position_embeddings=original,
+            )
+        if kind == "yarn":
+            return _yarn(path, shape, rope, original)
+    except KeyError as error:
+        raise ValueError(f"{path}: RoPE scaling {kind!r} lacks {error}") from error
+    raise ValueError(f"{path}: RoPE scaling {kind!r} is not supported; supported: default, llama3, yarn")
+
+
+def _yarn(path: Path, shape: dict[str, Any], rope: dict[str, Any], original: int) -> ModelConfig:
+    # mscale counts only together with mscale_all_dim, and only when neither is 0.
+    scales = (rope.get("mscale"), rope.get("mscale_all_dim"))
+    has_scales = all(scales)
+    model = ModelConfig(
+        **shape,
+        position_embedding_type="yarn",
+        yarn_rotary_scaling_factor=float(rope["factor"] or shape["max_position_embeddings"] / original),
+        yarn_original_max_position_embeddings=original,
+        yarn_beta_fast=float(rope.get("beta_fast") or 32),
+        yarn_beta_slow=float(rope.get("beta_slow") or 1),
+        yarn_mscale=float(scales[0]) if has_scales else None,  # type: ignore[arg-type]
+        yarn_mscale_all_dim=float(scales[1]) if has_scales else None,  # type: ignore[arg-type]
+        yarn_correction_range_round_to_int=bool(rope.get("truncate", True)),
+    )
+    given = rope.get("attention_factor")
+    if given is not None and not math.isclose(given, attention_factor(model), rel_tol=1e-9):
+        raise ValueError(
+            f"{path}: YaRN's attention_factor {given} is not the one of factor, mscale and mscale_all_dim, "
+            f"{attention_factor(model)}; a factor of its own is not supported"
+        )
+    return model

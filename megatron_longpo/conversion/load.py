@@ -1,0 +1,69 @@
+"""Filling a model straight from a Hugging Face folder, each rank reading only its own slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from tqdm import tqdm
+
+from megatron_longpo.config import RunConfig
+from megatron_longpo.conversion.hf_config import read_hf_folder
+from megatron_longpo.conversion.hf_weights import HFWeights, listed
+from megatron_longpo.conversion.layouts import Shard
+from megatron_longpo.conversion.names import named_parameters
+from megatron_longpo.conversion.plan import planned_weights
+
+
+def load_hf_weights(config: RunConfig, chunks: list[Any], folder: str | Path) -> None:
+    """Fill this rank's parameters in place, one at a time, cast to their type.
+
+    An optimizer that was built before holds fp32 copies: call its ``reload_model_params`` afterwards. No collectives.
+
+    Args:
+        config: The run; its model is that of the folder, up to what no weight depends on.
+        chunks: This rank's model chunks, split over TP, PP and virtual PP, bare or wrapped.
+        folder: A Hugging Face checkpoint.
+
+    Raises:
+        ValueError: The folder is damaged or of another model. Nothing is changed then.
+    """
+    family = read_hf_folder(folder).family
+    model = config.model
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    shard = Shard(parallel_state.get_tensor_model_parallel_rank(), tp_size)
+    padded_vocab = model.padded_vocab_size(tp_size)
+    with HFWeights(folder) as files:
+        weights = {weight.name: weight for weight in planned_weights(family, model, files)}
+        targets = list(named_parameters(chunks))
+        _check(
+            folder, targets, {name: weight.layout.shape(model, padded_vocab, shard) for name, weight in weights.items()}
+        )
+        show = config.logging.progress_bar != "off" and torch.distributed.get_rank() == 0
+        size = sum(parameter.nbytes for _, parameter in targets)
+        with (
+            tqdm(
+                total=size, desc=f"loading {Path(folder).name}", unit="B", unit_scale=True, disable=not show
+            ) as progress,
+            torch.no_grad(),
+        ):
+            for name, parameter in targets:
+                weight = weights[name]
+                sources = [files[source] for source in weight.hf]
+                parameter.copy_(weight.layout.merge(sources, model, padded_vocab, shard))
+                progress.update(parameter.nbytes)
+
+
+def _check(folder: str | Path, targets: list[tuple[str, torch.nn.Parameter]], shapes: dict[str, Any]) -> None:
+    unknown = [name for name, _ in targets if name not in shapes]
+    if unknown:
+        raise ValueError(f"{folder} has no weights for these parameters of the model: {listed(unknown)}")
+    wrong = [
+        f"{name} is {list(parameter.shape)}, not {list(shapes[name])}"
+        for name, parameter in targets
+        if tuple(parameter.shape) != shapes[name]
+    ]
+    if wrong:
+        raise ValueError(f"the model was built for another shape than {folder} has: {listed(wrong)}")

@@ -1,0 +1,91 @@
+"""PreferenceDataset: rows by number, vocabulary check, and a split that belongs to the documents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_longpo.data.dataset import PreferenceDataset, split_sizes
+from megatron_longpo.data.document import TokenizedDocument
+from megatron_longpo.data.records import RecordWriter
+from tests.data.samples import random_document
+
+
+def make(prefix: Path, documents: list[TokenizedDocument]) -> PreferenceDataset:
+    with RecordWriter(prefix) as writer:
+        for document in documents:
+            writer.add(document)
+        writer.finish(tokenizer={"path": "some/tokenizer"})
+    return PreferenceDataset(prefix)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> PreferenceDataset:
+    return make(tmp_path / "pairs", [random_document(seed, num_turns=2) for seed in range(20)])
+
+
+def test_rows_carry_the_documents_number(dataset: PreferenceDataset) -> None:
+    assert len(dataset) == 20
+    row = dataset.row(13, "joint")
+    assert (row.id, row.number) == ("document-13", 13)
+    assert row.num_tokens == dataset.row_tokens("joint")[13]
+    assert [row.number for row in dataset.short_rows(13)] == [13, 13]
+    assert dataset[13] == random_document(13, num_turns=2)
+
+
+def test_lengths_of_a_missing_kind_are_an_error(tmp_path: Path) -> None:
+    dataset = make(tmp_path / "pairs", [replace(random_document(0), joint=None)])
+    assert len(dataset.row_tokens("independent")) == 1
+    with pytest.raises(ValueError, match="--turns independent"):
+        dataset.row_tokens("joint")
+    with pytest.raises(ValueError, match="--turns both"):
+        dataset.row_tokens("both")
+
+
+def test_a_token_beyond_the_vocabulary_names_both(dataset: PreferenceDataset) -> None:
+    largest = dataset.manifest.max_token_id
+    PreferenceDataset(dataset.prefix, vocab_size=largest + 1)
+    with pytest.raises(ValueError, match=f"token id {largest} .*vocabulary has {largest} .*some/tokenizer"):
+        PreferenceDataset(dataset.prefix, vocab_size=largest)
+
+
+def test_the_split_follows_the_documents_not_their_order(dataset: PreferenceDataset, tmp_path: Path) -> None:
+    shuffled = make(tmp_path / "shuffled", [dataset[number] for number in range(19, -1, -1)])
+    for one, other in zip(dataset.split("80,20"), shuffled.split("80,20"), strict=True):
+        assert {dataset[number].id for number in one} == {shuffled[number].id for number in other}
+
+
+def test_the_split_covers_every_document_once(dataset: PreferenceDataset) -> None:
+    parts = dataset.split("70,20,10")
+    assert [len(part) for part in parts] == [14, 4, 2]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(20))
+    assert all(np.array_equal(part, np.sort(part)) for part in parts)
+    assert [len(part) for part in dataset.split("100,0")] == [20, 0]
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=4).filter(any), st.integers(4, 500))
+def test_split_sizes_are_proportional(shares: list[int], num_documents: int) -> None:
+    sizes = split_sizes(",".join(map(str, shares)), num_documents)
+    assert sum(sizes) == num_documents
+    for share, size in zip(shares, sizes, strict=True):
+        exact = share / sum(shares) * num_documents
+        assert (size == 0) == (share == 0)
+        # At most one document off, except where smaller shares were lifted to one.
+        assert abs(size - exact) < 1 + len(shares)
+
+
+@pytest.mark.parametrize("shares", ["", "a,b", "98,-2", "0,0", "nan,1", "inf,1"])
+def test_unusable_shares_are_named(shares: str) -> None:
+    with pytest.raises(ValueError, match="--split"):
+        split_sizes(shares, 10)
+
+
+def test_more_parts_than_documents() -> None:
+    assert split_sizes("98,2", 2) == [1, 1]
+    with pytest.raises(ValueError, match="makes 2 parts and the dataset has 1 documents"):
+        split_sizes("98,2", 1)

@@ -1,0 +1,152 @@
+"""Tokenizers: offsets are characters of the text, special tokens come from the text alone, errors name the fix."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec, load_tokenizer
+from tests.data.conftest import CHATML_TEMPLATE, INST_TEMPLATE
+
+CHAT = [
+    {"role": "user", "content": "Where is the wörld? ✓"},
+    {"role": "assistant", "content": "Here."},
+    {"role": "user", "content": "And now?"},
+]
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(text=texts)
+def test_offsets_cover_the_text_in_order(tokenizer: ChatTokenizer, text: str) -> None:
+    rendered = tokenizer.render([{"role": "user", "content": text}])
+    ids, starts, ends = tokenizer.encode(rendered)
+    assert ids.dtype == np.int32 and len(ids) == len(starts) == len(ends)
+    assert (np.diff(starts) >= 0).all() and (np.diff(ends) >= 0).all() and (starts <= ends).all()
+    covered = np.zeros(len(rendered), dtype=bool)
+    for start, end in zip(starts, ends, strict=True):
+        covered[start:end] = True
+    assert covered.all()
+    assert ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+
+
+def test_nothing_is_added(tokenizer: ChatTokenizer) -> None:
+    ids, starts, ends = tokenizer.encode("")
+    assert len(ids) == len(starts) == len(ends) == 0
+    rendered = tokenizer.render(CHAT)
+    assert tokenizer.encode(rendered)[0].tolist().count(tokenizer.eos_id) == rendered.count("</s>") + rendered.count(
+        "<|im_end|>"
+    )
+
+
+def test_huggingface_agrees_with_transformers(huggingface_tokenizer: ChatTokenizer, huggingface_folder: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(huggingface_folder)
+    rendered = huggingface_tokenizer.render(CHAT, add_generation_prompt=True)
+    assert rendered == theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    expected = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert huggingface_tokenizer.encode(rendered)[0].tolist() == expected
+    assert huggingface_tokenizer.decode(expected) == rendered
+    assert huggingface_tokenizer.vocab_size == len(theirs)
+
+
+def test_truncation_and_padding_of_the_file_are_switched_off(huggingface_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(huggingface_folder, folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs.backend_tokenizer.enable_truncation(4)
+    theirs.backend_tokenizer.enable_padding(length=4)
+    theirs.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    assert len(load_tokenizer(folder).encode("a much longer text than four tokens")[0]) > 4
+    assert len(load_tokenizer(folder).encode("a")[0]) == 1
+
+
+def test_sentencepiece_control_symbols_become_their_ids(sentencepiece_tokenizer: ChatTokenizer) -> None:
+    ids, starts, ends = sentencepiece_tokenizer.encode("<s>Hi✓</s>")
+    assert ids[0] == 1 and ids[-1] == 2 == sentencepiece_tokenizer.eos_id
+    assert (starts[0], ends[0], starts[-1], ends[-1]) == (0, 3, 6, 10)
+    assert sentencepiece_tokenizer.decode(ids) == "Hi✓"
+    inner = sentencepiece_tokenizer.encode("Hi✓")
+    assert ids[1:-1].tolist() == inner[0].tolist()
+    assert (starts[1:-1] - 3).tolist() == inner[1].tolist()
+
+
+def test_sentencepiece_renders_its_template(sentencepiece_tokenizer: ChatTokenizer) -> None:
+    assert (
+        sentencepiece_tokenizer.render(CHAT)
+        == "<s>[INST] Where is the wörld? ✓ [/INST] Here.</s>[INST] And now? [/INST]"
+    )
+
+
+def test_a_template_that_refuses_is_an_error(huggingface_folder: Path, sentencepiece_file: Path) -> None:
+    system = [{"role": "system", "content": "Be brief."}]
+    for path in (huggingface_folder, sentencepiece_file):
+        tokenizer = load_tokenizer(path, chat_template=INST_TEMPLATE)
+        with pytest.raises(ValueError, match="refuses the conversation: only user and assistant"):
+            tokenizer.render(system)
+
+
+def test_a_template_that_prints_the_date_renders_the_same_every_day(
+    sentencepiece_file: Path, huggingface_folder: Path
+) -> None:
+    template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    )
+    for path in (sentencepiece_file, huggingface_folder):
+        assert load_tokenizer(path, chat_template=template).render(CHAT) == "26 Jul 2024"
+
+
+def test_hashes_tell_tokenizers_and_templates_apart(
+    huggingface_folder: Path,
+    huggingface_tokenizer: ChatTokenizer,
+    sentencepiece_tokenizer: ChatTokenizer,
+    tmp_path: Path,
+) -> None:
+    elsewhere = tmp_path / "copy"
+    shutil.copytree(huggingface_folder, elsewhere)
+    copy = load_tokenizer(elsewhere)
+    assert (copy.hash, copy.template_hash) == (huggingface_tokenizer.hash, huggingface_tokenizer.template_hash)
+    other = load_tokenizer(huggingface_folder, chat_template=INST_TEMPLATE)
+    assert other.hash == copy.hash and other.template_hash != copy.template_hash
+    assert sentencepiece_tokenizer.hash != copy.hash
+    assert sentencepiece_tokenizer.template_hash == other.template_hash
+
+
+def test_the_kind_is_told_by_the_path(sentencepiece_file: Path, huggingface_folder: Path) -> None:
+    assert TokenizerSpec(str(huggingface_folder)).load().template == CHATML_TEMPLATE
+    assert TokenizerSpec(str(sentencepiece_file), chat_template=INST_TEMPLATE).load().template == INST_TEMPLATE
+    with pytest.raises(ValueError, match="is a folder"):
+        load_tokenizer(huggingface_folder, "SentencePieceTokenizer", INST_TEMPLATE)
+    with pytest.raises(ValueError, match="is a file"):
+        load_tokenizer(sentencepiece_file, "HuggingFaceTokenizer")
+    with pytest.raises(ValueError, match="--tokenizer-type GPT2BPETokenizer is unknown"):
+        load_tokenizer(sentencepiece_file, "GPT2BPETokenizer", INST_TEMPLATE)
+
+
+def test_unusable_tokenizers_are_named_with_the_fix(
+    sentencepiece_file: Path, huggingface_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--tokenizer-model nowhere: there is no such folder or file"):
+        load_tokenizer("nowhere")
+    with pytest.raises(ValueError, match="has no chat template: pass one with --chat-template"):
+        load_tokenizer(sentencepiece_file)
+    base = tmp_path / "base"
+    shutil.copytree(huggingface_folder, base)
+    (base / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="has no chat template: pass one with --chat-template"):
+        load_tokenizer(base)
+    assert load_tokenizer(base, chat_template=INST_TEMPLATE).template == INST_TEMPLATE
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"(?s)cannot load a tokenizer.*tokenizer\.json"):
+        load_tokenizer(empty)
+    broken = tmp_path / "broken.model"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        load_tokenizer(broken, chat_template=INST_TEMPLATE)
