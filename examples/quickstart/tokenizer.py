@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 class TokenizerSettings:
     """What the tokenizer depends on, apart from the corpus."""
 
-    vocab_size: int = 4096
+    vocab_size: int = 2048
 
 
 def train_tokenizer(corpus: Path, folder: Path, settings: TokenizerSettings) -> None:

@@ -42,7 +42,7 @@ def all_gather_attention(
     Raises:
         ValueError: Shapes do not fit the layout or each other.
     """
-    check_shapes(q, k, v, layout.local_tokens, layout.local_tokens)
+    check_shapes(q, k, v, layout.local_tokens)
     return _AllGatherAttention.apply(q, k, v, layout, cp_group, scale)
 
 

@@ -40,7 +40,7 @@ def all_to_all_attention(
     Raises:
         ValueError: The key/value heads do not divide over the ranks; shapes do not fit the layout or each other.
     """
-    check_shapes(q, k, v, layout.local_tokens, layout.local_tokens)
+    check_shapes(q, k, v, layout.local_tokens)
     if k.shape[1] % layout.cp_size:
         raise ValueError(
             f"--cp-comm-type a2a splits heads over context-parallel ranks, but {k.shape[1]} key/value heads per "

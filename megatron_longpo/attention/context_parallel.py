@@ -47,7 +47,7 @@ def context_parallel_attention(
             f"a row laid out for {layout.cp_size} context-parallel ranks in a group of {cp_size}: build the batch with "
             "the --context-parallel-size of the model"
         )
-    if cp_size == 1:
+    if cp_group is None or cp_size == 1:
         return shared_prefix_attention(q, k, v, layout, scale)
     if comm_type not in COMM_TYPES:
         raise ValueError(f"--cp-comm-type {comm_type!r} is not one of {', '.join(COMM_TYPES)}")

@@ -1,6 +1,6 @@
-"""The plain twin of shared-prefix attention: one mask, one softmax. It allocates [T, T]; for tests."""
+"""The plain twin of shared-prefix attention, for tests: one boolean mask, one softmax, scores of [T, T] in memory."""
 
-# T=tokens N=query heads M=key/value heads D=head_dim
+# T=tokens of the padded row N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from megatron_longpo.data.layout import PREFIX, RowLayout
 
 
 def dense_mask(layout: RowLayout) -> torch.Tensor:
-    """Which key every query of a row sees: bool ``[T, T]`` in row order; rows and columns of padding are False."""
-    size = layout.padded_tokens
-    mask = torch.zeros(size, size, dtype=torch.bool)
+    """Which key every query sees: bool ``[T, T]``, queries first, row order. Rows and columns of padding are False."""
+    mask = torch.zeros(layout.padded_tokens, layout.padded_tokens, dtype=torch.bool)
     for segment in layout.segments:
         own = slice(segment.start, segment.stop)
         mask[own, own] = torch.ones(segment.num_tokens, segment.num_tokens, dtype=torch.bool).tril()
@@ -21,24 +20,23 @@ def dense_mask(layout: RowLayout) -> torch.Tensor:
     return mask
 
 
-def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, scale: float | None = None
-) -> torch.Tensor:
-    """softmax(q·kᵀ·scale)·v under `dense_mask`.
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, scale: float) -> torch.Tensor:
+    """What `shared_prefix_attention` computes, from the same arguments, differentiated by autograd.
 
     Args:
-        q: ``[T, N, D]``, the whole padded row.
-        k: ``[T, M, D]``, M dividing N.
-        v: Like ``k``.
+        q: ``[T, N, D]``.
+        k: ``[T, G, D]``.
+        v: ``[T, G, D]``.
         layout: The row.
-        scale: 1/√D by default.
+        scale: Factor on the scores.
 
     Returns:
-        ``[T, N, D]``; 0 at padding.
+        ``[T, N, D]``; zero for padding.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     mask = dense_mask(layout).to(q.device)
-    scores = (torch.einsum("qnd,knd->nqk", q, k) * scale).masked_fill(~mask, -torch.inf)
-    probabilities = scores.softmax(dim=-1).masked_fill(~mask.any(dim=1)[:, None], 0.0)
-    return torch.einsum("nqk,knd->qnd", probabilities, v)
+    scores = torch.einsum("qnd,knd->nqk", q, k) * scale
+    # A finite filler and a second masking, so that a row of padding comes out as zeros and not as NaN.
+    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+    return torch.einsum("nqk,knd->qnd", weights, v)

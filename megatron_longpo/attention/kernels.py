@@ -1,29 +1,75 @@
-"""The attention kernels behind one small interface: attention that also returns its log-sum-exp, and its backward.
+"""The attention kernels of torch behind one interface: causal squares and full rectangles that return log-sum-exps.
 
-All tensors are rows, tokens first, one batch: q ``[Tq, N, D]``, k and v ``[Tk, M, D]`` with M dividing N (grouped-query
-attention), out ``[Tq, N, D]``, lse ``[Tq, N]``. Strides are free but for the last dimension.
+Each kernel takes views of row tensors, tokens first, so callers slice rows and copy nothing. Grouped queries: the N
+query heads come in G groups of N / G neighbours, and each group shares one of the G key/value heads.
 """
 
-# Tq,Tk=query and key tokens N=query heads M=key/value heads D=head_dim
+# Tq=queries Tk=keys N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 
 aten = torch.ops.aten
-Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+NO_DROPOUT = 0.0
 
 
-class AttentionKernel(Protocol):
-    """Attention over one tile: causal (square) or full (any shape)."""
+class AttentionKernel(ABC):
+    """One kernel with its backward.
+
+    A causal call is square, Tq == Tk. The backward takes the output and log-sum-exp of the WHOLE attention of its
+    queries, over all of their keys, of which this call may be a part: its weights ``exp(score - lse)`` and its
+    ``rowsum(grad_out * out)`` are then those of the whole softmax, so gradients of parts just add up.
+    """
+
+    @abstractmethod
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of q on k and v.
+
+        Args:
+            q: ``[Tq, N, D]``, last dimension contiguous, other strides free.
+            k: ``[Tk, G, D]``, likewise.
+            v: ``[Tk, G, D]``, likewise.
+            causal: Query i sees keys 0..i.
+            scale: Factor on the scores.
+
+        Returns:
+            Output ``[Tq, N, D]`` in q's dtype; log-sum-exp of the scaled scores ``[N, Tq]`` in fp32 (fp64 for fp64).
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """This call's share of the gradients of q ``[Tq, N, D]``, k and v ``[Tk, G, D]``; ``lse`` is ``[N, Tq]``."""
+
+
+class CpuFlashKernel(AttentionKernel):
+    """torch's CPU flash attention: fp64, fp32, bf16, fp16; grouped queries natively; any strides.
+
+    Its causal mask is anchored top left, which on a square is the only one there is.
+    """
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns out in the input's dtype and lse in fp32 (fp64 for fp64)."""
-        ...
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
+            _heads_first(q), _heads_first(k), _heads_first(v), NO_DROPOUT, causal, scale=scale
+        )
+        return _tokens_first(out), lse[0]
 
     def backward(
         self,
@@ -35,172 +81,152 @@ class AttentionKernel(Protocol):
         lse: torch.Tensor,
         causal: bool,
         scale: float,
-    ) -> Triple:
-        """Returns this tile's share of (grad_q, grad_k, grad_v).
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+            _heads_first(grad_out),
+            _heads_first(q),
+            _heads_first(k),
+            _heads_first(v),
+            _heads_first(out),
+            lse.unsqueeze(0),
+            NO_DROPOUT,
+            causal,
+            scale=scale,
+        )
+        return _tokens_first(dq), _tokens_first(dk), _tokens_first(dv)
 
-        ``out`` and ``lse`` are those of the queries over ALL their tiles: with them exp(q·k − lse) is the probability
-        in the whole softmax, so that shares of different tiles add up to the gradient.
-        """
-        ...
 
+class CudaFlashKernel(AttentionKernel):
+    """torch's FlashAttention on CUDA: bf16 and fp16, ``[batch, tokens, heads, head_dim]``, grouped queries natively.
 
-def select_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
-    """The kernel for a device and dtype.
-
-    Raises:
-        ValueError: There is none.
+    Deterministic if ``torch.use_deterministic_algorithms`` is on.
     """
-    if device.type == "cpu":
-        return CpuFlash()
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        return CudaFlash()
-    if device.type == "cuda" and dtype == torch.float32:
-        return CudaEfficient()
-    raise ValueError(f"no attention kernel for {dtype} on {device.type}: use --bf16, or fp32")
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if q.shape[2] % 8 or q.shape[2] > 256:
+            raise ValueError(
+                f"--kv-channels {q.shape[2]}: flash attention on CUDA needs a multiple of 8 that is at most 256"
+            )
+        out, lse, *_ = aten._flash_attention_forward.default(
+            q.unsqueeze(0),
+            k.unsqueeze(0),
+            v.unsqueeze(0),
+            None,  # no cumulative lengths: one dense sequence
+            None,
+            q.shape[0],
+            k.shape[0],
+            NO_DROPOUT,
+            causal,
+            False,  # no debug mask
+            scale=scale,
+        )
+        return out[0], lse[0]
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        no_random_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # read with dropout only
+        dq, dk, dv = aten._flash_attention_backward.default(
+            grad_out.unsqueeze(0),
+            q.unsqueeze(0),
+            k.unsqueeze(0),
+            v.unsqueeze(0),
+            out.unsqueeze(0),
+            lse.contiguous().unsqueeze(0),  # the kernel reads it by address and ignores strides
+            None,
+            None,
+            q.shape[0],
+            k.shape[0],
+            NO_DROPOUT,
+            causal,
+            no_random_state,
+            no_random_state,
+            scale=scale,
+        )
+        return dq[0], dk[0], dv[0]
+
+
+class CudaEfficientKernel(AttentionKernel):
+    """torch's memory-efficient attention on CUDA, for fp32: it has no grouped queries, so key/value heads are repeated.
+
+    fp32 on a GPU serves parity tests; training runs in bf16.
+    """
+
+    LSE_MULTIPLE = 32
+    """The kernel reads log-sum-exps in aligned blocks, of which the last one is padded."""
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention.default(
+            _heads_first(q),
+            _heads_first(_repeat_heads(k, q)),
+            _heads_first(_repeat_heads(v, q)),
+            None,  # no bias
+            True,  # return the log-sum-exp
+            NO_DROPOUT,
+            causal,
+            scale=scale,
+        )
+        return _tokens_first(out), lse[0, :, : q.shape[0]]
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # A weight exp(score - inf) is 0, so padding adds nothing.
+        padded_lse = torch.nn.functional.pad(lse, (0, -q.shape[0] % self.LSE_MULTIPLE), value=torch.inf)
+        no_random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read with dropout only
+        dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward.default(
+            _heads_first(grad_out),
+            _heads_first(q),
+            _heads_first(_repeat_heads(k, q)),
+            _heads_first(_repeat_heads(v, q)),
+            None,
+            _heads_first(out.contiguous()),  # its row stride is taken for N * D
+            padded_lse.contiguous().unsqueeze(0),
+            no_random_state,
+            no_random_state,
+            NO_DROPOUT,
+            [True, True, True, False],  # gradients of q, k and v; none of the bias
+            causal,
+            scale=scale,
+        )
+        return _tokens_first(dq), _sum_heads(_tokens_first(dk), k), _sum_heads(_tokens_first(dv), v)
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """[T, N, D] as [1, N, T, D], or lse [T, N] as [1, N, T]; a view."""
-    return x.transpose(0, 1)[None]
+    """``[T, N, D]`` as ``[1, N, T, D]``, a view."""
+    return x.transpose(0, 1).unsqueeze(0)
 
 
 def _tokens_first(x: torch.Tensor) -> torch.Tensor:
-    return x[0].transpose(0, 1)
+    """``[1, N, T, D]`` as ``[T, N, D]``, a view."""
+    return x.squeeze(0).transpose(0, 1)
 
 
-class CpuFlash:
-    """torch's flash attention for the CPU: fp64, fp32, bf16, grouped-query heads natively both ways."""
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AttentionKernel.forward`."""
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            _heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=scale
-        )
-        return _tokens_first(out), _tokens_first(lse)
-
-    def backward(
-        self,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-        scale: float,
-    ) -> Triple:
-        """See `AttentionKernel.backward`."""
-        rows = [_heads_first(x) for x in (grad_out, q, k, v, out, lse)]
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(*rows, 0.0, causal, scale=scale)
-        return tuple(_tokens_first(grad) for grad in grads)  # type: ignore[return-value]
+def _repeat_heads(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """``[Tk, G, D]`` to ``[Tk, N, D]``."""
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
 
 
-class CudaFlash:
-    """torch's FlashAttention-2 for CUDA: bf16 and fp16, grouped-query heads natively, layout [1, T, N, D]."""
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AttentionKernel.forward`."""
-        out, lse, *_ = aten._flash_attention_forward(
-            q[None], k[None], v[None], None, None, len(q), len(k), 0.0, causal, False, scale=scale
-        )
-        return out[0], lse[0].transpose(0, 1)
-
-    def backward(
-        self,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-        scale: float,
-    ) -> Triple:
-        """See `AttentionKernel.backward`."""
-        # The random state is read by dropout alone, which is off.
-        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
-        grads = aten._flash_attention_backward(
-            grad_out[None].contiguous(),
-            q[None],
-            k[None],
-            v[None],
-            out[None],
-            _heads_first(lse).contiguous(),
-            None,
-            None,
-            len(q),
-            len(k),
-            0.0,
-            causal,
-            unused,
-            unused,
-            scale=scale,
-        )
-        return tuple(grad[0] for grad in grads)  # type: ignore[return-value]
-
-
-class CudaEfficient:
-    """torch's memory-efficient attention for CUDA, for fp32; it has no grouped-query heads, so keys are expanded."""
-
-    _LSE_ALIGNMENT = 32
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `AttentionKernel.forward`."""
-        k, v = self._expand(k, q), self._expand(v, q)
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            _heads_first(q), _heads_first(k), _heads_first(v), None, True, 0.0, causal, scale=scale
-        )
-        return _tokens_first(out), _tokens_first(lse)[: len(q)]
-
-    def backward(
-        self,
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        causal: bool,
-        scale: float,
-    ) -> Triple:
-        """See `AttentionKernel.backward`."""
-        groups = k.shape[1]
-        keys, values = self._expand(k, q), self._expand(v, q)
-        # The kernel reads whole blocks of the log-sum-exp; +inf gives the rows behind the end probability 0.
-        padding = -len(lse) % self._LSE_ALIGNMENT
-        padded = torch.nn.functional.pad(lse.float(), (0, 0, 0, padding), value=torch.inf)
-        zero = torch.zeros((), dtype=torch.int64, device=q.device)
-        grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
-            _heads_first(grad_out),
-            _heads_first(q),
-            _heads_first(keys),
-            _heads_first(values),
-            None,
-            _heads_first(out),
-            _heads_first(padded).contiguous(),
-            zero,
-            zero,
-            0.0,
-            [True, True, True, False],
-            causal,
-            scale=scale,
-        )
-        return (
-            _tokens_first(grad_q),
-            self._sum_groups(_tokens_first(grad_k), groups),
-            self._sum_groups(_tokens_first(grad_v), groups),
-        )
-
-    @staticmethod
-    def _expand(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-    @staticmethod
-    def _sum_groups(grad: torch.Tensor, groups: int) -> torch.Tensor:
-        return grad.unflatten(1, (groups, -1)).sum(dim=2)
+def _sum_heads(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Gradient ``[Tk, N, D]`` of repeated heads to that of the heads themselves, ``[Tk, G, D]``."""
+    return grad.unflatten(1, (like.shape[1], -1)).sum(2)

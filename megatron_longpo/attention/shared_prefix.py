@@ -1,123 +1,172 @@
-"""Shared-prefix attention on one rank: tiles computed by a kernel, merged by log-sum-exp, differentiated as one.
+"""Attention over a shared-prefix row as ONE autograd function: tiles merged by log-sum-exp.
 
-It is one autograd function because its backward must call every tile's kernel with the log-sum-exp and output of the
-WHOLE row of the mask. Merging parts with ordinary autograd and weights taken as constants looks right, and has wrong
-query and key gradients: the weights depend on them.
+Forward: partial results of a query over disjoint keys, each with its log-sum-exp l_i, merge exactly:
+``out = Σ exp(l_i − l) out_i`` with ``l = log Σ exp(l_i)``; it is FlashAttention's own rescaling, between kernel calls.
+Backward: every tile's kernel is given the merged out and l, so its gradients are those of the whole softmax already.
+Letting autograd differentiate the merge instead, with its weights held constant, gives wrong dq and dk.
 """
 
-# Tq=queries that this rank holds Tk=keys of the whole row N=query heads M=key/value heads D=head_dim
+# T=local queries S=keys of the row N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from megatron_longpo.attention.kernels import AttentionKernel, select_kernel
-from megatron_longpo.attention.tiles import QueryBlock, plan
+from megatron_longpo.attention.kernels import AttentionKernel
+from megatron_longpo.attention.selection import select_kernel
+from megatron_longpo.attention.tiles import Plan, plan
 from megatron_longpo.data.layout import RowLayout
 
 
 def shared_prefix_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: RowLayout,
-    scale: float | None = None,
-    cp_rank: int | None = None,
-    kernel: AttentionKernel | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, scale: float
 ) -> torch.Tensor:
-    """Attention of a row under the shared-prefix mask. No collectives.
+    """Attention of a whole row that this rank holds in row order. No collectives.
 
     Args:
-        q: ``[Tq, N, D]``; the whole padded row, or the tokens that context-parallel rank ``cp_rank`` holds.
-        k: ``[Tk, M, D]``; the whole padded row in row order, M dividing N.
-        v: Like ``k``.
-        layout: Where prefix and branches lie.
-        scale: Factor on the scores; 1/√D by default.
-        cp_rank: Whose queries ``q`` holds; None is the whole row.
-        kernel: Computes the tiles; chosen by device and dtype by default.
+        q: ``[T, N, D]``, T = ``layout.padded_tokens``.
+        k: ``[T, G, D]``, N a multiple of G.
+        v: ``[T, G, D]``.
+        layout: The row. Its context-parallel size only says how the row is padded.
+        scale: Factor on the scores, ``1 / sqrt(D)`` as a rule.
 
     Returns:
-        ``[Tq, N, D]``; 0 at padding.
+        ``[T, N, D]``, contiguous, in q's dtype; rows of padding are zero and pass no gradient.
+
+    Raises:
+        ValueError: Shapes do not fit the layout or each other.
     """
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    return _TiledAttention.apply(q, k, v, plan(layout, cp_rank), scale, kernel or select_kernel(q.device, q.dtype))
+    check_shapes(q, k, v, layout.padded_tokens)
+    return _SharedPrefixAttention.apply(q, k, v, plan(layout), scale)
 
 
-class _TiledAttention(torch.autograd.Function):
-    """Attention over a plan of tiles."""
+class _SharedPrefixAttention(torch.autograd.Function):
+    """Saves q, k, v, out and the log-sum-exps ``[N, T]``; no score matrix, no partial result."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        blocks: tuple[QueryBlock, ...],
-        scale: float,
-        kernel: AttentionKernel,
-    ) -> torch.Tensor:
-        covered = sum(block.stop - block.start for block in blocks) == len(q)
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        lse = torch.empty(q.shape[:2], dtype=_accumulator(q.dtype), device=q.device)
-        if not covered:
-            out.zero_(), lse.zero_()
-        for block in blocks:
-            rows = slice(block.start, block.stop)
-            out[rows], lse[rows] = _merged(q, k, v, block, scale, kernel)
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Plan, scale: float) -> torch.Tensor:
+        q, k, v = compact(q), compact(k), compact(v)
+        out, lse = forward_tiles(q, k, v, tiles, scale, select_kernel(q.device, q.dtype))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.blocks, ctx.scale, ctx.kernel, ctx.covered = blocks, scale, kernel, covered
+        ctx.tiles, ctx.scale = tiles, scale
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        make = torch.empty if ctx.covered else torch.zeros
-        grad_q = make(q.shape, dtype=q.dtype, device=q.device)
-        # Tiles of many queries add up in a key's gradient.
-        grad_k = torch.zeros(k.shape, dtype=lse.dtype, device=k.device)
-        grad_v = torch.zeros(v.shape, dtype=lse.dtype, device=v.device)
-        for block in ctx.blocks:
-            block_grad: torch.Tensor | None = None
-            for tile in block.tiles:
-                rows, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
-                tile_q, tile_k, tile_v = ctx.kernel.backward(
-                    grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], tile.causal, ctx.scale
-                )
-                grad_k[keys] += tile_k
-                grad_v[keys] += tile_v
-                if block_grad is None:
-                    block_grad = tile_q if len(block.tiles) == 1 else tile_q.to(lse.dtype)
-                else:
-                    block_grad[tile.query_start - block.start : tile.query_stop - block.start] += tile_q
-            grad_q[block.start : block.stop] = block_grad
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+        kernel = select_kernel(q.device, q.dtype)
+        dq, dk, dv = backward_tiles(grad_out, q, k, v, out, lse, ctx.tiles, ctx.scale, kernel)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _merged(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: QueryBlock, scale: float, kernel: AttentionKernel
+def forward_tiles(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Plan, scale: float, kernel: AttentionKernel
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp of one block over all of its tiles."""
-    out: torch.Tensor | None = None
-    lse: torch.Tensor | None = None
-    for tile in block.tiles:
-        rows, keys = slice(tile.query_start, tile.query_stop), slice(tile.key_start, tile.key_stop)
+    """Run a plan.
+
+    Args:
+        q: ``[T, N, D]``.
+        k: ``[S, G, D]``.
+        v: ``[S, G, D]``.
+        tiles: A plan of T queries and S keys.
+        scale: Factor on the scores.
+        kernel: Computes one tile.
+
+    Returns:
+        Output ``[T, N, D]`` in q's dtype, log-sum-exp ``[N, T]`` in fp32 (fp64 for fp64); both zero for padding.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=lse_dtype, device=q.device)
+    for start, stop in tiles.unstored_queries:
+        out[start:stop].zero_()
+        lse[:, start:stop].zero_()
+    for tile in tiles.tiles:
+        rows, keys = tile.queries, tile.keys
         tile_out, tile_lse = kernel.forward(q[rows], k[keys], v[keys], tile.causal, scale)
-        if out is None or lse is None:
-            if len(block.tiles) == 1:
-                return tile_out, tile_lse
-            out, lse = tile_out.to(tile_lse.dtype), tile_lse.clone()
-            continue
-        here = slice(tile.query_start - block.start, tile.query_stop - block.start)
-        total = torch.logaddexp(lse[here], tile_lse)
-        out[here].mul_((lse[here] - total).exp()[..., None])
-        out[here].add_(tile_out * (tile_lse - total).exp()[..., None])
-        lse[here] = total
-    assert out is not None and lse is not None
+        if tile.queries_first:
+            out[rows].copy_(tile_out)
+            lse[:, rows].copy_(tile_lse)
+        else:
+            _merge(out[rows], lse[:, rows], tile_out, tile_lse)
     return out, lse
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, tile_out: torch.Tensor, tile_lse: torch.Tensor) -> None:
+    """Merge a tile into ``out`` ``[Tq, N, D]`` and ``lse`` ``[N, Tq]`` in place, computing in the dtype of ``lse``.
+
+    The weight of the tile, exp(l_tile) / (exp(l) + exp(l_tile)), is a sigmoid, which cannot overflow.
+    """
+    weight = torch.sigmoid(tile_lse - lse).t().unsqueeze(-1)
+    out.copy_(torch.lerp(out.to(lse.dtype), tile_out.to(lse.dtype), weight))
+    lse.copy_(torch.logaddexp(lse, tile_lse))
+
+
+def backward_tiles(
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: Plan,
+    scale: float,
+    kernel: AttentionKernel,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `forward_tiles`, whose arguments and results these are.
+
+    Returns:
+        dq ``[T, N, D]`` in q's dtype; dk and dv ``[S, G, D]``, in fp32 if several tiles add to them in half precision.
+    """
+    key_dtype = torch.promote_types(k.dtype, torch.float32) if tiles.adds_keys else k.dtype
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk = torch.empty(k.shape, dtype=key_dtype, device=k.device)
+    dv = torch.empty(v.shape, dtype=key_dtype, device=v.device)
+    for start, stop in tiles.unstored_queries:
+        dq[start:stop].zero_()
+    for start, stop in tiles.unstored_keys:
+        dk[start:stop].zero_()
+        dv[start:stop].zero_()
+    for tile in tiles.tiles:
+        rows, keys = tile.queries, tile.keys
+        tile_dq, tile_dk, tile_dv = kernel.backward(
+            grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], tile.causal, scale
+        )
+        _store_or_add(dq[rows], tile_dq, tile.queries_first)
+        _store_or_add(dk[keys], tile_dk, tile.keys_first)
+        _store_or_add(dv[keys], tile_dv, tile.keys_first)
+    return dq, dk, dv
+
+
+def _store_or_add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
+    if first:
+        total.copy_(part)
+    else:
+        total.add_(part)
+
+
+def compact(x: torch.Tensor) -> torch.Tensor:
+    """x in storage of its own, copied only if it is a view of something larger.
+
+    Saved for backward, a view of the fused query-key-value projection would keep all of that projection alive.
+    """
+    alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
+    return x if alone else x.clone(memory_format=torch.contiguous_format)
+
+
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_tokens: int) -> None:
+    """Raise a ValueError unless q is ``[num_tokens, N, D]``, k and v ``[num_tokens, G, D]`` and N a multiple of G."""
+    if not len(q) == len(k) == len(v) == num_tokens:
+        raise ValueError(
+            f"attention got {len(q)} queries, {len(k)} keys and {len(v)} values for a layout of {num_tokens} tokens: "
+            "build the row and its RowLayout with the same context-parallel size and row_multiple"
+        )
+    if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention needs k and v of one shape and query heads in a multiple of theirs, got q {tuple(q.shape)}, "
+            f"k {tuple(k.shape)}, v {tuple(v.shape)}"
+        )

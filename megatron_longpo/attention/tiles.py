@@ -1,29 +1,32 @@
-"""Which kernel calls make shared-prefix attention: the mask of a row cut into causal squares and full rectangles.
+"""Cut the attention of a row into kernel calls: squares with a causal mask and full rectangles, nothing else.
 
-Any kernel that returns (out, log-sum-exp) can compute a square-causal or a full tile; tiles of the same queries are
-merged by their log-sum-exp. For one document on one rank the tiles are
+    prefix on itself      causal square
+    branches on prefix    one rectangle for all branches of a document that lie side by side
+    branch on itself      causal square
 
-    prefix on prefix (causal) · all branches on the prefix (one rectangle) · each branch on itself (causal).
-
-A context-parallel rank holds two chunks of every segment (zigzag); each chunk sees the chunks before it as a rectangle
-and itself causally. True tokens only: padding is in no tile.
+Under context parallelism a rank holds zigzag chunks of every segment as queries, with all keys at hand. A chunk then
+attends by a rectangle to the earlier chunks of its segment and by a causal square to itself. A plan is pure integers,
+covers every allowed (query, key) pair exactly once and never touches padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from itertools import groupby
+from itertools import groupby, pairwise
 
-from megatron_longpo.data.layout import PREFIX, RowLayout
+from megatron_longpo.data.layout import PREFIX, RowLayout, Segment
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel call: queries [query_start, query_stop) on keys [key_start, key_stop).
+    """One kernel call: a range of the local queries on a range of the row's keys.
 
-    Queries count in the order in which the rank holds them, keys in row order. A causal tile is square.
+    ``queries_first`` says that no earlier tile of the plan has any of these queries, ``keys_first`` the same of its
+    keys: such a tile may store its result, where others must merge or add theirs to what is there.
     """
 
     query_start: int
@@ -31,69 +34,141 @@ class Tile:
     key_start: int
     key_stop: int
     causal: bool
+    queries_first: bool
+    keys_first: bool
+
+    @property
+    def queries(self) -> slice:
+        """Rows of the local query tensor."""
+        return slice(self.query_start, self.query_stop)
+
+    @property
+    def keys(self) -> slice:
+        """Rows of the whole row's key and value tensors."""
+        return slice(self.key_start, self.key_stop)
 
 
 @dataclass(frozen=True)
-class QueryBlock:
-    """Adjacent queries and all tiles that touch them. The first tile covers the whole block."""
+class Plan:
+    """The tiles of one rank, in the order to compute them.
 
-    start: int
-    stop: int
+    Args:
+        tiles: The kernel calls.
+        unstored_queries: Ranges of local queries that no ``queries_first`` tile stores to: padding. They hold zero.
+        unstored_keys: Ranges of keys that no ``keys_first`` tile stores to. Their gradients start from zero.
+    """
+
     tiles: tuple[Tile, ...]
+    unstored_queries: tuple[Span, ...]
+    unstored_keys: tuple[Span, ...]
+
+    @property
+    def adds_keys(self) -> bool:
+        """Whether several tiles share a key, so that their gradients add up."""
+        return not all(tile.keys_first for tile in self.tiles)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring true tokens of a segment that a rank holds: ``local`` is their place there, ``row`` in the row."""
+
+    segment: Segment
+    local: int
+    row: int
+    length: int
+
+    @property
+    def queries(self) -> Span:
+        return self.local, self.local + self.length
 
 
 @lru_cache(maxsize=256)
-def plan(layout: RowLayout, cp_rank: int | None = None) -> tuple[QueryBlock, ...]:
-    """The query blocks of a row, in order; blocks do not overlap, and queries outside of all blocks are padding.
+def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
+    """The tiles of one context-parallel rank, or of the whole row.
 
     Args:
         layout: The row.
-        cp_rank: Whose queries; None takes the whole padded row in row order.
+        cp_rank: Queries are the zigzag chunks of this rank, in its local order. None: queries are the whole padded row
+            in row order, as they are at size 1 and after heads were exchanged for tokens.
+
+    Returns:
+        The plan, cached: equal layouts share one.
     """
+    tiles: list[Tile] = []
+    for _, runs in groupby(_runs(layout, cp_rank), key=lambda run: run.segment.document):
+        tiles += _of_document(list(runs))
+    num_queries = layout.padded_tokens if cp_rank is None else layout.local_tokens
+    return Plan(
+        tuple(tiles),
+        _complement([(t.query_start, t.query_stop) for t in tiles if t.queries_first], num_queries),
+        _complement([(t.key_start, t.key_stop) for t in tiles if t.keys_first], layout.padded_tokens),
+    )
+
+
+def _runs(layout: RowLayout, cp_rank: int | None) -> Iterator[_Run]:
+    """The true tokens that a rank holds, in local order; chunks that are neighbours in the row come as one run."""
     if cp_rank is None:
-        pieces = [(s, s.start, s.start + s.padded_tokens) for s in layout.segments]
-    else:
-        pieces = list(layout.chunks(cp_rank))
-    blocks: list[QueryBlock] = []
+        yield from (_Run(segment, segment.start, segment.start, segment.num_tokens) for segment in layout.segments)
+        return
+    previous: _Run | None = None
     local = 0
-    for segment, start, stop in pieces:
-        num_queries = min(stop, segment.stop) - start
-        if num_queries > 0:
-            tiles = [Tile(local, local + num_queries, start, start + num_queries, causal=True)]
-            if start > segment.start:
-                tiles.insert(0, Tile(local, local + num_queries, segment.start, start, causal=False))
-            if segment.branch != PREFIX:
-                prefix_stop = segment.prefix_start + segment.prefix_tokens
-                tiles.insert(0, Tile(local, local + num_queries, segment.prefix_start, prefix_stop, causal=False))
-            blocks.append(QueryBlock(local, local + num_queries, tuple(tiles)))
+    for segment, start, stop in layout.chunks(cp_rank):
+        run = _Run(segment, local, start, min(stop, segment.stop) - start)
         local += stop - start
-    return tuple(_merged(blocks))
+        if run.length <= 0:
+            continue
+        if previous and previous.segment == segment and previous.row + previous.length == start:
+            run = _Run(segment, previous.local, previous.row, previous.length + run.length)
+        elif previous:
+            yield previous
+        previous = run
+    if previous:
+        yield previous
 
 
-def _merged(blocks: list[QueryBlock]) -> list[QueryBlock]:
-    """Join adjacent blocks that begin with a rectangle on the same keys: one large kernel call for all branches."""
-    run = 0
-    runs = []
-    for previous, block in zip([None, *blocks], blocks, strict=False):
-        first = block.tiles[0]
-        joins = (
-            previous is not None
-            and previous.stop == block.start
-            and not first.causal
-            and not previous.tiles[0].causal
-            and (previous.tiles[0].key_start, previous.tiles[0].key_stop) == (first.key_start, first.key_stop)
-        )
-        run += not joins
-        runs.append((run, block))
-    joined = []
-    for _, group in groupby(runs, key=lambda item: item[0]):
-        members = [block for _, block in group]
-        start, stop = members[0].start, members[-1].stop
-        first = members[0].tiles[0]
-        rest = [tile for block in members for tile in block.tiles[1:]]
-        joined.append(
-            QueryBlock(start, stop, (Tile(start, stop, first.key_start, first.key_stop, first.causal), *rest))
-            if len(members) > 1
-            else members[0]
-        )
-    return joined
+def _of_document(runs: list[_Run]) -> list[Tile]:
+    """The tiles of one document, which shares no query and no key with another."""
+    tiles: list[Tile] = []
+    for queries, keys, causal in _shapes(runs):
+        queries_first = all(_disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
+        keys_first = all(_disjoint(keys, (t.key_start, t.key_stop)) for t in tiles)
+        tiles.append(Tile(*queries, *keys, causal, queries_first, keys_first))
+    return tiles
+
+
+def _shapes(runs: list[_Run]) -> Iterator[tuple[Span, Span, bool]]:
+    """Queries, keys and whether the mask is causal, of every tile of a document in the order to compute them.
+
+    The longest key ranges come first, so that later gradients mostly add to what an earlier tile has stored.
+    """
+    yield from _on_prefix(run for run in runs if run.segment.branch != PREFIX)
+    for run in reversed(runs):
+        if run.row > run.segment.start:
+            yield run.queries, (run.segment.start, run.row), False
+        yield run.queries, (run.row, run.row + run.length), True
+
+
+def _on_prefix(branch_runs: Iterable[_Run]) -> Iterator[tuple[Span, Span, bool]]:
+    """Rectangles of one document's branches on its whole prefix; runs side by side share one."""
+    pending: Span | None = None
+    keys = (0, 0)
+    for run in branch_runs:
+        keys = (run.segment.prefix_start, run.segment.prefix_start + run.segment.prefix_tokens)
+        if pending and pending[1] == run.local:
+            pending = (pending[0], run.local + run.length)
+            continue
+        if pending:
+            yield pending, keys, False
+        pending = run.queries
+    if pending:
+        yield pending, keys, False
+
+
+def _disjoint(a: Span, b: Span) -> bool:
+    return a[1] <= b[0] or b[1] <= a[0]
+
+
+def _complement(spans: Iterable[Span], length: int) -> tuple[Span, ...]:
+    """The ranges of ``range(length)`` outside disjoint spans."""
+    edges = [(0, 0), *sorted(spans), (length, length)]
+    return tuple((stop, start) for (_, stop), (start, _) in pairwise(edges) if stop < start)

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.conversion.layouts import Columns, GateUp, Layout, QueryKeyValue, Replicated, Vocabulary
+from megatron_longpo.conversion.torch_dist import Place
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Weight:
     def name(self) -> str:
         """The Megatron parameter's name with the layer's number."""
         return self.megatron.format(self.layer)
+
+    def place(self, num_layers: int) -> Place:
+        """Where a checkpoint of a model with this many layers has it."""
+        if self.layer is None:
+            return Place(self.megatron)
+        return Place(self.megatron.replace(".{}", ""), self.layer, num_layers)
 
     def of_layer(self, layer: int) -> Weight:
         """The same parameter of one layer."""

@@ -249,19 +249,21 @@ class _IntoTensor(DefaultLoadPlanner):
 class _MetadataUnpickler(pickle.Unpickler):
     """Makes the classes that checkpoint metadata is made of, and nothing else: a checkpoint may come from anywhere."""
 
+    _PACKAGES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if _is_known(module) else None
-        if isinstance(found, type | torch.dtype | torch.layout | torch.memory_format):
-            return found
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return found
+        if module == "torch":
+            found = getattr(torch, name, None)
+            if found is torch.Size or isinstance(found, torch.dtype):
+                return found
+        elif (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        elif "." not in name and (module in ("pathlib", "collections") or module.startswith(self._PACKAGES)):
+            found = super().find_class(module, name)
+            # What a module merely imports is not its own.
+            if isinstance(found, type) and found.__module__ == module:
+                return found
         raise pickle.UnpicklingError(f"{module}.{name} is no part of checkpoint metadata")
-
-
-def _is_known(module: str) -> bool:
-    known = ("torch", "torch.serialization", "pathlib", "collections")
-    packages = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
-    return module in known or module.startswith(packages)
 
 
 def _read_metadata(folder: Path) -> Metadata:

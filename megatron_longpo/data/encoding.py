@@ -6,8 +6,8 @@ up to shortly before the first difference, and only the rest is encoded.
 
 Tokens depend on the text around them, so the rest is encoded with context before it, and the two token sequences must
 agree on a stretch in between, id by id and character by character; where they do not, the whole text is encoded. (A
-unigram tokenizer may cut a tie, such as a run of one character, differently depending on where it started; both cuts are
-equally probable.)
+unigram tokenizer may cut a tie, such as a run of one character, differently depending on where it started; both cuts
+are equally probable.)
 
     last text    |--- tokens kept ------------|= must agree =|-- (unused)
     this text              |-- (unused: cut) -|= must agree =|-- encoded again ---|

@@ -48,9 +48,10 @@ def preprocess(options: PreprocessOptions, progress: bool = True) -> Manifest:
                 truncated.append({**about, **outcome.truncated})
             writer.add(outcome.document)
         if writer.num_documents == 0:
+            num_dropped = sum(len(rows) for rows in dropped.values())
             counts = ", ".join(f"{len(rows)} because {DROP_REASONS[name]}" for name, rows in dropped.items() if rows)
             raise ValueError(
-                f"all {bar.n} documents were dropped ({counts}), so nothing is written to {options.output_prefix}: "
+                f"all {num_dropped} documents were dropped ({counts}), so {options.output_prefix} is not written; "
                 f"raise --max-seq-length, or cut documents with --truncate-document"
             )
         return writer.finish(

@@ -1,17 +1,21 @@
-"""Token log-probs from hidden states without the logits of a whole row: token-chunked, vocab-parallel, recomputed.
+"""Log-probs of chosen next tokens from hidden states, without ever holding the logits of a whole row.
 
-At 512K tokens and a vocabulary of 152K the logits of one row are 319 GB in fp32. Here only one chunk of them exists at
-a time; the backward pass computes each chunk again, one more matrix product in exchange for all of that memory.
+The logits of 512K tokens over a vocabulary of 152K take 319 GB in fp32. Here they exist for ``chunk_tokens``
+predictions at a time, in one buffer that every chunk reuses, and backward computes them again: one more matrix product
+on top of the three that a linear layer costs. The vocabulary may be split over tensor-parallel ranks.
 """
 
-# T=tokens of the row K=predictions C=predictions of a chunk H=hidden_size V=vocabulary rows of this rank
+# T=tokens of the row H=hidden_size V=vocabulary rows of this rank K=predictions c=predictions of one chunk
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 
 def linear_logprobs(
@@ -24,31 +28,83 @@ def linear_logprobs(
     chunk_tokens: int = 1024,
     tp_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """log softmax(hidden[source] · weightᵀ)[target] of every prediction.
+    """``log softmax(hidden[source_index] @ weight.T)[targets]``, computed chunk by chunk.
 
-    Collectives: 2 tensor-parallel all-reduces forward (max of ``[K]``, sum of ``[2, K]``), 0 backward: under tensor
-    parallelism the caller passes ``hidden`` through Megatron's ``copy_to_tensor_model_parallel_region`` (or the
-    gather of sequence parallelism), whose backward sums the gradient over ranks.
+    Logits are fp32 whatever the weights are: a preference is a small difference of large sums of log-probs, which
+    logits rounded to bf16 would drown. Nothing here waits for the device.
+
+    Collectives: 2 TP all-reduces forward for the whole row (MAX of ``[K]``, SUM of ``[2, K]``), 0 backward. The
+    gradient of ``hidden`` is this rank's part of a sum over TP: the caller takes ``hidden`` from Megatron's
+    ``copy_to_tensor_model_parallel_region`` or ``gather_from_sequence_parallel_region``, which add it up.
 
     Args:
-        hidden: ``[T, H]``, the row after the final norm; the whole row on every tensor-parallel rank.
-        weight: ``[V, H]``, this rank's rows of the vocabulary: rank r holds rows r·V to (r+1)·V.
-        source_index: int64 ``[K]``, the row of ``hidden`` that makes each prediction; may repeat.
-        targets: int64 ``[K]``, token ids over the whole vocabulary.
-        vocab_size: True size of the vocabulary; the padding rows behind it get no probability.
+        hidden: ``[T, H]``, fp64, fp32, bf16 or fp16.
+        weight: ``[V, H]``, this rank's rows of the LM head, of the same dtype. Its gradient is summed in fp32.
+        source_index: int64 ``[K]``, the row of ``hidden`` that makes each prediction. It may repeat: the last token of
+            a prefix predicts the first token of every branch.
+        targets: int64 ``[K]``, token ids of the whole vocabulary. One outside of it has log-prob -inf.
+        vocab_size: The true vocabulary over all ranks; rows of the weight beyond it are padding and get no
+            probability. None: no row is padding.
         chunk_tokens: Predictions whose logits exist at one time.
-        tp_group: Ranks that share the vocabulary; None for one rank.
+        tp_group: The ranks that the vocabulary is split over, in rank order. None or one rank: not split.
 
     Returns:
-        fp32 ``[K]`` (fp64 for fp64 input).
+        ``[K]``, fp32 (fp64 for fp64), the same on every rank of ``tp_group``.
     """
-    if tp_group is not None and tp_group.size() == 1:
-        tp_group = None
+    assert hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
+    assert source_index.shape == targets.shape and targets.dim() == 1, (source_index.shape, targets.shape)
+    assert hidden.dtype == weight.dtype and chunk_tokens > 0, (hidden.dtype, weight.dtype, chunk_tokens)
     return _LinearLogprobs.apply(hidden, weight, source_index, targets, vocab_size, chunk_tokens, tp_group)
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """Which columns of the vocabulary this rank's logits are."""
+
+    start: int  # global token id of column 0
+    num_tokens: int  # columns that are tokens; those behind them are padding
+    vocab_size: int  # tokens over all ranks
+
+    @staticmethod
+    def of(weight: torch.Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> _Shard:
+        columns = weight.shape[0]
+        rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+        total = min(vocab_size or columns * size, columns * size)
+        return _Shard(rank * columns, min(max(total - rank * columns, 0), columns), total)
+
+    def find(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of the targets, int64 ``[c, 1]``, and whether they are here at all, bool ``[c, 1]`` (else column 0)."""
+        column = (targets - self.start)[:, None]
+        here = (column >= 0) & (column < self.num_tokens)
+        return column.masked_fill(~here, 0), here
+
+
+@dataclass
+class _Chunk:
+    """The logits of a few predictions. They lie in a buffer that the next chunk overwrites; work on them in place."""
+
+    rows: slice  # which of the K predictions
+    hidden: torch.Tensor  # [c, H], the states that predict
+    logits: torch.Tensor  # [c, V], fp32 (fp64 for fp64); -inf in the padding columns
+
+
+def _chunks(
+    hidden: torch.Tensor, weight: torch.Tensor, source_index: torch.Tensor, chunk_tokens: int, shard: _Shard
+) -> Iterator[_Chunk]:
+    """Logits of one chunk of predictions after another; forward and backward see the same ones, bit by bit."""
+    num_predictions = len(source_index)
+    # Fresh memory costs page faults (CPU) or fragmentation (CUDA) for every chunk: one buffer serves them all.
+    buffer = weight.new_empty(min(chunk_tokens, num_predictions), weight.shape[0], dtype=_wide(weight.dtype))
+    for start in range(0, num_predictions, chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, num_predictions))
+        states = hidden.index_select(0, source_index[rows]).to(weight.dtype)
+        logits = _product(states, weight.t(), out=buffer[: len(states)])
+        logits[:, shard.num_tokens :] = -torch.inf
+        yield _Chunk(rows, states, logits)
+
+
 class _LinearLogprobs(torch.autograd.Function):
-    """Forward keeps the log-sum-exp of every prediction, so that backward needs one pass and no collective."""
+    """Forward keeps one number per prediction, the log of its partition sum; backward recomputes the logits from it."""
 
     @staticmethod
     def forward(
@@ -59,74 +115,96 @@ class _LinearLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         vocab_size: int | None,
         chunk_tokens: int,
-        tp_group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        first = 0 if tp_group is None else tp_group.rank() * len(weight)
-        own_rows = len(weight) if vocab_size is None else min(len(weight), max(0, vocab_size - first))
-        ctx.own_rows, ctx.first, ctx.chunk_tokens = own_rows, first, chunk_tokens
-
-        num_predictions = len(targets)
-        largest = torch.full((num_predictions,), -torch.inf, dtype=dtype, device=hidden.device)
-        sums = torch.zeros((2, num_predictions), dtype=dtype, device=hidden.device)  # Σ exp, target's logit
-        for part in _chunks(num_predictions, chunk_tokens):
-            if own_rows == 0:
-                break
-            logits = _logits(hidden, weight, source_index[part], own_rows, dtype)
-            column, is_own = _own_columns(targets[part], first, own_rows)
-            sums[1, part] = logits.gather(1, column).squeeze(1) * is_own
-            largest[part] = logits.amax(dim=1)
-            sums[0, part] = logits.sub_(largest[part, None]).exp_().sum(dim=1)
-        if tp_group is not None:
-            shard_largest = largest.clone()
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=tp_group)
-            sums[0] *= (shard_largest - largest).exp()
-            dist.all_reduce(sums, group=tp_group)
-        log_sum_exp = largest + sums[0].log()
-        ctx.save_for_backward(hidden, weight, source_index, targets, log_sum_exp)
-        return sums[1] - log_sum_exp
+        shard = _Shard.of(weight, vocab_size, group)
+        # Row 0 becomes the log of the sum of exponentials, row 1 the target's logit.
+        stats = weight.new_empty(2, len(targets), dtype=_wide(weight.dtype))
+        for chunk in _chunks(hidden, _operand(weight), source_index, chunk_tokens, shard):
+            column, here = shard.find(targets[chunk.rows])
+            stats[1, chunk.rows] = chunk.logits.gather(1, column).masked_fill_(~here, 0.0)[:, 0]
+            stats[0, chunk.rows] = _logsumexp_(chunk.logits)
+        if group is not None and group.size() > 1 and len(targets):
+            _combine_(stats, group)
+        log_total, target_logit = stats
+        ctx.save_for_backward(hidden, weight, source_index, targets, log_total)
+        ctx.shard, ctx.chunk_tokens = shard, chunk_tokens
+        outside = (targets < 0) | (targets >= shard.vocab_size)
+        return (target_logit - log_total).masked_fill_(outside, -torch.inf)
 
     @staticmethod
-    def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, source_index, targets, log_sum_exp = ctx.saved_tensors
-        dtype = log_sum_exp.dtype
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        # Many chunks add up here: in bf16 the sum would lose what later chunks bring.
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
-        for part in _chunks(len(targets), ctx.chunk_tokens):
-            if ctx.own_rows == 0:
-                break
-            source, scale = source_index[part], grad_logps[part, None].to(dtype)
-            logits = _logits(hidden, weight, source, ctx.own_rows, dtype)
-            # d logp / d logits = onehot(target) - softmax
-            grad_logits = logits.sub_(log_sum_exp[part, None]).exp_().mul_(-scale)
-            column, is_own = _own_columns(targets[part], ctx.first, ctx.own_rows)
-            grad_logits.scatter_add_(1, column, scale * is_own[:, None])
-            grad_logits = grad_logits.to(hidden.dtype)
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[Any, ...]:
+        hidden, weight, source_index, targets, log_total = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        multiplied = _operand(weight)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        sum_weight = _ProductSum(weight) if needs_weight else None
+        narrow = None
+        for chunk in _chunks(hidden, multiplied, source_index, ctx.chunk_tokens, ctx.shard):
+            rows = chunk.rows
+            # d logp / d logits = onehot - p. Its negative is made in place, and sign and incoming gradient go into the
+            # factors [c, H] below, V / H times smaller than the logits.
+            error = chunk.logits.sub_(log_total[rows, None]).exp_()
+            column, here = ctx.shard.find(targets[rows])
+            error.scatter_add_(1, column, -here.to(error.dtype))
+            if multiplied.dtype != error.dtype:
+                # Tensor cores multiply operands of one half-precision type.
+                narrow = torch.empty_like(error, dtype=multiplied.dtype) if narrow is None else narrow[: len(error)]
+                error = narrow.copy_(error)
+            scale = -grad_logps[rows, None]
             if grad_hidden is not None:
-                grad_hidden.index_add_(0, source, grad_logits @ weight[: ctx.own_rows])
-            if grad_weight is not None:
-                rows = grad_weight[: ctx.own_rows]
-                if rows.dtype == hidden.dtype:
-                    rows.addmm_(grad_logits.T, hidden[source])
-                else:
-                    rows += grad_logits.T @ hidden[source]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 5
+                product = _product(error, multiplied).mul_(scale)
+                grad_hidden.index_add_(0, source_index[rows], product.to(grad_hidden.dtype))
+            if sum_weight is not None:
+                sum_weight.add(error.t(), (chunk.hidden * scale).to(error.dtype))
+        return grad_hidden, None if sum_weight is None else sum_weight.total.to(weight.dtype), *(None,) * 5
 
 
-def _chunks(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, log-probs and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, source: torch.Tensor, own_rows: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Logits of one chunk over this rank's true vocabulary rows: ``[C, own_rows]``, fresh memory."""
-    return (hidden[source] @ weight[:own_rows].T).to(dtype)
+def _operand(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as matrix products take it. Only CUDA multiplies half precision into fp32; others need fp32 factors."""
+    return weight if weight.is_cuda else weight.to(_wide(weight.dtype))
 
 
-def _own_columns(targets: torch.Tensor, first: int, own_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The targets as columns of this rank ``[C, 1]``, clamped, and which of them truly are this rank's ``[C]``."""
-    column = targets - first
-    is_own = (column >= 0) & (column < own_rows)
-    return column.clamp(0, own_rows - 1)[:, None], is_own
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``a @ b`` in fp32 (fp64 for fp64); half-precision factors are accumulated and returned in fp32."""
+    if a.dtype == _wide(a.dtype):
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+class _ProductSum:
+    """A sum of matrix products of the weight's shape, in fp32 (fp64 for fp64): its gradient over all chunks."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.total = torch.zeros_like(weight, dtype=_wide(weight.dtype), memory_format=torch.contiguous_format)
+        self.scratch: torch.Tensor | None = None
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.dtype == self.total.dtype:
+            self.total.addmm_(a, b)
+            return
+        # torch.addmm with out_dtype takes an fp32 summand only in the newest versions.
+        self.scratch = torch.empty_like(self.total) if self.scratch is None else self.scratch
+        self.total.add_(_product(a, b, out=self.scratch))
+
+
+def _logsumexp_(logits: torch.Tensor) -> torch.Tensor:
+    """``log Σ exp`` over each row, -inf for a row of nothing else; destroys the logits instead of copying them."""
+    # The floor keeps a rank that holds only padding from computing -inf - -inf.
+    largest = logits.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    return logits.sub_(largest).exp_().sum(dim=1).log_().add_(largest[:, 0])
+
+
+def _combine_(stats: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Turn every rank's (log of partition sum, target logit) ``[2, K]`` into those of the whole vocabulary."""
+    largest = stats[0].clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    stats[0].sub_(largest).exp_()
+    dist.all_reduce(stats, op=dist.ReduceOp.SUM, group=group)
+    stats[0].log_().add_(largest)

@@ -35,11 +35,6 @@ from megatron_longpo.training.distributed import is_rank_0
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_FILE = "run.yaml"
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    # The gather on save then runs over gloo from host memory, on any machine.
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-}
 
 
 @dataclasses.dataclass
@@ -51,6 +46,15 @@ class Progress:
     skipped_steps: int = 0
     sampler: dict[str, Any] = dataclasses.field(default_factory=dict)
     reference_fingerprint: str | None = None
+
+
+def _format() -> dict[str, Any]:
+    """How the distributed optimizer's state is written; a new dictionary each time, since Megatron adds to it."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # The gather on save then runs over gloo from host memory, on any machine.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
 
 
 def iteration_folder(folder: str | Path, iteration: int) -> Path:
@@ -139,12 +143,12 @@ class Checkpointer:
             "parallel_sizes": _parallel_sizes(),
         } | self._model_state()
         if self.optimizer is not None and not settings.no_save_optim:
-            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=False, metadata=_OPTIMIZER_FORMAT)
+            state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=False, metadata=_format())
             state["opt_param_scheduler"] = self.scheduler.state_dict()
         if not settings.no_save_rng:
             state["rng_state"] = _rng_state()
         request = dist_checkpointing.save(
-            state, str(partial), async_sharded_save=settings.async_save, content_metadata=_OPTIMIZER_FORMAT
+            state, str(partial), async_sharded_save=settings.async_save, content_metadata=_format()
         )
 
         def publish() -> None:
@@ -215,7 +219,7 @@ class Checkpointer:
 
     def _model_state(self) -> dict[str, Any]:
         return {
-            key: unwrap(chunk).sharded_state_dict(metadata=_OPTIMIZER_FORMAT)
+            key: unwrap(chunk).sharded_state_dict(metadata=_format())
             for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True)
         }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,9 +58,10 @@ class Trainer:
         config, progress = self.config, self.progress
         reference = None
         if config.objective.needs_reference:
-            reference, progress.reference_fingerprint = reference_logprobs(
-                config, self.dataset, self.chunks, progress.reference_fingerprint
-            )
+            with self.whole_weights():
+                reference, progress.reference_fingerprint = reference_logprobs(
+                    config, self.dataset, self.chunks, progress.reference_fingerprint
+                )
         micro_batches = MicroBatches(config, self.dataset, reference)
         self.sampler = self._sampler()
         reporter = Reporter(config, is_rank_0(), self.total_steps, progress.iteration)
@@ -168,7 +171,7 @@ class Trainer:
         totals: dict[str, float] = {}
         for chunk in self.chunks:
             chunk.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.whole_weights():
             for group, counted in evaluation_batches(micro_batches, numbers):
                 outputs = run_schedule(
                     self.config,
@@ -190,7 +193,8 @@ class Trainer:
         progress = self.progress
         # The sampler itself has been read ahead of training.
         progress.sampler = self.sampler.state_dict() | {"consumed_samples": progress.consumed_samples}
-        folder = self.checkpointer.save(progress)
+        with self.whole_weights():
+            folder = self.checkpointer.save(progress)
         verb = "saving" if self.config.checkpoint.async_save else "saved"
         reporter.print(f"{verb} checkpoint at iteration {progress.iteration} to {folder}")
 
@@ -230,9 +234,20 @@ class Trainer:
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             settings.no_sync_func = no_sync[0] if one else no_sync
-        if self.config.parallel.overlap_param_gather:
+
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Every rank's weights are complete inside: what ``--overlap-param-gather`` put off is done first."""
+        overlap = self.config.parallel.overlap_param_gather
+        if overlap:
             for chunk in self.chunks:
-                chunk.enable_forward_pre_hook()
+                chunk.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            if overlap:
+                for chunk in self.chunks:
+                    chunk.enable_forward_pre_hook()
 
     def _all_ids(self, ids: list[str]) -> list[str]:
         gathered: list[Any] = [None] * dist.get_world_size()

@@ -87,7 +87,8 @@ def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str,
         trainer = Trainer(config, dataset)
         reference = None
         if config.objective.needs_reference:
-            reference, _ = reference_logprobs(config, dataset, trainer.chunks, None)
+            with trainer.whole_weights():
+                reference, _ = reference_logprobs(config, dataset, trainer.chunks, None)
         batch = next(training_batches(MicroBatches(config, dataset, reference), trainer._sampler()))
         if config.parallel.use_distributed_optimizer:
             # Its gradients lie in shards: compare the weights after the step instead.
@@ -110,7 +111,8 @@ def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str,
             elif gradients_to:
                 trainer.optimizer.step()
         if gradients_to:
-            Checkpointer(config, trainer.chunks).save(Progress(iteration=1))
+            with trainer.whole_weights():
+                Checkpointer(config, trainer.chunks).save(Progress(iteration=1))
     finally:
         parallel_state.destroy_model_parallel()
     return {name: value for name, value in metrics.items() if "/" in name or name == "loss"}
@@ -121,9 +123,11 @@ def run_all(rank: int, cases: list[tuple[list[str], str, str | None]]) -> list[d
 
 
 def load_tensors(rank: int, folders: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        name: dist_checkpointing.load_plain_tensors(str(Path(folder) / "iter_0000001")) for name, folder in folders.items()
-    }
+    def floats(folder: str) -> dict[str, torch.Tensor]:
+        loaded = dist_checkpointing.load_plain_tensors(str(Path(folder) / "iter_0000001"))
+        return {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+    return {name: floats(folder) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +185,6 @@ def save_random_model(rank: int, data: str, folder: str) -> None:
 def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], what: str) -> None:
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        if not expected.is_floating_point():
-            continue
         # Vocabulary padding depends on TP and holds nothing.
         rows = min(len(expected), len(ours[name]))
         difference = (ours[name][:rows] - expected[:rows]).norm() / expected.norm().clamp_min(1e-30)
@@ -191,11 +193,15 @@ def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.
 
 @pytest.mark.parametrize(("objective", "layout"), CASES)
 def test_layout_equals_one_process(results: dict[str, Any], objective: str, layout: str) -> None:
-    expected = results["single"][objective]
+    expected = dict(results["single"][objective])
+    # DPO's reference is the model itself at first: margins are 0 up to rounding, and their sign says nothing.
+    ignored = {"rewards/accuracies"} if objective == "dpo" else set()
     for rank in results["metrics"][objective, layout]:
-        assert rank == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert rank.keys() == expected.keys()
+        compared = {name: value for name, value in rank.items() if name not in ignored}
+        assert compared == pytest.approx({name: expected[name] for name in compared}, rel=1e-5, abs=1e-6)
     gradients = results["tensors"][f"one {objective}"]
-    assert max(g.abs().max() for g in gradients.values() if g.is_floating_point()) > 1e-2
+    assert len(gradients) > 5 and all(gradient.norm() > 1e-3 for gradient in gradients.values())
     assert_equal_tensors(results["tensors"][f"{objective} {layout}"], gradients, "gradient")
 
 

@@ -1,0 +1,84 @@
+"""Folders to convert into: checked before any long work, filled under another name, complete or empty in the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_longpo.files import sync_file, sync_folder
+
+_PARTIAL = ".partial"
+
+
+def check_target(folder: str | Path, num_bytes: int, overwrite: bool) -> None:
+    """Refuse a target that holds something, or whose disk is too small.
+
+    Args:
+        folder: What ``--save`` gives; need not exist.
+        num_bytes: Size of what will be written.
+        overwrite: Whether ``--overwrite`` was given.
+
+    Raises:
+        ValueError: It is a file, is not empty, or its disk has too little room.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--save {folder} is a file; give a folder")
+    held = sorted(path.name for path in folder.iterdir() if path.name != _PARTIAL) if folder.is_dir() else []
+    if held and not overwrite:
+        shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
+        raise ValueError(f"--save {folder} is not empty ({shown}): give another folder, or --overwrite")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if num_bytes > free:
+        raise ValueError(
+            f"--save {folder}: the result takes {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free"
+        )
+
+
+@contextmanager
+def filled_folder(folder: str | Path, stale: Collection[str], last: str) -> Iterator[Path]:
+    """A folder to write into, whose content is moved to ``folder`` when the block ends without an error.
+
+    It lies inside ``folder``, so on the same disk even where that is a mount. ``last`` is what readers look for first:
+    it goes away before anything else and comes back after everything else, so that a process that is killed at any
+    moment leaves the old content, the new, or none that looks complete.
+
+    Args:
+        folder: Where the content goes.
+        stale: Names or patterns of old content to remove, besides what is replaced by name.
+        last: Name of the file that makes the content complete.
+    """
+    folder = Path(folder)
+    partial = folder / _PARTIAL
+    existed = folder.is_dir()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+        (folder / last).unlink(missing_ok=True)
+        sync_folder(folder)
+        for pattern in stale:
+            for path in folder.glob(pattern):
+                _remove(path)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+            _remove(folder / path.name)
+            os.rename(path, folder / path.name)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not existed and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""Hugging Face folder → ``torch_dist`` checkpoint for any TP, PP and DP size, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from tqdm import tqdm
+
+from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.conversion.families import Weight
+from megatron_longpo.conversion.hf_config import read_hf_folder
+from megatron_longpo.conversion.hf_weights import HFWeights
+from megatron_longpo.conversion.plan import planned_weights
+from megatron_longpo.conversion.target import check_target, filled_folder
+from megatron_longpo.conversion.torch_dist import LazyTensor, write_tensors
+from megatron_longpo.training.checkpoint import RUN_FILE, TRACKER
+
+PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""What ``--params-dtype`` can ask for."""
+
+_RELEASE = "release"
+"""Megatron-LM's name for a checkpoint that no training step made."""
+
+_WITH_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "q_layernorm", "k_layernorm", "final_layernorm")
+"""Modules whose (empty) extra state Megatron asks a checkpoint for; the norms' under Transformer Engine only."""
+
+
+def convert_to_megatron(
+    hf_model: str | Path,
+    save: str | Path,
+    *,
+    params_dtype: str | None = None,
+    rotary_base: float | None = None,
+    max_position_embeddings: int | None = None,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> RunConfig:
+    """Write ``SAVE/release`` and the tracker file that names it.
+
+    Weights keep their bits unless ``params_dtype`` asks for another type. The checkpoint records the model's shape as
+    the trainer's flags, and the original RoPE base as that of the reference model.
+
+    Args:
+        hf_model: The folder to convert.
+        save: Must be empty or absent, unless ``overwrite``.
+        params_dtype: ``bf16``, ``fp32``, or None for that of the files.
+        rotary_base, max_position_embeddings: Replace those of config.json.
+        overwrite: Replace an earlier conversion.
+        show_progress: Show a progress bar of bytes.
+
+    Returns:
+        The configuration recorded in the checkpoint.
+
+    Raises:
+        ValueError: Anything that would end in a wrong or incomplete checkpoint, before anything is written.
+    """
+    source = read_hf_folder(hf_model)
+    model = dataclasses.replace(
+        source.model,
+        rotary_base=rotary_base or source.model.rotary_base,
+        max_position_embeddings=max_position_embeddings or source.model.max_position_embeddings,
+    )
+    with HFWeights(hf_model) as files:
+        weights = planned_weights(source.family, model, files)
+        dtype = _stored_dtype(files, weights, params_dtype)
+        config = RunConfig.from_flat_dict(
+            {
+                **_flags_of(model),
+                "reference_rotary_base": source.model.rotary_base,
+                "bf16": dtype == torch.bfloat16,
+            }
+        )
+        tensors = [_lazy(weight, model, files, dtype) for weight in weights]
+        num_bytes = sum(tensor.num_bytes for tensor in tensors)
+        _refuse_training_run(Path(save))
+        check_target(save, num_bytes, overwrite)
+        with (
+            filled_folder(save, stale=[_RELEASE], last=TRACKER) as folder,
+            tqdm(total=num_bytes, desc="converting", unit="B", unit_scale=True, disable=not show_progress) as progress,
+        ):
+            release = folder / _RELEASE
+            release.mkdir()
+            write_tensors(release, tensors, set(_state_names(weights, model.num_layers)), progress.update)
+            common = {"args": Namespace(**config.to_flat_dict()), "checkpoint_version": 3.0, "iteration": 0}
+            torch.save(common, release / "common.pt")
+            config.dump_yaml(release / RUN_FILE)
+            # Megatron takes a folder with this file for a checkpoint.
+            save_config(CheckpointingConfig("torch_dist"), str(release))
+            (folder / TRACKER).write_text(_RELEASE)
+    return config
+
+
+def _flags_of(model: ModelConfig) -> dict[str, object]:
+    flat = dataclasses.replace(RunConfig(), model=model).to_flat_dict()
+    return {field.name: flat[field.name] for field in dataclasses.fields(ModelConfig)}
+
+
+def _stored_dtype(files: HFWeights, weights: list[Weight], params_dtype: str | None) -> torch.dtype:
+    if params_dtype is not None:
+        return PARAMS_DTYPES[params_dtype]
+    found = {files.tensors[name].dtype for weight in weights for name in weight.hf}
+    if len(found) > 1:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise ValueError(f"{files.folder} mixes tensors of {names}: choose with --params-dtype bf16 or fp32")
+    return found.pop()
+
+
+def _lazy(weight: Weight, model: ModelConfig, files: HFWeights, dtype: torch.dtype) -> LazyTensor:
+    # Rows for TP 1; other sizes need other padding, which Megatron adds and cuts when it loads.
+    padded_vocab = model.padded_vocab_size(1)
+
+    def make() -> torch.Tensor:
+        files.release()  # pages of the tensors before
+        return weight.layout.merge([files[name] for name in weight.hf], model, padded_vocab)
+
+    return LazyTensor(weight.place(model.num_layers), weight.layout.shape(model, padded_vocab), dtype, make)
+
+
+def _state_names(weights: list[Weight], num_layers: int) -> Iterator[str]:
+    """Unique keys of the extra states of the modules that have these weights."""
+    for weight in weights:
+        place = weight.place(num_layers)
+        module = place.key.rpartition(".")[0]
+        if module.endswith(_WITH_STATE):
+            shard = "0_1" if place.layer is None else f"{place.layer}_{num_layers}"
+            yield f"{module}._extra_state/shard_{shard}"
+
+
+def _refuse_training_run(folder: Path) -> None:
+    steps = sorted(path.name for path in folder.glob("iter_*"))
+    if steps:
+        raise ValueError(f"--save {folder} holds checkpoints of a training run ({steps[0]}): give another folder")
