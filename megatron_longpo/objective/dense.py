@@ -1,4 +1,4 @@
-"""The plain twin of `megatron_longpo.objective.logprobs`: all logits at once, by autograd. For tests and small sizes."""
+"""The plain twin of `megatron_longpo.objective.logprobs`: all logits at once, by autograd; for tests."""
 
 # T=tokens of the row H=hidden_size V=vocabulary K=predictions
 

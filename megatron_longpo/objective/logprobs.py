@@ -73,7 +73,7 @@ class _Shard:
         return _Shard(rank * columns, min(max(total - rank * columns, 0), columns), total)
 
     def find(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns of the targets, int64 ``[c, 1]``, and whether they are here at all, bool ``[c, 1]`` (else column 0)."""
+        """Columns of the targets, int64 ``[c, 1]``, and whether they are here at all, bool ``[c, 1]``."""
         column = (targets - self.start)[:, None]
         here = (column >= 0) & (column < self.num_tokens)
         return column.masked_fill(~here, 0), here
@@ -167,7 +167,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _operand(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as matrix products take it. Only CUDA multiplies half precision into fp32; others need fp32 factors."""
+    """The weight as matrix products take it: only CUDA multiplies half precision into fp32, others want fp32 factors."""
     return weight if weight.is_cuda else weight.to(_wide(weight.dtype))
 
 

@@ -104,7 +104,7 @@ def preference_loss(
     turn_margins = chosen - rejected
     margins = turn_margins.sum(dim=1)
     if config.turn_reduction == "mean":
-        share = turn_mask / turn_mask.sum(dim=1, keepdim=True)
+        share = turn_mask.to(margins.dtype) / turn_mask.sum(dim=1, keepdim=True)
         losses = -(share * logsigmoid(turn_margins)).sum(dim=1)
         accuracies = (share * (turn_margins > 0)).sum(dim=1)
     else:

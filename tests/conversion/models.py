@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -94,3 +95,17 @@ def run_config(folder: Path, **flags: Any) -> RunConfig:
     values = {"load_hf": str(folder), "use_cpu": True, "progress_bar": "off", "seq_length": 64} | flags
     config = RunConfig.from_flat_dict(values, explicit=values)
     return config.with_model(read_hf_model(folder)).with_device_defaults("local", "gloo")
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the safetensors files of a folder."""
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """The same names, types and bits."""
+    ours, theirs = weights_of(one), weights_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert value.view(torch.uint8).equal(theirs[name].view(torch.uint8)), name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -126,14 +127,14 @@ def by_hand(config: ObjectiveConfig, case: Case, logps: torch.Tensor) -> tuple[t
         answers = [t.rejected if config.objective == "sft-rejected" else t.chosen for t in document.turns]
         conversations = [document.between[t] + answers[t] for t in range(len(answers))]
         if config.turns == "joint":
-            nll = -logps[document.prefix + sum(conversations, [])].mean()
+            nll = -logps[[*document.prefix, *itertools.chain(*conversations)]].mean()
         else:
             nll = -torch.stack([logps[document.prefix + tokens].mean() for tokens in conversations]).mean()
         chosen = [logps[t.chosen].sum() for t in document.turns]
         rejected = [logps[t.rejected].sum() for t in document.turns]
         if config.objective in ("longpo", "dpo"):
-            reward_chosen = [config.beta * (c - reference[t.chosen].sum()) for c, t in zip(chosen, document.turns)]  # noqa: B905
-            reward_rejected = [config.beta * (r - reference[t.rejected].sum()) for r, t in zip(rejected, document.turns)]  # noqa: B905
+            reward_chosen = [config.beta * (logps[t.chosen] - reference[t.chosen]).sum() for t in document.turns]
+            reward_rejected = [config.beta * (logps[t.rejected] - reference[t.rejected]).sum() for t in document.turns]
             if config.turn_reduction == "sum":
                 margin = sum(reward_chosen) - sum(reward_rejected)
                 preference = -torch.log(torch.sigmoid(margin))

@@ -53,14 +53,13 @@ def test_equals_the_equations(config: ObjectiveConfig) -> None:
 
 def test_the_default_is_the_papers() -> None:
     """λ 0.01, β 0.1, one sigmoid over the rewards summed over turns."""
-    case = make_case(ObjectiveConfig())
-    (document,) = make_case(ObjectiveConfig(), (2,)).documents
     case = make_case(ObjectiveConfig(), (2,))
+    (document,) = case.documents
     p, q = case.logps, case.predictions.reference_logps
     chosen = [k for turn in document.turns for k in turn.chosen]
     rejected = [k for turn in document.turns for k in turn.rejected]
     margin = 0.1 * ((p[chosen] - q[chosen]).sum() - (p[rejected] - q[rejected]).sum())
-    nll = -p[document.prefix + sum(document.between, []) + chosen].mean()
+    nll = -p[document.prefix + document.between[0] + document.between[1] + chosen].mean()
     losses, _ = objective_loss(ObjectiveConfig(), p, case.predictions)
     torch.testing.assert_close(losses[0], 0.01 * -torch.log(torch.sigmoid(margin)) + nll, rtol=1e-12, atol=0)
 
