@@ -2,25 +2,30 @@
 
 Megatron-Core assumes CUDA in a few dozen places. On a machine without it `prepare` gives the modules listed in
 `_MODULES_THAT_NAME_CUDA` a stand-in for the global name ``torch`` that answers for the CPU; ``torch`` itself stays
-untouched, and so does every other package. On CUDA `prepare` changes nothing but the resume fix of `_fix_zero1_resume`.
+untouched, and so does every other package. On CUDA `prepare` only mends what is wrong there too (`_fix_zero1_resume`,
+`_tie_checkpoint_manager_to_its_rank`).
 Each adapter says when it can be removed. All were checked against the versions in `CHECKED_VERSIONS`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
+import multiprocessing
 import os
 import resource
 import sys
 import types
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import megatron.core
 import torch
 from packaging.version import Version
 from torch.overrides import TorchFunctionMode
+
+from megatron_longpo.processes import die_with_parent
 
 CHECKED_VERSIONS = ("0.16", "0.19")
 """Megatron-Core release series on which the adapters below were run."""
@@ -123,6 +128,7 @@ def prepare(use_cpu: bool = False) -> None:
         _use_cpu_rng_tracker()
         _replace_grad_clipping()
     _fix_zero1_resume()
+    _tie_checkpoint_manager_to_its_rank()
     _prepared = True
 
 
@@ -281,6 +287,23 @@ def _fix_zero1_resume() -> None:
     upstream.state_dict = fixed_state_dict
     upstream.load_state_dict = fixed_load_state_dict
     upstream._set_main_param_and_optimizer_states = fixed_set_states
+
+
+def _tie_checkpoint_manager_to_its_rank() -> None:
+    """Let the process that carries results of checkpoint writers end with its rank, also when that is killed.
+
+    Remove when Megatron's writer needs no manager process, or ends it itself.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def results_queue() -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            manager.start(initializer=die_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = results_queue
 
 
 class _CudaTypeNames(TorchFunctionMode):

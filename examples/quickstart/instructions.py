@@ -6,6 +6,7 @@ is; the preference pairs never contain them: there the model answers by itself.
 
 from __future__ import annotations
 
+import keyword
 import re
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def draw_exercise(document: Document, seed: int, number: int, bounds: tuple[int,
     """
     start, stop = _draw_chunk(document, seed, number, *(bounds or (0, len(document.text))))
     chunk = document.text[start:stop]
-    fitting = [(instruction, answer) for instruction, answer in _exercises(document.kind, chunk) if answer]
+    fitting = [(instruction, answer) for instruction, answer in _exercises(document, chunk) if answer]
     if not fitting:
         return None
     instruction, answer = fitting[draw(seed, document.id, number, "instruction") % len(fitting)]
@@ -56,25 +57,30 @@ def _draw_chunk(document: Document, seed: int, number: int, lower: int, upper: i
     return start, stop
 
 
-def _exercises(kind: str, chunk: str) -> list[tuple[str, str]]:
-    """(instruction, answer) for a chunk; the answer is empty where the instruction does not fit."""
-    if kind == "source":
+def _exercises(document: Document, chunk: str) -> list[tuple[str, str]]:
+    """(instruction, answer) for a chunk; the answer is empty where the instruction does not fit.
+
+    A tiny model cannot copy names that it never saw, but it can tell a module by its words and name keywords.
+    """
+    name = document.id.split("/", 1)[1].split("#")[0].removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    words = list(dict.fromkeys(word for word in re.findall(r"\w+", chunk) if keyword.iskeyword(word)))[:MAX_LISTED]
+    if document.kind == "source":
         return [
-            ("Which functions and classes does this code define?", _listing("It defines", r"(?:def|class) (\w+)", chunk)),
-            ("Which names does this code assign?", _listing("It assigns", r"^ *([a-z]\w*) = ", chunk)),
+            ("Which module is this code from?", f"It is from the module {name}."),
+            ("Which keywords does this code use?", _listing("It uses", words)),
             ("What does this code do? Answer in one sentence.", _first(r'"""\s*([A-Z][^"]{20,120}?\.)\s', chunk)),
         ]
     return [
+        ("Which section is this passage from?", f"It is from the section {name}."),
+        ("Which keywords does this passage mention?", _listing("It mentions", words)),
         ("Summarise this passage in one sentence.", _first(r"(?:^|\n\n|\. )([A-Z][a-z ][^:\n]{10,60}\n?[^:\n]{0,70}\.)\s", chunk)),
-        ("Which words does this passage quote?", _listing("It quotes", r'"(\w+)"', chunk)),
     ]
 
 
-def _listing(verb: str, pattern: str, chunk: str) -> str:
-    found = list(dict.fromkeys(re.findall(pattern, chunk, re.MULTILINE)))[:MAX_LISTED]
-    if not found:
+def _listing(verb: str, words: list[str]) -> str:
+    if not words:
         return ""
-    return f"{verb} {' and '.join(filter(None, [', '.join(found[:-1]), found[-1]]))}."
+    return f"{verb} {' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}."
 
 
 def _first(pattern: str, chunk: str) -> str:

@@ -20,6 +20,10 @@ from megatron_longpo.attention.shared_prefix import backward_tiles, check_shapes
 from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import RowLayout
 
+# torch 2.13 renamed both.
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+_reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
 
 def all_gather_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
@@ -58,7 +62,7 @@ class _AllGatherAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         q, k, v = compact(q), compact(k), compact(v)
-        row_k, row_v = _gather(k, v, layout, cp_group)
+        row_k, row_v = _gather_row(k, v, layout, cp_group)
         tiles = plan(layout, dist.get_rank(cp_group))
         out, lse = forward_tiles(q, row_k, row_v, tiles, scale, select_kernel(q.device, q.dtype))
         ctx.save_for_backward(q, k, v, out, lse)
@@ -69,26 +73,26 @@ class _AllGatherAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        row_k, row_v = _gather(k, v, ctx.layout, ctx.cp_group)
+        row_k, row_v = _gather_row(k, v, ctx.layout, ctx.cp_group)
         tiles = plan(ctx.layout, dist.get_rank(ctx.cp_group))
         kernel = select_kernel(q.device, q.dtype)
         dq, row_dk, row_dv = backward_tiles(grad_out, q, row_k, row_v, out, lse, tiles, ctx.scale, kernel)
-        dk, dv = _reduce_scatter(row_dk, row_dv, ctx.layout, ctx.cp_group)
+        dk, dv = _sum_local(row_dk, row_dv, ctx.layout, ctx.cp_group)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
-def _gather(
+def _gather_row(
     k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Local ``[t, G, D]`` to two views ``[T, G, D]`` in row order. 1 CP all-gather."""
     local = torch.stack((k, v), 1)
     by_rank = local.new_empty((layout.padded_tokens, *local.shape[1:]))
-    dist.all_gather_into_tensor(by_rank, local, group=cp_group)
+    _all_gather(by_rank, local, group=cp_group)
     row_k, row_v = by_rank.index_select(0, to_row_order(layout, k.device)).unbind(1)
     return row_k, row_v
 
 
-def _reduce_scatter(
+def _sum_local(
     row_dk: torch.Tensor, row_dv: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial gradients ``[T, G, D]`` in row order to their sums ``[t, G, D]`` for this rank. 1 CP reduce-scatter.
@@ -99,6 +103,6 @@ def _reduce_scatter(
     row = torch.stack((row_dk.to(dtype), row_dv.to(dtype)), 1)
     by_rank = row.index_select(0, to_rank_order(layout, row.device))
     local = by_rank.new_empty((layout.local_tokens, *by_rank.shape[1:]))
-    dist.reduce_scatter_tensor(local, by_rank, group=cp_group)
+    _reduce_scatter(local, by_rank, group=cp_group)
     dk, dv = local.unbind(1)
     return dk, dv

@@ -52,9 +52,15 @@ def exported_config(template: HFModel, model: ModelConfig, dtype: torch.dtype) -
         dtype: Type of the exported weights.
     """
     config = dict(template.stored)
+    old, new = _rope(template.model), _rope(model)
     if model.max_position_embeddings != template.model.max_position_embeddings:
         config["max_position_embeddings"] = model.max_position_embeddings
-    _change_rope(config, _rope(template.model), _rope(model))
+        # What transformers derives from the model's length must not follow it.
+        stored = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        for name in ("factor", "original_max_position_embeddings"):
+            if stored.get(name) is None:
+                old.pop(name, None)
+    _change_rope(config, old, new)
     key = "dtype" if "dtype" in config or ("torch_dtype" not in config and _is_newer(config)) else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
     window = config.get("sliding_window")

@@ -52,9 +52,12 @@ class RecordWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._builder.data_file.close()
-        self._temporary_bin.unlink(missing_ok=True)
-        self._temporary_idx.unlink(missing_ok=True)
+        try:
+            self._builder.data_file.close()
+        finally:
+            # Closing writes what is buffered, which fails again on a full disk.
+            self._temporary_bin.unlink(missing_ok=True)
+            self._temporary_idx.unlink(missing_ok=True)
 
     def add(self, document: TokenizedDocument) -> None:
         """Append one document."""

@@ -167,7 +167,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _operand(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as matrix products take it: only CUDA multiplies half precision into fp32, others want fp32 factors."""
+    """The weight as matrix products take it: only CUDA multiplies half precision into fp32, others take fp32."""
     return weight if weight.is_cuda else weight.to(_wide(weight.dtype))
 
 

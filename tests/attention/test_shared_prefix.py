@@ -128,6 +128,16 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: shared_prefix_attention(q, k, v, layout, SCALE), qkv)
 
 
+def test_expanded_gradient() -> None:
+    """The gradient of a sum has strides of 0."""
+    layout = RowLayout((DocumentLayout(13, (4, 6)),))
+    qkv, _ = random_row(layout)
+    actual = torch.autograd.grad(shared_prefix_attention(*qkv, layout, SCALE).sum(), qkv)
+    expected = torch.autograd.grad(dense_attention(*qkv, layout, SCALE).sum(), qkv)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_padding_is_zero_and_has_no_gradient() -> None:
     layout = RowLayout((DocumentLayout(9, (3, 5)),), cp_size=2, row_multiple=32)
     qkv, grad_out = random_row(layout)

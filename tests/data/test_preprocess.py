@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -215,11 +216,22 @@ def test_the_command_prints_a_summary_and_one_line_errors(options: PreprocessOpt
     assert len(failed.stderr.strip().splitlines()) == 1
 
 
+def test_a_disk_that_fills_up_leaves_nothing(options: PreprocessOptions) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            preprocess(options, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert outputs(options) == set()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_workers_and_leaves_nothing(options: PreprocessOptions, text: str, stop: signal.Signals) -> None:
     write_pairs(
         options.inputs[0],
-        (replace(document, id=f"{document.id}.{copy}") for copy in range(2_000) for document in pairs(text)),
+        (replace(document, id=f"{document.id}.{copy}") for copy in range(400) for document in pairs(text)),
     )
     # In a group of its own, which gets the signal as a terminal's foreground group does.
     process = subprocess.Popen(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_longpo.data import records
 from megatron_longpo.data.document import Branch, TokenizedDocument
 from megatron_longpo.data.manifest import Manifest, manifest_path
 from megatron_longpo.data.records import RecordReader, RecordWriter
@@ -117,6 +118,22 @@ def test_an_error_leaves_nothing_behind_and_an_older_dataset_untouched(tmp_path:
             assert RecordReader(prefix)[0] == old
         else:
             write(prefix, [old])
+
+
+def test_a_crash_between_the_renames_leaves_no_manifest(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old manifest beside the new tokens would pass for a dataset."""
+    replace_file = records.replace_file
+
+    def crash_after_the_tokens(temporary: Path, path: str) -> None:
+        if str(path).endswith(".idx"):
+            raise KeyboardInterrupt
+        replace_file(temporary, path)
+
+    monkeypatch.setattr(records, "replace_file", crash_after_the_tokens)
+    with pytest.raises(KeyboardInterrupt):
+        write(prefix, [random_document(9)])
+    with pytest.raises(ValueError, match="did not finish"):
+        RecordReader(prefix)
 
 
 def test_nothing_to_write_is_an_error(tmp_path: Path) -> None:

@@ -123,6 +123,16 @@ def test_a_straddling_token_belongs_to_the_response(huggingface_folder: Path) ->
     assert tokenizer.decode(chosen.response(0)) == " the object\n"
 
 
+def test_a_token_that_straddles_the_end_belongs_to_the_response(huggingface_folder: Path) -> None:
+    plural = "{% for m in messages %}{% if m.role == 'user' %}s {{ m.content }}: {% else %}{{ m.content }}{% endif %}{% endfor %}"
+    tokenizer = load_tokenizer(huggingface_folder, chat_template=plural)
+    turns = (Turn("Q", "the object", "some value", "Chunk"), Turn("R", "yes", "no", "Chunk"))
+    tokenized = DocumentTokenizer(tokenizer)(PreferenceDocument("id", "Doc", turns))
+    assert tokenized.joint is not None
+    assert tokenizer.decode(tokenized.joint[CHOSEN].response(0)) == " the objects"
+    check_document(tokenizer, PreferenceDocument("id", "Doc", turns), tokenized)
+
+
 def test_response_tokens_are_what_trl_trains_on(huggingface_tokenizer: ChatTokenizer, huggingface_folder: Path) -> None:
     trl = pytest.importorskip("trl.data_utils")
     document = example(1)

@@ -18,17 +18,20 @@ CONFIGS = [
     ObjectiveConfig(objective="sft-chosen-constraint"),
     ObjectiveConfig(objective="sft-rejected"),
 ]
+CASES = [(config, num_turns) for config in CONFIGS for num_turns in ((1, 2, 3, 4), (2,))]
 
 
 def _share(case: Case, rank: int) -> torch.Tensor:
-    """Which predictions a rank has; the last of three has none."""
-    return torch.arange(rank, len(case.logps), 2) if rank < 2 else torch.zeros(0, dtype=torch.int64)
+    """Which predictions a rank has: every other one, or, of a lone document, all of them on the first rank."""
+    if len(case.documents) == 1:
+        return torch.arange(len(case.logps) if rank == 0 else 0)
+    return torch.arange(rank, len(case.logps), 2)
 
 
 def _every_objective(rank: int) -> list[dict[str, Any]]:
     results = []
-    for config in CONFIGS:
-        case = make_case(config)
+    for config, num_turns in CASES:
+        case = make_case(config, num_turns)
         share = _share(case, rank)
         logps = case.logps[share].requires_grad_()
         losses, metrics = objective_loss(config, logps, take(case.predictions, share), cp_group=dist.group.WORLD)
@@ -38,14 +41,14 @@ def _every_objective(rank: int) -> list[dict[str, Any]]:
 
 
 def test_losses_are_replicated_and_gradients_are_each_ranks_own() -> None:
-    results = run_ranks(_every_objective, 3)
-    for number, config in enumerate(CONFIGS):
-        case = make_case(config)
+    results = run_ranks(_every_objective, 2)
+    for number, (config, num_turns) in enumerate(CASES):
+        case = make_case(config, num_turns)
         logps = case.logps.clone().requires_grad_()
         losses, metrics = objective_loss(config, logps, case.predictions)
         losses.sum().backward()
         assert logps.grad is not None
-        for rank in range(3):
+        for rank in range(2):
             result = results[rank][number]
             torch.testing.assert_close(result["losses"], losses.detach(), rtol=1e-12, atol=1e-13)
             for name, value in metrics.items():

@@ -197,7 +197,7 @@ PEAK_MEMORY = """
 import resource, sys, torch
 from megatron_longpo.objective.logprobs import linear_logprobs
 torch.set_num_threads(1)
-tokens, vocab, hidden_size = 16384, 32768, 32
+tokens, vocab, hidden_size = 16384, 32768, 16
 hidden = torch.randn(tokens, hidden_size, requires_grad=True)
 weight = torch.randn(vocab, hidden_size, requires_grad=True)
 targets = torch.randint(vocab, (tokens,))

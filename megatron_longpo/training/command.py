@@ -1,0 +1,47 @@
+"""What the command lines that run under torchrun share: parse, prepare, start the ranks, and speak plainly of mistakes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from megatron_longpo.arguments import parse_command_line, print_errors
+from megatron_longpo.config import ConfigError, RunConfig
+from megatron_longpo.data.dataset import PreferenceDataset
+
+Job = Callable[[RunConfig, PreferenceDataset], None]
+
+
+def run_command(job: Job) -> None:
+    """Run a job on this rank with the configuration of the command line; the process group is up inside.
+
+    A mistake of the user ends in a message without a traceback: exit code 2 for flags, 1 for everything else.
+    """
+    config = parse_command_line()
+    try:
+        _run(job, config)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print_errors(error)
+        sys.exit(2)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        rank = os.environ.get("RANK", "0")
+        name = os.path.basename(sys.argv[0])
+        print(f"{name}: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run(job: Job, config: RunConfig) -> None:
+    from megatron_longpo.training.distributed import initialize, shut_down
+    from megatron_longpo.training.prepare import open_dataset, prepared
+
+    config = prepared(config)
+    dataset = open_dataset(config)
+    initialize(config)
+    try:
+        job(config, dataset)
+    finally:
+        shut_down()

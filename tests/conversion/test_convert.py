@@ -1,0 +1,327 @@
+"""Hugging Face → Megatron → Hugging Face: nothing changes but what is asked for, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megatron_longpo.conversion import target
+from megatron_longpo.conversion.hf_config import read_hf_model
+from megatron_longpo.conversion.to_hf import convert_to_hf
+from megatron_longpo.conversion.to_megatron import convert_to_megatron
+from megatron_longpo.training.checkpoint import find_checkpoint, saved_config
+from tests.conversion.models import MODELS, assert_same_weights, save_random_model, weights_of
+
+
+def to_megatron(hf_model: Path, save: Path, **options: Any) -> Any:
+    return convert_to_megatron(hf_model, save, show_progress=False, **options)
+
+
+def to_hf(load: Path, hf_model: Path, save: Path, **options: Any) -> Path:
+    return convert_to_hf(load, hf_model, save, show_progress=False, **options)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    save_random_model(tmp_path / "llama", "llama2", torch.bfloat16)
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_bit_identical(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = save_random_model(tmp_path / "hf", name, dtype)
+    to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "back", max_shard_bytes=50_000)
+    assert_same_weights(tmp_path / "hf", tmp_path / "back")
+    assert config_of(tmp_path / "back") == config_of(tmp_path / "hf")
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert loaded.dtype == dtype
+    for key, value in model.state_dict().items():
+        assert value.equal(loaded.state_dict()[key]), key
+
+
+def test_bits_that_are_no_numbers_survive(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "hf", "qwen3", torch.bfloat16)
+    path = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(path)
+    every_bit_pattern = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
+    for value in tensors.values():
+        value.view(-1)[:] = every_bit_pattern.repeat(2)[: value.numel()].flip(0)
+    save_file(tensors, path, metadata={"format": "pt"})
+    to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "back")
+    assert_same_weights(tmp_path / "hf", tmp_path / "back")
+
+
+def test_the_checkpoint_records_the_models_flags(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "hf", "llama3.1")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", rotary_base=1e7, max_position_embeddings=131072)
+    checkpoint = find_checkpoint(tmp_path / "megatron")
+    assert checkpoint == tmp_path / "megatron" / "release"
+    saved = saved_config(checkpoint)
+    model = read_hf_model(tmp_path / "hf")
+    assert saved.model.rotary_base == 1e7
+    assert saved.model.max_position_embeddings == 131072
+    assert saved.objective.reference_rotary_base == model.rotary_base
+    for field in ("num_layers", "vocab_size", "use_rope_scaling", "norm_epsilon"):
+        assert getattr(saved.model, field) == getattr(model, field)
+    assert "rotary-base: 10000000.0" in (checkpoint / "run.yaml").read_text()
+
+
+def test_params_dtype(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "hf", "mistral-v0.2")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron", params_dtype="bf16")
+    to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "back")
+    before, after = weights_of(tmp_path / "hf"), weights_of(tmp_path / "back")
+    assert all(after[name].equal(value.bfloat16()) for name, value in before.items())
+    assert config_of(tmp_path / "back") == config_of(tmp_path / "hf") | {"dtype": "bfloat16"}
+
+
+def test_mixed_types_need_params_dtype(llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"mixes tensors of bfloat16, float32: choose with --params-dtype"):
+        to_megatron(llama, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+    to_megatron(llama, tmp_path / "megatron", params_dtype="fp32")
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 512}
+YARN = {"rope_type": "yarn", "factor": 2.0, "attention_factor": None}
+GENERATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # What the template's config.json says about RoPE, and what the export's must say for base 1e7 and 8192 positions.
+    "4, plain": ({"rope_theta": 1e4}, {"rope_theta": 1e7}),
+    "4, left out": ({}, {"rope_theta": 1e7}),
+    "4, llama3": (
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}},
+        {"rope_theta": 1e7, "rope_scaling": LLAMA3 | {"type": "llama3"}},
+    ),
+    "5, plain": (
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e7, "rope_type": "default"}},
+    ),
+    "5, yarn": (
+        {"rope_parameters": YARN | {"rope_theta": 1e4, "original_max_position_embeddings": 2048}},
+        {"rope_parameters": YARN | {"rope_theta": 1e7, "original_max_position_embeddings": 2048}},
+    ),
+    # The original length was the model's own, 4096, which changes.
+    "5, yarn without original length": (
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0}},
+        {
+            "rope_parameters": {
+                "rope_theta": 1e7,
+                "rope_type": "yarn",
+                "factor": 2.0,
+                "original_max_position_embeddings": 4096,
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_only_changed_fields_change_in_both_generations(generation: str, llama: Path, tmp_path: Path) -> None:
+    before, after = GENERATIONS[generation]
+    config = {
+        k: v for k, v in config_of(llama).items() if k not in ("rope_parameters", "dtype", "transformers_version")
+    }
+    version, dtype = ("4.40.0", "torch_dtype") if generation.startswith("4") else ("5.0.0", "dtype")
+    config |= {"transformers_version": version, dtype: "bfloat16", "own_field": [1, 2]}
+    (llama / "config.json").write_text(json.dumps(config | before))
+    to_megatron(llama, tmp_path / "megatron", rotary_base=1e7, max_position_embeddings=8192)
+    to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    assert config_of(tmp_path / "back") == config | after | {"max_position_embeddings": 8192}
+    assert read_hf_model(tmp_path / "back") == saved_config(find_checkpoint(tmp_path / "megatron")).model
+
+
+def test_a_window_that_would_now_bite_is_removed(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "hf", "mistral-v0.2", sliding_window=4096)
+    to_megatron(tmp_path / "hf", tmp_path / "same")
+    to_hf(tmp_path / "same", tmp_path / "hf", tmp_path / "same-hf")
+    assert config_of(tmp_path / "same-hf")["sliding_window"] == 4096
+    to_megatron(tmp_path / "hf", tmp_path / "longer", max_position_embeddings=8192)
+    to_hf(tmp_path / "longer", tmp_path / "hf", tmp_path / "longer-hf")
+    assert config_of(tmp_path / "longer-hf")["sliding_window"] is None
+
+
+def test_companions_are_copied_and_nothing_else(llama: Path, tmp_path: Path) -> None:
+    companions = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "LICENSE.txt"]
+    companions += ["generation_config.json", "special_tokens_map.json", "merges.txt", "vocab.json"]
+    for name in companions:
+        (llama / name).write_text(f"content of {name}")
+    (llama / "additional_chat_templates").mkdir()
+    (llama / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    for name in ("README.md", "training_args.bin", "modeling_own.py"):
+        (llama / name).write_text("not for export")
+    to_megatron(llama, tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    found = {path.name for path in (tmp_path / "back").iterdir()}
+    assert found == {*companions, "additional_chat_templates", "config.json", "model.safetensors"}
+    assert (tmp_path / "back" / "tokenizer.json").read_text() == "content of tokenizer.json"
+    assert (tmp_path / "back" / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+
+
+def test_a_template_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    save_random_model(tmp_path / "other", "llama2", intermediate_size=64)
+    with pytest.raises(ValueError, match=r"no template for .*ffn_hidden_size is 64 there and 80 in the checkpoint"):
+        to_hf(tmp_path / "megatron", tmp_path / "other", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_full_target_is_refused_without_overwrite(llama: Path, tmp_path: Path) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"megatron is not empty \(latest_.*, release\): give .* or --overwrite"):
+        to_megatron(llama, tmp_path / "megatron")
+    with pytest.raises(ValueError, match=r"back is not empty \(notes.txt\)"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    to_megatron(llama, tmp_path / "megatron", overwrite=True, rotary_base=123.0)
+    assert saved_config(find_checkpoint(tmp_path / "megatron")).model.rotary_base == 123.0
+    to_hf(tmp_path / "megatron", llama, tmp_path / "back", overwrite=True, max_shard_bytes=10_000)
+    to_hf(tmp_path / "megatron", llama, tmp_path / "back", overwrite=True)
+    # No shard of the export before is left, and what is not ours is.
+    assert {path.name for path in (tmp_path / "back").glob("*")} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "notes.txt",
+    }
+
+
+def test_checkpoints_of_a_training_run_are_never_overwritten(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "iter_0000010").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds checkpoints of a training run \(iter_0000010\)"):
+        to_megatron(llama, tmp_path / "run", overwrite=True)
+
+
+def test_a_file_is_no_target(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--save .*file is a file; give a folder"):
+        to_megatron(llama, tmp_path / "file")
+
+
+def test_too_little_disk_is_found_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
+    for convert in (
+        lambda: to_megatron(llama, tmp_path / "new" / "deep"),
+        lambda: to_hf(tmp_path / "megatron", llama, tmp_path / "new" / "deep"),
+    ):
+        with pytest.raises(ValueError, match=r"takes 0.0 GB and its disk has 0.0 GB free"):
+            convert()
+    assert not (tmp_path / "new").exists()
+
+
+def test_iterations(llama: Path, tmp_path: Path) -> None:
+    to_megatron(llama, tmp_path / "run")
+    (tmp_path / "run" / "release").rename(tmp_path / "run" / "iter_0000020")
+    shutil.copytree(tmp_path / "run" / "iter_0000020", tmp_path / "run" / "iter_0000010")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("20")
+    assert to_hf(tmp_path / "run", llama, tmp_path / "newest").name == "iter_0000020"
+    assert to_hf(tmp_path / "run", llama, tmp_path / "chosen", iteration=10).name == "iter_0000010"
+    with pytest.raises(ValueError, match=r"--iteration 15: .* is no checkpoint; there are \[10, 20\]"):
+        to_hf(tmp_path / "run", llama, tmp_path / "none", iteration=15)
+    with pytest.raises(ValueError, match=r"--load .*llama holds no checkpoint"):
+        to_hf(llama, llama, tmp_path / "none")
+
+
+def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    release = tmp_path / "megatron" / "release"
+    weights = release / "__0_0.distcp"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"files are missing or truncated: __0_0.distcp"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    weights.write_bytes(content)
+    metadata = (release / ".metadata").read_bytes()
+    (release / ".metadata").write_bytes(metadata[:-10])
+    with pytest.raises(ValueError, match=r"\.metadata is damaged"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    (release / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"\.metadata is missing"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_longpo.conversion import to_hf, to_megatron
+
+module = {"megatron": to_megatron, "hf": to_hf}[sys.argv[1]]
+
+class Progress(module.tqdm):
+    def update(self, n=1):
+        super().update(n)
+        if self.n > self.total / 2:
+            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+
+module.tqdm = Progress
+source, other, save = map(Path, sys.argv[3:])
+if sys.argv[1] == "megatron":
+    to_megatron.convert_to_megatron(source, save, overwrite=True)
+else:
+    to_hf.convert_to_hf(other, source, save, overwrite=True, max_shard_bytes=20_000)
+"""
+
+
+@pytest.mark.parametrize("before", ["nothing", "a conversion"])
+@pytest.mark.parametrize(
+    ("direction", "marker"), [("megatron", "latest_checkpointed_iteration.txt"), ("hf", "config.json")]
+)
+def test_killed_half_way_leaves_nothing_that_looks_complete(
+    direction: str, marker: str, before: str, llama: Path, tmp_path: Path
+) -> None:
+    to_megatron(llama, tmp_path / "other")
+    save = tmp_path / "save"
+
+    def convert() -> None:
+        if direction == "megatron":
+            to_megatron(llama, save)
+        else:
+            to_hf(tmp_path / "other", llama, save)
+
+    if before == "a conversion":
+        convert()
+    old = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
+    words = [direction, "SIGKILL", str(llama), str(tmp_path / "other"), str(save)]
+    result = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    # The partial result is there, out of sight, and what was there before is untouched.
+    assert any((save / ".partial").rglob("*"))
+    assert {path: path.read_bytes() for path in old} == old
+    if before == "nothing":
+        assert {path.name for path in save.iterdir()} == {".partial"}
+        # Without --overwrite: remains of a killed conversion are not content.
+        convert()
+        assert (save / marker).exists()
+        assert not (save / ".partial").exists()
+
+
+def test_interrupted_leaves_nothing_at_all(llama: Path, tmp_path: Path) -> None:
+    words = ["megatron", "SIGINT", str(llama), "unused", str(tmp_path / "save")]
+    result = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
+    assert b"KeyboardInterrupt" in result.stderr
+    assert not (tmp_path / "save").exists()

@@ -1,0 +1,50 @@
+"""Peak memory of a conversion does not grow with the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conversion.models import save_random_model
+
+MEASURED = """
+import json, sys
+from pathlib import Path
+from megatron_longpo.conversion.to_hf import convert_to_hf
+from megatron_longpo.conversion.to_megatron import convert_to_megatron
+
+def rss(field):
+    return int(Path("/proc/self/status").read_text().partition(field)[2].split()[0]) * 1024
+
+def growth(work):
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = rss("VmRSS:")
+    work()
+    return rss("VmHWM:") - before
+
+hf, megatron, back = map(Path, sys.argv[1:])
+work = {
+    "to_megatron": lambda: convert_to_megatron(hf, megatron, show_progress=False),
+    "to_hf": lambda: convert_to_hf(megatron, hf, back, show_progress=False),
+}
+print(json.dumps({name: growth(one) for name, one in work.items()}))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's resettable peak")
+def test_peak_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
+    shape = {"num_hidden_layers": 24, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
+    save_random_model(tmp_path / "hf", "llama2", **shape, max_shard_size="1GB")
+    size = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
+    words = [str(tmp_path / name) for name in ("hf", "megatron", "back")]
+    result = subprocess.run([sys.executable, "-c", MEASURED, *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    grown = json.loads(result.stdout.splitlines()[-1])
+    # The largest parameter, gate and up together, is 8 MiB; allocator and file buffers are the rest.
+    assert size > 400 * 2**20
+    assert max(grown.values()) < 100 * 2**20, grown

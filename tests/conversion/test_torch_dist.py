@@ -1,0 +1,84 @@
+"""Reading and writing single tensors of a torch_dist checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_longpo.conversion import torch_dist
+from megatron_longpo.conversion.torch_dist import LazyTensor, Place, TensorReader, write_tensors
+
+
+def _write(folder: Path, values: dict[Place, torch.Tensor]) -> list[int]:
+    sizes: list[int] = []
+    tensors = [
+        LazyTensor(place, tuple(value.shape), value.dtype, lambda value=value: value) for place, value in values.items()
+    ]
+    write_tensors(folder, tensors, ["a._extra_state/shard_0_1"], sizes.append)
+    return sizes
+
+
+def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_dist, "FILE_BYTES", 500)  # several files
+    values = {Place("stack", layer, 3): torch.randn(5, 7) for layer in range(3)}
+    values |= {Place("stack.bias", layer, 3): torch.randn(7) for layer in range(3)}
+    values |= {Place("norm"): torch.randn(6).bfloat16(), Place("embedding"): torch.randn(9, 4)}
+    sizes = _write(tmp_path, values)
+    assert sizes == [value.nbytes for value in values.values()]
+    assert len(list(tmp_path.glob("*.distcp"))) > 1
+    reader = TensorReader(tmp_path)
+    assert reader.missing_files() == []
+    for place, value in values.items():
+        read = reader.read(place, tuple(value.shape))
+        assert read.dtype == value.dtype and read.equal(value), place
+    assert reader.tensors["stack"].size == (3, 5, 7)
+    # The first rows of a longer tensor: an embedding without its padding.
+    assert reader.read(Place("embedding"), (5, 4)).equal(values[Place("embedding")][:5])
+
+
+def test_views_are_stored_without_their_storage(tmp_path: Path) -> None:
+    large = torch.randn(1000, 100)
+    _write(tmp_path, {Place("slice"): large[10:12], Place("transposed"): large[:30].T})
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.distcp")) < 40_000
+    reader = TensorReader(tmp_path)
+    assert reader.read(Place("slice"), (2, 100)).equal(large[10:12])
+    assert reader.read(Place("transposed"), (100, 30)).equal(large[:30].T)
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("true",)
+
+
+class _HarmfulClass:
+    """Smuggles in a class that a module of torch merely imports."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        import subprocess
+
+        return subprocess.Popen, (["true"],)
+
+
+@pytest.mark.parametrize("content", [_Harmful(), _HarmfulClass()])
+def test_metadata_is_not_unpickled_beyond_its_own_classes(tmp_path: Path, content: object) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"is no part of checkpoint metadata"):
+        TensorReader(tmp_path)
+
+
+def test_dotted_names_reach_no_imported_module(tmp_path: Path) -> None:
+    # Protocol 4 lets a pickle walk attributes: torch.distributed.checkpoint.filesystem.os.system
+    code = b"\x80\x04\x8c'torch.distributed.checkpoint.filesystem\x8c\tos.system\x93\x8c\x04true\x85R."
+    (tmp_path / ".metadata").write_bytes(code)
+    with pytest.raises(ValueError, match=r"os.system is no part of checkpoint metadata"):
+        TensorReader(tmp_path)
+
+
+def test_other_pickles_are_no_metadata(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(ValueError, match=r"holds a dict, not checkpoint metadata"):
+        TensorReader(tmp_path)

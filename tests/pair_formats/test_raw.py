@@ -1,0 +1,92 @@
+"""Raw rows of files and folders: JSON lines, Parquet, and the Arrow files that datasets saves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_longpo.pair_formats.document import PairsError
+from megatron_longpo.pair_formats.raw import input_files, raw_rows
+
+ROWS = [{"id": "a", "ids": [1, 2], "nested": [[1], [2, 3]]}, {"id": "b", "ids": [3], "nested": []}]
+
+
+def plain(value: object) -> object:
+    """Arrays as lists again."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | np.ndarray):
+        return [plain(item) for item in value]
+    return value
+
+
+def test_json_lines_with_blank_lines_a_bom_and_any_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS[0]).encode() + b"\r\n\n  \n" + json.dumps(ROWS[1]).encode())
+    rows = list(raw_rows(path))
+    assert [row for _, row in rows] == ROWS
+    assert [str(where) for where, _ in rows] == [f"{path}:1", f"{path}:4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"id": "a"', r":1: is not JSON \("),
+        (b'{"id": "a"}\n[1]', ":2: is a list, not an object"),
+        (b'{"id": "a"}\n{"id": "\xff"}', ":2: is not UTF-8 at byte 8"),
+        (b"[" * 100_000, ":1: is not JSON"),
+        (b"\x00\x01", ":1: is not JSON"),
+        (b'{"n": ' + b"9" * 5_000 + b"}", ":1: is not JSON"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(PairsError, match=rf"rows\.jsonl{message}"):
+        list(raw_rows(path))
+
+
+def test_parquet_and_arrow_tables(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.to_parquet(tmp_path / "rows.parquet")
+    dataset.save_to_disk(tmp_path / "saved")
+    for path in [tmp_path / "rows.parquet", *input_files([tmp_path / "saved"])]:
+        rows = list(raw_rows(path))
+        assert [plain(row) for _, row in rows] == ROWS
+        assert [where.line for where, _ in rows] == [1, 2]
+        assert isinstance(rows[0][1]["ids"], np.ndarray), "half a million Python integers a row would be slow"
+
+
+@pytest.mark.parametrize("name", ["broken.parquet", "broken.arrow"])
+def test_broken_tables_are_named(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(PairsError, match=name):
+        list(raw_rows(path))
+
+
+def test_folders_are_searched_in_order_without_caches(tmp_path: Path) -> None:
+    for name in ("b/two.jsonl", "a/one.jsonl", "a/cache-1234.arrow", "a/state.json", "c.parquet"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    assert [str(p.relative_to(tmp_path)) for p in input_files([tmp_path])] == [
+        "a/one.jsonl",
+        "b/two.jsonl",
+        "c.parquet",
+    ]
+
+
+def test_unusable_paths_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--input nowhere\.jsonl: there is no such file"):
+        input_files(["nowhere.jsonl"])
+    with pytest.raises(ValueError, match=r"has no \.jsonl"):
+        input_files([tmp_path])
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl: the file is empty"):
+        input_files([tmp_path / "empty.jsonl"])

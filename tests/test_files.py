@@ -1,0 +1,44 @@
+"""Atomic files: the old content or the new one, and no traces of a failure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_longpo.files import atomic_writer, file_hash, write_json
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file.txt"
+    with atomic_writer(path) as file:
+        file.write("half")
+        file.flush()
+        assert not path.exists()
+        file.write(" and half")
+    assert path.read_text() == "half and half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_failure_leaves_the_old_content(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_writer(path) as file:
+        file.write("new")
+        raise error
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_json_keeps_its_letters(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ü": ["✓"]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": ["✓"]}
+    assert "✓" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
+    content = b"0123456789" * 200_000
+    (tmp_path / "large").write_bytes(content)
+    assert file_hash(tmp_path / "large") == hashlib.sha256(content).hexdigest()

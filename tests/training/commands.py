@@ -1,0 +1,78 @@
+"""Run the real command lines as a user does, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.tiny import MODEL_FLAGS
+
+REPOSITORY = Path(__file__).parents[2]
+FLAGS = [
+    *MODEL_FLAGS,
+    "--seq-length=256",
+    "--global-batch-size=2",
+    "--split=80,20",
+    "--eval-iters=0",
+    "--num-workers=0",
+    "--progress-bar=off",
+]
+
+
+def command(script: str, *flags: str, ranks: int = 1) -> list[str]:
+    """The command line of a script; under torchrun when it has several ranks."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+    return [*start, str(REPOSITORY / script), *flags]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+
+
+def run(script: str, *flags: str, ranks: int = 1, code: int = 0) -> str:
+    """Run to the end, check the exit code, return stdout and stderr together."""
+    done = subprocess.run(
+        command(script, *flags, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=200
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == code, f"exit code {done.returncode} instead of {code}:\n{output[-6000:]}"
+    return output
+
+
+def train(*flags: str, ranks: int = 1, code: int = 0) -> str:
+    return run("pretrain_longpo.py", *FLAGS, *flags, ranks=ranks, code=code)
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stop_at_step(step: int, path: Path, how: signal.Signals, *flags: str) -> tuple[int, str]:
+    """Start training, send a signal once the metrics file shows a step, return exit code and output."""
+    process = subprocess.Popen(
+        command("pretrain_longpo.py", *FLAGS, *flags, f"--metrics-jsonl={path}"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 150
+    while not (path.exists() and len(path.read_text().splitlines()) >= step):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
+        time.sleep(0.005)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(how)
+    output, _ = process.communicate(timeout=100)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, f"outlived their parent: {[child.cmdline() for child in alive]}"
+    return process.returncode, output

@@ -1,0 +1,106 @@
+"""Killed, stopped and moved runs go on exactly where they were: real processes, real signals."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from tests.training.commands import metrics, stop_at_step, train
+from tests.tiny import write_tiny_dataset
+
+STEPS = 20
+FLAGS = [f"--train-iters={STEPS}", "--lr=2e-3", "--lr-decay-style=cosine", "--lambda=0.5", "--save-interval=10"]
+COMPARED = ("loss", "grad_norm", "learning_rate", "rewards/margins", "consumed_samples", "longpo/nll_loss")
+OPTIMIZERS = {"plain": [], "distributed": ["--use-distributed-optimizer"]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"--data-path={write_tiny_dataset(tmp_path_factory.mktemp('data') / 'tiny', num_documents=12)}"
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def golden(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An uninterrupted run of 20 steps."""
+    folder = tmp_path_factory.mktemp("golden")
+    more = [data, *FLAGS, *OPTIMIZERS[request.param]]
+    train(*more, f"--save={folder / 'save'}", f"--metrics-jsonl={folder / 'metrics.jsonl'}")
+    return {"flags": more, "folder": folder, "steps": metrics(folder / "metrics.jsonl")}
+
+
+def compared(steps: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(step[name] for name in ("iteration", *COMPARED)) for step in steps]
+
+
+def saved_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        loaded = dist_checkpointing.load_plain_tensors(str(folder / f"iter_{iteration:07d}"))
+    finally:
+        dist.destroy_process_group()
+    return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def test_the_run_learns(golden: dict[str, Any]) -> None:
+    steps = golden["steps"]
+    assert [step["iteration"] for step in steps] == list(range(1, STEPS + 1))
+    first, last = (sum(step["loss"] for step in part) / 5 for part in (steps[:5], steps[-5:]))
+    assert last < first - 0.1
+
+
+def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) -> None:
+    save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
+    flags = [*golden["flags"], f"--save={save}", f"--load={save}"]
+    code, _ = stop_at_step(15, path, signal.SIGKILL, *flags)
+    assert code == -signal.SIGKILL
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "10"
+    train(*flags, f"--metrics-jsonl={path}")
+    # Every step once, those of the killed process after its checkpoint replaced, and all of them equal to the last bit.
+    assert compared(metrics(path)) == compared(golden["steps"])
+    ours, theirs = (saved_tensors(folder, STEPS) for folder in (save, golden["folder"] / "save"))
+    assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--tensor-model-parallel-size=2", "--sequence-parallel"],
+        ["--pipeline-model-parallel-size=2"],
+        ["--context-parallel-size=2"],
+    ],
+    ids=lambda flags: flags[0].removeprefix("--"),
+)
+def test_resumes_under_another_layout(golden: dict[str, Any], tmp_path: Path, layout: list[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    start = golden["folder"] / "save" / "iter_0000010"
+    train(*golden["flags"], *layout, f"--load={start}", f"--metrics-jsonl={path}", "--no-load-rng", ranks=2)
+    steps = metrics(path)
+    assert [step["iteration"] for step in steps] == list(range(11, STEPS + 1))
+    for ours, theirs in zip(steps, golden["steps"][10:], strict=True):
+        for name in COMPARED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["iteration"], name)
+
+
+def test_sigterm_saves_and_leaves_with_code_0(data: str, tmp_path: Path) -> None:
+    save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
+    flags = [data, "--train-iters=5000", "--lr=1e-4", f"--save={save}", "--exit-signal-handler", "--async-save"]
+    code, output = stop_at_step(5, path, signal.SIGTERM, *flags)
+    assert code == 0, output
+    last = metrics(path)[-1]["iteration"]
+    assert f"leaving after iteration {last}: SIGTERM was received" in output
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == str(last)
+    assert (save / f"iter_{last:07d}" / "run.yaml").exists()
+
+
+def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    output = train(data, "--train-iters=100000", f"--save={save}", "--exit-duration-in-mins=0.02")
+    assert "--exit-duration-in-mins 0.02 have passed" in output
+    assert (save / "latest_checkpointed_iteration.txt").exists()

@@ -1,0 +1,34 @@
+"""Compute the reference log-probs of a dataset alone: what training does before its first step.
+
+    torchrun --nproc-per-node 8 tools/compute_reference_logprobs.py --load-hf MODEL --data-path PREFIX …
+
+Takes the flags of pretrain_longpo.py; those of the optimizer have no part in it. The result lies beside the dataset
+(or in --reference-dir) and is reused by every run with the same weights, dataset and reference RoPE base.
+"""
+
+from megatron_longpo.config import ConfigError, RunConfig
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.training.command import run_command
+
+
+def compute(config: RunConfig, dataset: PreferenceDataset) -> None:
+    """Load the reference weights and evaluate every document."""
+    from megatron_longpo.model.build import build_model
+    from megatron_longpo.training.checkpoint import Checkpointer
+    from megatron_longpo.training.distributed import is_rank_0
+    from megatron_longpo.training.initial import load_initial_state
+    from megatron_longpo.training.reference import reference_kind, reference_logprobs
+    from megatron_longpo.training.sidecar import sidecar_folder
+
+    if not config.objective.needs_reference:
+        raise ConfigError(f"--objective {config.objective.objective} has no reference model: nothing to compute")
+    chunks = build_model(config)
+    load_initial_state(config, Checkpointer(config, chunks))
+    _, fingerprint = reference_logprobs(config, dataset, chunks, None)
+    if is_rank_0():
+        folder = sidecar_folder(config.data.data_path, reference_kind(config), config.objective.reference_dir)
+        print(f"reference log-probs of {len(dataset)} documents under weights {fingerprint} are in {folder}")
+
+
+if __name__ == "__main__":
+    run_command(compute)
