@@ -29,7 +29,7 @@ $(INSTALLED): setup.py constraints.txt tools/install.sh
 install: $(INSTALLED)
 
 quickstart: $(INSTALLED)
-	@$(RUN) examples/quickstart/run.py
+	@$(RUN) -m examples.quickstart.run
 
 test: $(INSTALLED)
 	$(PYTEST) -n 2

@@ -1,6 +1,6 @@
 """Package metadata of megatron_longpo; `make install` installs it in editable mode with the extra `dev`.
 
-What each extra is for is said beside it. Exact versions are not here but in constraints.txt, which `make install` applies.
+Exact versions are not here but in constraints.txt, which `make install` applies.
 """
 
 from setuptools import find_packages, setup
@@ -10,7 +10,7 @@ CORE = [
     "megatron-core>=0.16.1,<0.20",
     "psutil",  # megatron.core.dist_checkpointing imports it without declaring it
     "transformers>=4.56",
-    "sentencepiece",
+    "sentencepiece>=0.2.3",
     "jinja2",  # chat templates of bare SentencePiece models
     "safetensors",
     "numpy",
@@ -21,7 +21,7 @@ CORE = [
 ]
 
 EXTRAS = {
-    # CUDA machines only: without CUDA the bare package is a stub that raises on import, and takes megatron.core down with it.
+    # CUDA machines only: elsewhere it is a stub that raises on import, and takes megatron.core down with it.
     "gpu": ["transformer-engine[pytorch]"],
     "wandb": ["wandb"],
     "eval": ["lm-eval"],

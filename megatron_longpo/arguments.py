@@ -12,6 +12,7 @@ from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.config.flags import FLAGS, GROUPS, FlagSpec, nearest
 from megatron_longpo.config.help import help_text
 from megatron_longpo.config.yaml_file import read_yaml
+from megatron_longpo.processes import leave
 
 NOT_OFFERED = {
     "--attention-backend": "the shared-prefix attention chooses the kernel by device and dtype",
@@ -77,19 +78,16 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
 
 
 def parse_command_line(argv: Sequence[str] | None = None) -> RunConfig:
-    """`parse_arguments` for a script: prints the help page or the errors, on one rank only, and exits."""
+    """`parse_arguments` for a script: prints the help page or the errors, once over all ranks, and exits."""
     words = sys.argv[1:] if argv is None else argv
-    speaks = os.environ.get("RANK", "0") == "0"
     try:
         return parse_arguments(words)
     except HelpRequested as request:
-        if speaks:
-            print(request)
-        raise SystemExit(0) from None
+        page = str(request)
+        leave(0, lambda: print(page))
     except ConfigError as error:
-        if speaks:
-            print_errors(error)
-        raise SystemExit(2) from None
+        mistakes = error
+        leave(2, lambda: print_errors(mistakes))
 
 
 def print_errors(error: ConfigError) -> None:

@@ -1,15 +1,32 @@
-"""Child processes that do not outlive their parent. Imports nothing heavy: children import it first."""
+"""How processes end: children with their parent, ranks with a message. Imports nothing heavy: children import it first."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
+import time
+from collections.abc import Callable
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
+_RANK_0_SPEAKS_FIRST_S = 15.0
 
 
 def die_with_parent() -> None:
     """Let the kernel end this process when its parent ends, also by ``kill -9``; on Linux, elsewhere nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def leave(code: int, say: Callable[[], None]) -> NoReturn:
+    """End this rank with a message that all ranks have, said once.
+
+    torchrun ends every rank as soon as one has left. So rank 0 speaks and leaves at once, and the others wait to be
+    ended; a rank that is still there after a while was alone with its message, and says it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_RANK_0_SPEAKS_FIRST_S)
+    say()
+    sys.exit(code)

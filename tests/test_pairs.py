@@ -105,7 +105,7 @@ def preference_documents(draw: st.DrawFn) -> PreferenceDocument:
         chosen, rejected = draw(st.tuples(texts, texts).filter(lambda pair: pair[0].strip() != pair[1].strip()))
         spanned = draw(st.booleans())
         chunk, span = (document, (0, len(document))) if spanned else (draw(texts), None)
-        turns.append(Turn(draw(texts), chosen, rejected, chunk, span))
+        turns.append(Turn(draw(texts), chosen, rejected, chunk, span, draw(st.just({}) | st.just({"score": 1}))))
     provenance = draw(st.dictionaries(texts, st.integers() | texts, max_size=2))
     return PreferenceDocument(draw(texts), document, tuple(turns), provenance)
 

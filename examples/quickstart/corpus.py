@@ -17,12 +17,12 @@ from pydoc_data.topics import topics
 
 from tqdm import tqdm
 
-MODULES = (
-    "abc bisect calendar cmd code codeop collections/__init__ configparser contextlib copy csv difflib fileinput fnmatch "
-    "fractions functools getopt glob hashlib heapq hmac json/decoder json/encoder linecache logging/__init__ mimetypes "
-    "numbers operator pprint queue random sched shelve shlex socketserver statistics string tempfile textwrap traceback "
-    "weakref"
-).split()
+MODULES = """
+abc bisect calendar cmd code codeop collections/__init__ configparser contextlib copy csv difflib fileinput fnmatch
+fractions functools getopt glob hashlib heapq hmac json/decoder json/encoder linecache logging/__init__ mimetypes
+numbers operator pprint queue random sched shelve shlex socketserver statistics string tempfile textwrap traceback
+weakref
+"""
 """Well-documented modules, named as files below the standard library; one that this Python lacks is passed over."""
 
 
@@ -80,7 +80,7 @@ def draw(seed: int, *what: object) -> int:
 
 def _documents(settings: CorpusSettings) -> Iterator[Document]:
     standard_library = Path(sysconfig.get_paths()["stdlib"])
-    files = [p for name in MODULES if (p := standard_library / f"{name}.py").exists()]
+    files = [p for name in MODULES.split() if (p := standard_library / f"{name}.py").exists()]
     with tqdm(total=len(topics) + len(files), desc="      texts", unit="text") as bar:
         for name, text in sorted(topics.items()):
             # Headings lose their rows of asterisks, which would fill the vocabulary with asterisks of every length.

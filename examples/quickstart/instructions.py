@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from examples.quickstart.corpus import Document, draw
 
-MIN_CHUNK_CHARS, MAX_CHUNK_CHARS = 450, 1000
+MIN_CHUNK_CHARS, MAX_CHUNK_CHARS = 250, 600
 MAX_LISTED = 5
 
 
@@ -42,7 +42,8 @@ def draw_exercise(document: Document, seed: int, number: int, bounds: tuple[int,
     fitting = [(instruction, answer) for instruction, answer in _exercises(document, chunk) if answer]
     if not fitting:
         return None
-    instruction, answer = fitting[draw(seed, document.id, number, "instruction") % len(fitting)]
+    # The drawn instruction first, then the others in turn, so that a document is not asked the same twice in a row.
+    instruction, answer = fitting[(draw(seed, document.id, "instruction") + number) % len(fitting)]
     return Exercise((start, stop), instruction, answer)
 
 
@@ -68,12 +69,10 @@ def _exercises(document: Document, chunk: str) -> list[tuple[str, str]]:
         return [
             ("Which module is this code from?", f"It is from the module {name}."),
             ("Which keywords does this code use?", _listing("It uses", words)),
-            ("What does this code do? Answer in one sentence.", _first(r'"""\s*([A-Z][^"]{20,120}?\.)\s', chunk)),
         ]
     return [
         ("Which section is this passage from?", f"It is from the section {name}."),
         ("Which keywords does this passage mention?", _listing("It mentions", words)),
-        ("Summarise this passage in one sentence.", _first(r"(?:^|\n\n|\. )([A-Z][a-z ][^:\n]{10,60}\n?[^:\n]{0,70}\.)\s", chunk)),
     ]
 
 
@@ -81,8 +80,3 @@ def _listing(verb: str, words: list[str]) -> str:
     if not words:
         return ""
     return f"{verb} {' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}."
-
-
-def _first(pattern: str, chunk: str) -> str:
-    found = re.search(pattern, chunk)
-    return " ".join(found.group(1).split()) if found else ""

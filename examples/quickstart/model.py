@@ -6,6 +6,7 @@ the one of the paper, good at short inputs and worse at long ones.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -35,9 +37,10 @@ class ModelSettings:
     row_tokens: int = 512
     rows_per_step: int = 2
     num_steps: int = 1000
-    max_seconds: float = 80.0  # a slow machine makes fewer steps; the learning rate still ends at 0
+    max_seconds: float = 150.0  # a slow machine makes fewer steps; the learning rate still ends at 0
     peak_lr: float = 3e-3
-    exercises_per_document: int = 3
+    exercises_per_document: int = 4
+    answer_weight: float = 10.0  # of an answer's token in the loss; answers are few beside the text
     seed: int = 0
 
 
@@ -45,7 +48,7 @@ def pretrain_model(corpus: Path, tokenizer_folder: Path, folder: Path, settings:
     """Train the model and save it, with its tokenizer, as a Hugging Face folder."""
     torch.manual_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    stream = token_stream([d for d in read_corpus(corpus) if not d.held], tokenizer, settings)
+    tokens, weights = token_stream([d for d in read_corpus(corpus) if not d.held], tokenizer, settings)
     model = MistralForCausalLM(
         MistralConfig(
             vocab_size=len(tokenizer),
@@ -64,51 +67,62 @@ def pretrain_model(corpus: Path, tokenizer_folder: Path, folder: Path, settings:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    _train(model, stream, settings)
+    _train(model, tokens, weights, settings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def token_stream(
     documents: list[Document], tokenizer: PreTrainedTokenizerFast, settings: ModelSettings
-) -> torch.Tensor:
-    """One epoch of plain documents and of chats about their chunks, in an order drawn by the seed: int64 `[tokens]`."""
-    texts: list[tuple[int, str]] = []
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One epoch of plain documents and of chats about their chunks, in an order drawn by the seed.
+
+    Returns:
+        Tokens, int64 `[T]`, and their weights in the loss, fp32 `[T]`.
+    """
+    pieces: list[tuple[int, str, str]] = []  # place in the order, text of weight 1, text of weight `answer_weight`
     for document in documents:
         plain = f"{tokenizer.bos_token}{document.text}{tokenizer.eos_token}"
-        texts.append((draw(settings.seed, document.id, "order"), plain))
+        pieces.append((draw(settings.seed, document.id, "order"), plain, ""))
         for number in range(settings.exercises_per_document):
             exercise = draw_exercise(document, settings.seed, number)
-            if exercise is None:
-                continue
-            chunk = document.text[slice(*exercise.chunk_span)]
-            chat = [
-                {"role": "user", "content": f"{chunk}\n\n{exercise.instruction}"},
-                {"role": "assistant", "content": exercise.answer},
-            ]
-            rendered = tokenizer.apply_chat_template(chat, tokenize=False)
-            texts.append((draw(settings.seed, document.id, number, "order"), rendered))
-    texts.sort()
-    ids = tokenizer([text for _, text in texts], add_special_tokens=False)["input_ids"]
-    return torch.tensor([token for row in ids for token in row])
+            if exercise is not None:
+                chunk = document.text[slice(*exercise.chunk_span)]
+                question = [{"role": "user", "content": f"{chunk}\n\n{exercise.instruction}"}]
+                prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+                order = draw(settings.seed, document.id, number, "order")
+                pieces.append((order, prompt, exercise.answer + tokenizer.eos_token))
+    tokens: list[int] = []
+    weights: list[float] = []
+    for _, *texts in sorted(pieces):
+        for text, weight in zip(texts, (1.0, settings.answer_weight), strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            tokens += ids
+            weights += [weight] * len(ids)
+    return torch.tensor(tokens), torch.tensor(weights)
 
 
-def _train(model: MistralForCausalLM, stream: torch.Tensor, settings: ModelSettings) -> None:
+def _train(model: MistralForCausalLM, tokens: torch.Tensor, weights: torch.Tensor, settings: ModelSettings) -> None:
     """AdamW with warm-up and cosine decay over `num_steps`, or over `max_seconds` where that ends first."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.peak_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
     started = time.monotonic()
-    batches = _batches(stream, settings)
+    batches = _batches(len(tokens), settings)
     with tqdm(total=settings.num_steps, desc="      pre-training", unit="step") as bar:
         for step in range(settings.num_steps):
             progress = max(step / settings.num_steps, (time.monotonic() - started) / settings.max_seconds)
             if progress >= 1:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = settings.peak_lr * min(1.0, progress / 0.05 + 0.05) * 0.5 * (1 + math.cos(math.pi * progress))
-            tokens = next(batches)
-            loss = model(input_ids=tokens, labels=tokens).loss
+                group["lr"] = (
+                    settings.peak_lr * min(1.0, progress / 0.05 + 0.05) * 0.5 * (1 + math.cos(math.pi * progress))
+                )
+            rows = next(batches)
+            logits = model(input_ids=tokens[rows[:, :-1]]).logits
+            losses = cross_entropy(logits.flatten(0, 1), tokens[rows[:, 1:]].flatten(), reduction="none")
+            weight = weights[rows[:, 1:]].flatten()
+            loss = (losses * weight).sum() / weight.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -117,10 +131,9 @@ def _train(model: MistralForCausalLM, stream: torch.Tensor, settings: ModelSetti
             bar.update()
 
 
-def _batches(stream: torch.Tensor, settings: ModelSettings) -> Iterator[torch.Tensor]:
-    """Endless batches of consecutive rows: int64 `[rows_per_step, row_tokens]`."""
-    rows = stream[: len(stream) // settings.row_tokens * settings.row_tokens].view(-1, settings.row_tokens)
-    first = 0
-    while True:
-        yield rows[torch.arange(first, first + settings.rows_per_step) % len(rows)]
-        first += settings.rows_per_step
+def _batches(num_tokens: int, settings: ModelSettings) -> Iterator[torch.Tensor]:
+    """Endless batches of consecutive rows, as indices into the stream: int64 `[rows_per_step, row_tokens + 1]`."""
+    row = torch.arange(settings.row_tokens + 1)
+    for number in itertools.count():
+        first = (number * settings.rows_per_step + torch.arange(settings.rows_per_step)) * settings.row_tokens
+        yield (first[:, None] + row) % num_tokens

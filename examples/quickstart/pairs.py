@@ -52,7 +52,9 @@ def make_pairs(corpus: Path, model_folder: Path, output: Path, settings: PairsSe
     held = [d for d in held if len(tokenizer(d.text)["input_ids"]) <= settings.max_document_tokens]
     prompts = [prompt for document in held for prompt in _prompts(document, settings)]
     requests = [(number, long) for number in range(len(prompts)) for long in (False, True)]
-    answers = _answer({request: prompts[request[0]].text(long=request[1]) for request in requests}, model, tokenizer, settings)
+    answers = _answer(
+        {request: prompts[request[0]].text(long=request[1]) for request in requests}, model, tokenizer, settings
+    )
     dropped: Counter[str] = Counter()
     turns: dict[str, list[Turn]] = {}
     for number, prompt in enumerate(prompts):
@@ -84,7 +86,7 @@ def make_pairs(corpus: Path, model_folder: Path, output: Path, settings: PairsSe
 
 
 def _prompts(document: Document, settings: PairsSettings) -> Iterator[Prompt]:
-    """One prompt for each part of the document, so that chunks do not overlap; parts that fit no instruction give none."""
+    """One prompt for each part of the document, so that chunks do not overlap; none where no instruction fits."""
     num_turns = 1 + draw(settings.seed, document.id, "turns") % settings.max_turns
     num_turns = min(num_turns, max(1, len(document.text) // (2 * MAX_CHUNK_CHARS)))
     part = len(document.text) // num_turns

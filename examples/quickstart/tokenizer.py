@@ -41,7 +41,9 @@ def train_tokenizer(corpus: Path, folder: Path, settings: TokenizerSettings) -> 
     model = io.BytesIO()
     documents = read_corpus(corpus)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for d in tqdm(documents, desc="      texts", unit="text") for line in d.text.splitlines()),
+        sentence_iterator=(
+            line for d in tqdm(documents, desc="      texts", unit="text") for line in d.text.splitlines()
+        ),
         model_writer=model,
         model_type="unigram",
         vocab_size=settings.vocab_size,

@@ -122,7 +122,6 @@ def backward_tiles(
     Returns:
         dq ``[T, N, D]`` in q's dtype; dk and dv ``[S, G, D]``, in fp32 if several tiles add to them in half precision.
     """
-    grad_out = grad_out.contiguous()  # that of a sum is expanded, with strides of 0, which kernels read past
     key_dtype = torch.promote_types(k.dtype, torch.float32) if tiles.adds_keys else k.dtype
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=key_dtype, device=k.device)

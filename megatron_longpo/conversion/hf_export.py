@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,31 @@ def exported_config(template: HFModel, model: ModelConfig, dtype: torch.dtype) -
     return config
 
 
-def write_companions(template_folder: str | Path, config: dict[str, Any], folder: Path) -> None:
-    """Write config.json and copy the template's other files."""
+def write_config(config: dict[str, Any], folder: Path) -> None:
+    """Write config.json as transformers formats it."""
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def copy_companions(template_folder: str | Path, folder: Path) -> None:
+    """Copy the template's other files that belong to a model, where the folder has none of their own."""
+    for path in _companions(template_folder):
+        target = folder / path.name
+        if path.is_dir():
+            shutil.copytree(path, target, dirs_exist_ok=True)
+        elif not target.exists():
+            shutil.copyfile(path, target)
+
+
+def companions_bytes(template_folder: str | Path) -> int:
+    """Size of what `copy_companions` copies."""
+    files = (file for path in _companions(template_folder) for file in (path, *path.rglob("*")) if file.is_file())
+    return sum(file.stat().st_size for file in files)
+
+
+def _companions(template_folder: str | Path) -> Iterator[Path]:
     for pattern in COPIED:
-        for path in Path(template_folder).glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            else:
-                shutil.copyfile(path, folder / path.name)
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        yield from Path(template_folder).glob(pattern)
 
 
 def _rope(model: ModelConfig) -> dict[str, Any]:
@@ -131,10 +148,3 @@ def _is_newer(config: dict[str, Any]) -> bool:
     if "rope_parameters" in config:
         return True
     return "rope_theta" not in config and str(config.get("transformers_version", "4")).split(".")[0] >= "5"
-
-
-def copied_bytes(template_folder: str | Path) -> int:
-    """Size of what `write_companions` copies."""
-    paths = [path for pattern in COPIED for path in Path(template_folder).glob(pattern)]
-    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
-    return sum(file.stat().st_size for file in files)

@@ -7,7 +7,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, read_hf_folder
-from megatron_longpo.conversion.hf_export import copied_bytes, exported_config, refuse_other_template, write_companions
+from megatron_longpo.conversion.hf_export import (
+    companions_bytes,
+    copy_companions,
+    exported_config,
+    refuse_other_template,
+    write_config,
+)
 from megatron_longpo.conversion.safetensors_file import ShardedWriter, TensorSpec
 from megatron_longpo.conversion.stored_model import StoredModel
 from megatron_longpo.conversion.target import check_target, filled_folder
@@ -51,7 +57,7 @@ def convert_to_hf(
         for name, shape in zip(weight.hf, weight.layout.hf_shapes(stored.model), strict=True)
     ]
     num_bytes = sum(spec.num_bytes for spec in specs)
-    check_target(save, num_bytes + copied_bytes(hf_model), overwrite)
+    check_target(save, num_bytes + companions_bytes(hf_model), overwrite)
     with (
         filled_folder(save, stale=_OLD_WEIGHTS, last=CONFIG_FILE) as folder,
         tqdm(total=num_bytes, desc="converting", unit="B", unit_scale=True, disable=not show_progress) as progress,
@@ -61,5 +67,6 @@ def convert_to_hf(
                 for name, tensor in zip(weight.hf, stored.read(weight), strict=True):
                     writer.write(name, tensor)
                     progress.update(tensor.nbytes)
-        write_companions(hf_model, exported_config(template, stored.model, stored.dtype), folder)
+        copy_companions(hf_model, folder)
+        write_config(exported_config(template, stored.model, stored.dtype), folder)
     return stored.checkpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel, read_hf_folder
-from megatron_longpo.conversion.hf_export import exported_config, refuse_other_template
+from megatron_longpo.conversion.hf_config import HFModel, read_hf_folder
+from megatron_longpo.conversion.hf_export import exported_config, refuse_other_template, write_config
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.plan import planned_weights
 from megatron_longpo.conversion.stored_model import StoredModel
@@ -138,10 +137,9 @@ def _hf_logits(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        config = exported_config(template, stored.model, torch.float32)
-        Path(folder, CONFIG_FILE).write_text(json.dumps(config))
+        write_config(exported_config(template, stored.model, torch.float32), Path(folder))
         loaded: Any = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(hf_model, config=loaded, torch_dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(hf_model, config=loaded, dtype=torch.float32).eval()
     # Without a mask transformers takes a jump in the positions for the start of another sequence.
     mask = torch.ones(1, len(tokens))
     return model(input_ids=tokens[None], position_ids=positions[None], attention_mask=mask).logits[0].float()

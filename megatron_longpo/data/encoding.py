@@ -64,7 +64,7 @@ class SharedPrefixEncoder:
         if not agree:
             return None
         return (
-            np.concatenate([ids[: old.start], new_ids[new.start+1 :]]),
+            np.concatenate([ids[: old.start], new_ids[new.start :]]),
             np.concatenate([starts[: old.start], new_starts[new.start :]]),
             np.concatenate([ends[: old.start], new_ends[new.start :]]),
         )

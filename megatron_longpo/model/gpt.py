@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -19,6 +20,39 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.model.rope import inverse_frequencies, rotary_angles
 from megatron_longpo.objective.logprobs import linear_logprobs
+
+
+class LogprobHead(ColumnParallelLinear):
+    """Megatron's output layer with log-probs instead of logits.
+
+    It is a module of its own because ``--overlap-param-gather`` waits for a weight when the module that owns it is
+    called: used from outside, the weight could be the one before the last step.
+    """
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        source_index: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        weight: torch.Tensor | None,
+        vocab_size: int,
+        chunk_tokens: int,
+    ) -> torch.Tensor:
+        """See `linear_logprobs`; ``weight`` replaces the layer's own where embeddings are tied."""
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        return linear_logprobs(
+            hidden.squeeze(1),
+            self.weight if weight is None else weight,
+            source_index,
+            targets,
+            vocab_size=vocab_size,
+            chunk_tokens=chunk_tokens,
+            tp_group=self.tp_group,
+        )
 
 
 class SharedPrefixGPT(GPTModel):
@@ -58,6 +92,9 @@ class SharedPrefixGPT(GPTModel):
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        if post_process:
+            # GPTModel makes the layer itself; ours has the same parameters and another forward.
+            self.output_layer.__class__ = LogprobHead
         self.model_shape = model
         self.logits_chunk_tokens = logits_chunk_tokens
         # A plain attribute: a buffer would be cast to bf16 with the weights, and angles need fp32.
@@ -108,18 +145,12 @@ class SharedPrefixGPT(GPTModel):
         )
         if not self.post_process:
             return hidden
-        group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
-        return linear_logprobs(
-            hidden.squeeze(1),
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+        return self.output_layer(
+            hidden,
             source_index,
             targets,
+            weight=self.shared_embedding_or_output_weight() if tied else None,
             vocab_size=self.model_shape.vocab_size,
             chunk_tokens=self.logits_chunk_tokens,
-            tp_group=group,
         )

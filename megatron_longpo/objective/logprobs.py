@@ -38,8 +38,8 @@ def linear_logprobs(
     ``copy_to_tensor_model_parallel_region`` or ``gather_from_sequence_parallel_region``, which add it up.
 
     Args:
-        hidden: ``[T, H]``, fp64, fp32, bf16 or fp16.
-        weight: ``[V, H]``, this rank's rows of the LM head, of the same dtype. Its gradient is summed in fp32.
+        hidden: ``[T, H]``; multiplied in the dtype of the weight.
+        weight: ``[V, H]``, this rank's rows of the LM head, fp64, fp32, bf16 or fp16. Its gradient is summed in fp32.
         source_index: int64 ``[K]``, the row of ``hidden`` that makes each prediction. It may repeat: the last token of
             a prefix predicts the first token of every branch.
         targets: int64 ``[K]``, token ids of the whole vocabulary. One outside of it has log-prob -inf.
@@ -53,7 +53,7 @@ def linear_logprobs(
     """
     assert hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert source_index.shape == targets.shape and targets.dim() == 1, (source_index.shape, targets.shape)
-    assert hidden.dtype == weight.dtype and chunk_tokens > 0, (hidden.dtype, weight.dtype, chunk_tokens)
+    assert chunk_tokens > 0, chunk_tokens
     return _LinearLogprobs.apply(hidden, weight, source_index, targets, vocab_size, chunk_tokens, tp_group)
 
 

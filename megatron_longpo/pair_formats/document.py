@@ -48,6 +48,7 @@ class Turn:
         rejected: The answer from the long prompt.
         chunk: C_S; None where the source has no short prompt.
         chunk_span: Where the chunk lies in the document, in characters, if that is known.
+        provenance: What made this turn; carried along, never interpreted.
     """
 
     instruction: str
@@ -55,6 +56,7 @@ class Turn:
     rejected: str
     chunk: str | None
     chunk_span: tuple[int, int] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

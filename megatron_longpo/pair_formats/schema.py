@@ -36,14 +36,11 @@ def parse(row: Mapping[str, Any], where: Location) -> PreferenceDocument:
     if not isinstance(turns, list) or not turns:
         problem = "is missing" if "turns" not in row else f"is {kind_of(turns) if turns != [] else 'empty'}"
         raise PairsError(where, "turns", problem, "give a list of at least one turn")
-    provenance = row.get("provenance") or {}
-    if not isinstance(provenance, Mapping):
-        raise PairsError(where, "provenance", f"is {kind_of(provenance)}, not an object", "write it as an object")
     return PreferenceDocument(
         id=text(row, "id", where),
         document=document,
         turns=tuple(_turn(turn, document, where, f"turns[{i}]") for i, turn in enumerate(turns)),
-        provenance=provenance,
+        provenance=_provenance(row, where, ""),
         location=where,
     )
 
@@ -78,7 +75,16 @@ def _turn(turn: Any, document: str, where: Location, name: str) -> Turn:
     if chunk is None:
         raise PairsError(where, f"{path}chunk_span", "is missing", "add it, or the chunk's text as 'chunk'")
     instruction, chosen, rejected = (text(turn, key, where, path) for key in ("instruction", "chosen", "rejected"))
-    return check_answers(Turn(instruction, chosen, rejected, chunk, span), where, path)
+    return check_answers(Turn(instruction, chosen, rejected, chunk, span, _provenance(turn, where, path)), where, path)
+
+
+def _provenance(row: Mapping[str, Any], where: Location, path: str) -> Mapping[str, Any]:
+    provenance = row.get("provenance", {})
+    if not isinstance(provenance, Mapping):
+        raise PairsError(
+            where, f"{path}provenance", f"is {kind_of(provenance)}, not an object", "write it as an object"
+        )
+    return provenance
 
 
 def _chunk_span(value: Any, document: str, where: Location, name: str) -> tuple[int, int]:
@@ -98,4 +104,6 @@ def _chunk_span(value: Any, document: str, where: Location, name: str) -> tuple[
 
 def _dump_turn(turn: Turn) -> dict[str, Any]:
     chunk = {"chunk": turn.chunk} if turn.chunk_span is None else {"chunk_span": list(turn.chunk_span)}
-    return {**chunk, "instruction": turn.instruction, "chosen": turn.chosen, "rejected": turn.rejected}
+    provenance = {"provenance": dict(turn.provenance)} if turn.provenance else {}
+    answers = {"instruction": turn.instruction, "chosen": turn.chosen, "rejected": turn.rejected}
+    return {**chunk, **answers, **provenance}

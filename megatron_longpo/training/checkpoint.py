@@ -9,11 +9,13 @@ A checkpoint is written to a hidden folder beside its place and renamed when it 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
@@ -147,9 +150,10 @@ class Checkpointer:
             state["opt_param_scheduler"] = self.scheduler.state_dict()
         if not settings.no_save_rng:
             state["rng_state"] = _rng_state()
-        request = dist_checkpointing.save(
-            state, str(partial), async_sharded_save=settings.async_save, content_metadata=_format()
-        )
+        with _clear_failure(final):
+            request = dist_checkpointing.save(
+                state, str(partial), async_sharded_save=settings.async_save, content_metadata=_format()
+            )
 
         def publish() -> None:
             if is_rank_0():
@@ -170,7 +174,8 @@ class Checkpointer:
 
     def finish(self, blocking: bool) -> None:
         """Complete background saves whose files are written; with ``blocking`` wait for them. All ranks call it."""
-        self.queue.maybe_finalize_async_calls(blocking=blocking)
+        with _clear_failure(self.config.checkpoint.save):
+            self.queue.maybe_finalize_async_calls(blocking=blocking)
 
     def load(self, checkpoint: Path, weights_only: bool = False) -> Progress:
         """Load a checkpoint written at any parallel sizes.
@@ -233,6 +238,19 @@ class Checkpointer:
         ]
         if different:
             raise ValueError(f"{checkpoint} is a checkpoint of another model: " + "; ".join(different))
+
+
+@contextlib.contextmanager
+def _clear_failure(place: object) -> Iterator[None]:
+    """Say what a failed write means; torch's exception for it is a BaseException, which handlers would not see."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = sorted({str(cause) for cause, _ in error.failures.values()})
+        raise OSError(
+            f"the checkpoint {place} could not be written: {'; '.join(causes)}. Earlier checkpoints are as they were; "
+            "make room or choose another --save, then resume with --load"
+        ) from error
 
 
 def _load_strategy(checkpoint: Path) -> Any:

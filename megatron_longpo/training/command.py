@@ -9,6 +9,7 @@ from collections.abc import Callable
 from megatron_longpo.arguments import parse_command_line, print_errors
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.processes import leave
 
 Job = Callable[[RunConfig, PreferenceDataset], None]
 
@@ -22,14 +23,12 @@ def run_command(job: Job) -> None:
     try:
         _run(job, config)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print_errors(error)
-        sys.exit(2)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        mistakes = error
+        leave(2, lambda: print_errors(mistakes))
+    except (ValueError, OSError, FloatingPointError) as error:
         rank = os.environ.get("RANK", "0")
-        name = os.path.basename(sys.argv[0])
-        print(f"{name}: error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr)
-        sys.exit(1)
+        message = f"{os.path.basename(sys.argv[0])}: error{'' if rank == '0' else f' (rank {rank})'}: {error}"
+        leave(1, lambda: print(message, file=sys.stderr))
     except KeyboardInterrupt:
         sys.exit(130)
 

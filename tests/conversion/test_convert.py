@@ -266,62 +266,71 @@ def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from megatron_longpo.conversion import to_hf, to_megatron
 
-module = {"megatron": to_megatron, "hf": to_hf}[sys.argv[1]]
-
-class Progress(module.tqdm):
+class Progress(to_hf.tqdm):
     def update(self, n=1):
         super().update(n)
         if self.n > self.total / 2:
-            os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+            os.kill(os.getpid(), number)
 
-module.tqdm = Progress
-source, other, save = map(Path, sys.argv[3:])
-if sys.argv[1] == "megatron":
-    to_megatron.convert_to_megatron(source, save, overwrite=True)
-else:
-    to_hf.convert_to_hf(other, source, save, overwrite=True, max_shard_bytes=20_000)
+to_hf.tqdm = to_megatron.tqdm = Progress
+hf, megatron, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+for direction, name, save in cases:
+    number = getattr(signal, name)
+    if os.fork() == 0:
+        if direction == "megatron":
+            to_megatron.convert_to_megatron(hf, save, overwrite=True)
+        else:
+            to_hf.convert_to_hf(megatron, hf, save, overwrite=True, max_shard_bytes=20_000)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
+MARKERS = {"megatron": "latest_checkpointed_iteration.txt", "hf": "config.json"}
 
 
-@pytest.mark.parametrize("before", ["nothing", "a conversion"])
-@pytest.mark.parametrize(
-    ("direction", "marker"), [("megatron", "latest_checkpointed_iteration.txt"), ("hf", "config.json")]
-)
-def test_killed_half_way_leaves_nothing_that_looks_complete(
-    direction: str, marker: str, before: str, llama: Path, tmp_path: Path
-) -> None:
-    to_megatron(llama, tmp_path / "other")
-    save = tmp_path / "save"
+def _kill(hf: Path, megatron: Path, cases: list[tuple[str, str, Path]]) -> list[int]:
+    """Convert in processes that send themselves a signal half-way; returns their exit codes."""
+    words = [str(hf), str(megatron), json.dumps(cases, default=str)]
+    result = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [int(line) for line in result.stdout.split()]
 
-    def convert() -> None:
+
+def test_killed_half_way_leaves_nothing_that_looks_complete(llama: Path, tmp_path: Path) -> None:
+    megatron = tmp_path / "megatron"
+    to_megatron(llama, megatron)
+
+    def convert(direction: str, save: Path) -> None:
         if direction == "megatron":
             to_megatron(llama, save)
         else:
-            to_hf(tmp_path / "other", llama, save)
+            to_hf(megatron, llama, save)
 
-    if before == "a conversion":
-        convert()
-    old = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
-    words = [direction, "SIGKILL", str(llama), str(tmp_path / "other"), str(save)]
-    result = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
-    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
-    # The partial result is there, out of sight, and what was there before is untouched.
-    assert any((save / ".partial").rglob("*"))
-    assert {path: path.read_bytes() for path in old} == old
-    if before == "nothing":
-        assert {path.name for path in save.iterdir()} == {".partial"}
-        # Without --overwrite: remains of a killed conversion are not content.
-        convert()
-        assert (save / marker).exists()
-        assert not (save / ".partial").exists()
+    def content(save: Path) -> dict[Path, bytes]:
+        files = (path for path in save.rglob("*") if path.is_file())
+        return {path: path.read_bytes() for path in files if ".partial" not in path.parts}
 
+    fresh = {direction: tmp_path / f"fresh-{direction}" for direction in MARKERS}
+    used = {direction: tmp_path / f"used-{direction}" for direction in MARKERS}
+    for direction, save in used.items():
+        convert(direction, save)
+    before = {direction: content(save) for direction, save in used.items()}
+    cases = [(direction, "SIGKILL", folders[direction]) for folders in (fresh, used) for direction in MARKERS]
+    interrupted = tmp_path / "interrupted"
+    codes = _kill(llama, megatron, [*cases, ("megatron", "SIGINT", interrupted)])
+    assert codes == [-signal.SIGKILL] * 4 + [1]
 
-def test_interrupted_leaves_nothing_at_all(llama: Path, tmp_path: Path) -> None:
-    words = ["megatron", "SIGINT", str(llama), "unused", str(tmp_path / "save")]
-    result = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
-    assert b"KeyboardInterrupt" in result.stderr
-    assert not (tmp_path / "save").exists()
+    for direction, marker in MARKERS.items():
+        # The partial result is there, out of sight; what was there before is untouched.
+        assert any((used[direction] / ".partial").rglob("*"))
+        assert content(used[direction]) == before[direction]
+        assert [path.name for path in fresh[direction].iterdir()] == [".partial"]
+        # Remains of a killed conversion are no content that --overwrite would be needed for.
+        convert(direction, fresh[direction])
+        assert (fresh[direction] / marker).exists()
+        assert not (fresh[direction] / ".partial").exists()
+    # Ctrl-C cleans up behind itself.
+    assert not interrupted.exists()

@@ -124,7 +124,10 @@ def test_a_straddling_token_belongs_to_the_response(huggingface_folder: Path) ->
 
 
 def test_a_token_that_straddles_the_end_belongs_to_the_response(huggingface_folder: Path) -> None:
-    plural = "{% for m in messages %}{% if m.role == 'user' %}s {{ m.content }}: {% else %}{{ m.content }}{% endif %}{% endfor %}"
+    plural = (
+        "{% for m in messages %}{% if m.role == 'user' %}s {{ m.content }}: {% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
     tokenizer = load_tokenizer(huggingface_folder, chat_template=plural)
     turns = (Turn("Q", "the object", "some value", "Chunk"), Turn("R", "yes", "no", "Chunk"))
     tokenized = DocumentTokenizer(tokenizer)(PreferenceDocument("id", "Doc", turns))

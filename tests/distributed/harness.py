@@ -60,7 +60,8 @@ def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder:
         )
         result = function(rank, *args)
         torch.save(result, Path(folder, f"{rank}.pt"))
-        dist.barrier()
+        if dist.is_initialized():
+            dist.barrier()
     except BaseException:
         Path(folder, f"rank {rank}.error").write_text(traceback.format_exc())
         raise

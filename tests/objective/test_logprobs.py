@@ -124,12 +124,22 @@ def test_half_precision_products_of_cuda(dtype: torch.dtype, cuda_products: None
     check_half_precision(dtype, "cpu")
 
 
+def test_fp32_states_and_bf16_weights() -> None:
+    """With fp32 residuals the states are wider than the weight; each gradient has the dtype of its own tensor."""
+    inputs = head_inputs(dtype=torch.bfloat16)
+    narrow = logps_and_gradients(linear_logprobs, inputs, chunk_tokens=8)
+    wide_states = HeadInputs(inputs.hidden.float(), *list(vars(inputs).values())[1:])
+    wide = logps_and_gradients(linear_logprobs, wide_states, chunk_tokens=8)
+    assert torch.equal(wide[0], narrow[0]) and torch.equal(wide[2], narrow[2])
+    assert wide[1].dtype == torch.float32 and relative_difference(narrow[1].float(), wide[1]) < 0.01
+
+
 def test_the_gradient_of_the_weight_is_summed_in_fp32() -> None:
-    """4096 equal terms added up one chunk at a time: a bf16 sum would stop growing at 256 of them."""
+    """1024 equal terms, added up one chunk at a time: a bf16 sum would stop growing long before that."""
     hidden, weight = torch.ones(1, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
-    zeros = torch.zeros(4096, dtype=torch.int64)
+    zeros = torch.zeros(1024, dtype=torch.int64)
     linear_logprobs(hidden, weight, zeros, zeros, chunk_tokens=1).sum().backward()
-    assert weight.grad is not None and weight.grad[:, 0].tolist() == [2048.0, -2048.0]
+    assert weight.grad is not None and weight.grad[:, 0].tolist() == [512.0, -512.0]
 
 
 def test_no_predictions_give_zero_gradients() -> None:

@@ -65,6 +65,7 @@ def test_spans_count_characters_not_bytes() -> None:
         (row(turns={}), "field 'turns' is an object"),
         (row(turns=["x"]), r"field 'turns\[0\]' is a string, not an object"),
         (row(provenance="me"), "field 'provenance' is a string"),
+        (with_turn(provenance=[]), r"field 'turns\[1\]\.provenance' is a list"),
         (row(documnet="x"), "field 'documnet' is unknown; did you mean 'document'"),
         (with_turn(chosen=" \n"), r"field 'turns\[1\]\.chosen' is empty"),
         (with_turn(rejected=""), r"field 'turns\[1\]\.rejected' is empty"),

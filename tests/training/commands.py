@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch.distributed as dist
+
+from tests.distributed.harness import run_ranks
 
 from tests.tiny import MODEL_FLAGS
 
@@ -47,6 +53,30 @@ def run(script: str, *flags: str, ranks: int = 1, code: int = 0) -> str:
     output = done.stdout + done.stderr
     assert done.returncode == code, f"exit code {done.returncode} instead of {code}:\n{output[-6000:]}"
     return output
+
+
+def run_in_one_process(commands: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
+    """Run several one-rank command lines after one another in one fresh process; exit code and output of each.
+
+    For commands that end early: what takes time then is the start of Python, paid once.
+    """
+    return run_ranks(_run_each, 1, commands)[0]
+
+
+def _run_each(rank: int, commands: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
+    dist.destroy_process_group()
+    return [_run_here(script, flags) for script, flags in commands]
+
+
+def _run_here(script: str, flags: list[str]) -> tuple[int, str]:
+    output, code = io.StringIO(), 0
+    sys.argv = [str(REPOSITORY / script), *flags]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+    return code, output.getvalue()
 
 
 def train(*flags: str, ranks: int = 1, code: int = 0) -> str:

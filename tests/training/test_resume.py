@@ -80,7 +80,8 @@ def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) ->
 def test_resumes_under_another_layout(golden: dict[str, Any], tmp_path: Path, layout: list[str]) -> None:
     path = tmp_path / "metrics.jsonl"
     start = golden["folder"] / "save" / "iter_0000010"
-    train(*golden["flags"], *layout, f"--load={start}", f"--metrics-jsonl={path}", "--no-load-rng", ranks=2)
+    more = [*layout, f"--load={start}", f"--save={tmp_path / 'save'}", f"--metrics-jsonl={path}"]
+    train(*golden["flags"], *more, ranks=2)
     steps = metrics(path)
     assert [step["iteration"] for step in steps] == list(range(11, STEPS + 1))
     for ours, theirs in zip(steps, golden["steps"][10:], strict=True):

@@ -1,0 +1,1 @@
+"""Post-training quantisation of a trained model with nvidia-modelopt."""

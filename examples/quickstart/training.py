@@ -1,0 +1,88 @@
+"""The commands that a user types, run as they stand: preprocessing, and the trainer under torchrun."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Flags of both training runs.
+
+    The paper's learning rate and λ are for 7B models and thousands of steps; with these, 40 steps of a tiny one show.
+    """
+
+    train_iters: int = 40
+    global_batch_size: int = 8
+    lr: float = 3e-4
+    preference_weight: float = 0.1
+    seq_length: int = 2048
+    split: str = "87,13"
+    eval_interval: int = 10
+
+
+def preprocess(pairs: Path, tokenizer: Path, prefix: Path) -> None:
+    """Tokenize the pairs file into `prefix`.bin, .idx and .manifest.json, in a folder of their own."""
+    # An earlier model's reference log-probs lie beside an earlier dataset.
+    shutil.rmtree(prefix.parent, ignore_errors=True)
+    prefix.parent.mkdir(parents=True)
+    command = [sys.executable, "tools/preprocess_pairs.py"]
+    command += ["--input", str(pairs), "--tokenizer-model", str(tokenizer), "--output-prefix", str(prefix)]
+    _run(command, prefix.with_suffix(".log"))
+
+
+def train(model: Path, prefix: Path, folder: Path, layout: tuple[str, ...], settings: TrainingSettings) -> None:
+    """Train from the Hugging Face weights on two processes.
+
+    Args:
+        model: Hugging Face folder to start from.
+        prefix: What `preprocess` wrote.
+        folder: Gets the checkpoint, metrics.jsonl, TensorBoard files and train.log; an earlier run in it is removed.
+        layout: The flags that spread the work over the two processes.
+        settings: The other flags.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["pretrain_longpo.py", *layout]
+    flags = {
+        "load-hf": model,
+        "data-path": prefix,
+        "split": settings.split,
+        "seq-length": settings.seq_length,
+        "objective": "longpo",
+        "lambda": settings.preference_weight,
+        "train-iters": settings.train_iters,
+        "global-batch-size": settings.global_batch_size,
+        "lr": settings.lr,
+        "eval-interval": settings.eval_interval,
+        "eval-iters": 1,
+        "save": folder / "checkpoint",
+        "metrics-jsonl": folder / "metrics.jsonl",
+        "tensorboard-dir": folder / "tensorboard",
+        "progress-bar": "on",
+    }
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    _run(command, folder / "train.log")
+
+
+def _run(command: list[str], log: Path) -> None:
+    """Run a command with its progress bar on the terminal and its lines in a log; show the log's end if it fails."""
+    shown = ["python" if part == sys.executable else part for part in command]
+    print(f"      $ {' '.join(shown)}")
+    print(f"      its lines go to {log}", flush=True)
+    # One BLAS thread for each of two processes on two cores.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=file, check=False).returncode
+    if code != 0:
+        print("\n".join(log.read_text(encoding="utf-8").splitlines()[-20:]), file=sys.stderr)
+        sys.exit(f"quickstart: the command above ended with code {code}; its whole output is in {log}")

@@ -1,0 +1,253 @@
+"""The curves of one or more runs as one picture, and their first and last values as a table.
+
+Both read what the trainer writes with `--metrics-jsonl`. Runs are drawn over one another, each thinner than the one
+before it, so that two that agree show as one line with a core.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+Metrics = dict[str, float]
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+"""Okabe and Ito's palette, told apart with any colour vision."""
+
+INK, MUTED, GRID = "#222222", "#6B6B6B", "#E4E4E4"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One diagram: the metrics it shows, over steps.
+
+    Args:
+        title: What is shown.
+        unit: What the vertical axis counts.
+        curves: Metric names and how each is labelled; the label is drawn only where there are several.
+        level: A value to mark, with what it means.
+    """
+
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str], ...]
+    level: tuple[float, str] | None = None
+
+
+PANELS = (
+    Panel("Negative log-likelihood", "nats per token of the chosen sequence", (("longpo/nll_loss", "NLL"),)),
+    Panel("Preference loss", "−log σ(margin)", (("longpo/preference_loss", "loss"),), (0.6931, "no preference")),
+    Panel("Constraint", "nats per response token", (("longpo/kl", "KL"),)),
+    Panel("Rewards", "β (log π − log π reference)", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
+    Panel("Reward margin", "chosen − rejected", (("rewards/margins", "margin"),), (0.0, "no preference")),
+    Panel(
+        "Accuracy", "share of documents with a margin above 0", (("rewards/accuracies", "accuracy"),), (0.5, "chance")
+    ),
+    Panel("Throughput", "tokens per second and rank", (("tokens_per_s_per_gpu", "rate"),)),
+)
+
+TABLE = (
+    ("longpo/nll_loss", "NLL (nats/token)", ".3f"),
+    ("longpo/preference_loss", "preference loss", ".3f"),
+    ("longpo/kl", "KL (nats/token)", ".3f"),
+    ("rewards/chosen", "reward, chosen", "+.3f"),
+    ("rewards/rejected", "reward, rejected", "+.3f"),
+    ("rewards/margins", "reward margin", "+.3f"),
+    ("rewards/accuracies", "reward accuracy", ".2f"),
+)
+
+
+def read_metrics(path: str | Path) -> tuple[list[Metrics], list[Metrics]]:
+    """Read a `--metrics-jsonl` file.
+
+    Returns:
+        The training steps, and the evaluations with the prefix ``eval/`` taken off their names.
+
+    Raises:
+        ValueError: A line is no JSON object with an ``iteration``, or there is no training step at all.
+    """
+    steps: list[Metrics] = []
+    evaluations: list[Metrics] = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            row["iteration"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: not a line of --metrics-jsonl; give the file of a finished run"
+            ) from error
+        if any(name.startswith("eval/") for name in row):
+            evaluations.append({name.removeprefix("eval/"): value for name, value in row.items()})
+        else:
+            steps.append(row)
+    if not steps:
+        raise ValueError(f"{path}: holds no training step; let the run make at least one")
+    return steps, evaluations
+
+
+def plot_runs(runs: Mapping[str, str | Path], output: str | Path, title: str, subtitle: str = "") -> None:
+    """Draw the curves of several runs into one picture.
+
+    Args:
+        runs: Metrics file by the run's name, in drawing order.
+        output: Where the picture goes; its ending decides the format (.png, .pdf, .svg).
+        title: Headline.
+        subtitle: One line below it.
+    """
+    data = {name: read_metrics(path) for name, path in runs.items()}
+    names = {key for steps, _ in data.values() for row in steps for key in row}
+    panels = [panel for panel in PANELS if all(curve in names for curve, _ in panel.curves)]
+    num_columns = 3 if len(panels) > 4 else 2
+    num_rows = -(-len(panels) // num_columns)
+    figure = Figure(figsize=(4.3 * num_columns, 3.1 * num_rows + 1.0), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw(axis, panel, data)
+    for axis in list(axes)[len(panels) :]:
+        axis.set_visible(False)
+    height = figure.get_figheight()
+    figure.subplots_adjust(
+        left=0.75 / figure.get_figwidth(),
+        right=1 - 0.2 / figure.get_figwidth(),
+        bottom=0.55 / height,
+        top=1 - 1.25 / height,
+        wspace=0.30,
+        hspace=0.48,
+    )
+    left = figure.subplotpars.left
+    figure.text(left, 1 - 0.22 / height, title, fontsize=15, fontweight="bold", color=INK, va="top")
+    figure.text(left, 1 - 0.55 / height, subtitle, fontsize=10, color=MUTED, va="top")
+    _legend(figure, data)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+
+
+def summary_table(runs: Mapping[str, str | Path], num_averaged: int = 5) -> str:
+    """The mean of each run's first and last steps, and its speed, as aligned lines.
+
+    Args:
+        runs: Metrics file by the run's name.
+        num_averaged: Steps at each end to average over.
+    """
+    data = {name: read_metrics(path) for name, path in runs.items()}
+    width = max(20, *(len(name) for name in runs))
+    lines = [f"{'':<20}" + "".join(f"  {name:>{width}}" for name in data)]
+    for metric, label, form in TABLE:
+        if all(metric in row for steps, _ in data.values() for row in steps):
+            cells = []
+            for steps, _ in data.values():
+                first, last = _mean(steps[:num_averaged], metric), _mean(steps[-num_averaged:], metric)
+                cells.append(f"{first:{form}} → {last:{form}}")
+            lines.append(f"{label:<20}" + "".join(f"  {cell:>{width}}" for cell in cells))
+        if all(evaluations and metric in evaluations[-1] for _, evaluations in data.values()):
+            cells = [
+                f"{evaluations[0][metric]:{form}} → {evaluations[-1][metric]:{form}}"
+                for _, evaluations in data.values()
+            ]
+            lines.append(f"{'  held out':<20}" + "".join(f"  {cell:>{width}}" for cell in cells))
+    rates = [_mean(steps[1:] or steps, "tokens_per_s_per_gpu") for steps, _ in data.values()]
+    seconds = [sum(row["iteration_time_s"] for row in steps) for steps, _ in data.values()]
+    lines.append(f"{'tokens/s and rank':<20}" + "".join(f"  {rate:>{width},.0f}" for rate in rates))
+    lines.append(f"{'seconds in steps':<20}" + "".join(f"  {second:>{width},.1f}" for second in seconds))
+    return "\n".join(lines)
+
+
+def _draw(axis: Axes, panel: Panel, data: Mapping[str, tuple[list[Metrics], list[Metrics]]]) -> None:
+    if panel.level is not None:
+        value, meaning = panel.level
+        axis.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
+    for number, (steps, evaluations) in enumerate(data.values()):
+        for which, (metric, _) in enumerate(panel.curves):
+            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "zorder": 2 + number}
+            axis.plot(
+                *_curve(steps, metric), linewidth=_width(number), linestyle=("-", (0, (4, 1.6)))[which % 2], **style
+            )
+            if any(metric in row for row in evaluations):
+                axis.plot(*_curve(evaluations, metric), "o", markersize=6.5 - 2.2 * min(number, 2), **style)
+    if len(panel.curves) > 1:
+        _label_ends(axis, panel, next(iter(data.values()))[0])
+    axis.set_title(panel.title, fontsize=11.5, fontweight="bold", color=INK, loc="left", pad=16)
+    # The unit stands above the axis, level, where it is read without turning the head.
+    axis.text(0, 1.03, panel.unit, transform=axis.transAxes, fontsize=8.5, color=MUTED)
+    axis.set_xlabel("step", fontsize=8.5, color=MUTED)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=5))
+    axis.tick_params(labelsize=8.5, colors=MUTED, length=0)
+    axis.grid(axis="y", color=GRID, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.margins(x=0.02, y=0.12)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.spines["bottom"].set_color(GRID)
+    if panel.level is not None:
+        # Set after the curves, which decide where the axis ends.
+        axis.annotate(
+            meaning,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=MUTED,
+        )
+
+
+def _label_ends(axis: Axes, panel: Panel, steps: Sequence[Metrics]) -> None:
+    """Name each curve at its end: the upper one above, the lower one below."""
+    ends = sorted(((_curve(steps, metric), label) for metric, label in panel.curves), key=lambda e: e[0][1][-1])
+    for place, ((iterations, values), label) in enumerate(ends):
+        upper = place > 0
+        axis.annotate(
+            label,
+            (iterations[-1], values[-1]),
+            xytext=(0, 9 if upper else -9),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if upper else "top",
+            fontsize=8.5,
+            color=INK,
+        )
+
+
+def _legend(figure: Figure, data: Mapping[str, tuple[list[Metrics], list[Metrics]]]) -> None:
+    handles = [
+        Line2D([], [], color=COLOURS[number % len(COLOURS)], linewidth=_width(number), label=name)
+        for number, name in enumerate(data)
+    ]
+    if any(evaluations for _, evaluations in data.values()):
+        handles.append(Line2D([], [], color=MUTED, marker="o", linestyle="", markersize=5, label="held-out documents"))
+    figure.legend(
+        handles=handles,
+        loc="upper right",
+        bbox_to_anchor=(figure.subplotpars.right, 1 - 0.12 / figure.get_figheight()),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+        handlelength=1.8,
+        columnspacing=1.6,
+    )
+
+
+def _width(number: int) -> float:
+    return max(1.3, 4.2 - 2.7 * number)
+
+
+def _curve(rows: Sequence[Metrics], metric: str) -> tuple[list[float], list[float]]:
+    present = [row for row in rows if metric in row]
+    return [row["iteration"] for row in present], [row[metric] for row in present]
+
+
+def _mean(rows: Sequence[Metrics], metric: str) -> float:
+    return sum(row[metric] for row in rows) / len(rows)

@@ -1,0 +1,145 @@
+"""What goes wrong in real runs: samples that are not finite, full disks, missing and foreign files."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed.harness import run_ranks
+from tests.tiny import MODEL_FLAGS, write_tiny_dataset
+from tests.training.commands import metrics, run_in_one_process, train
+
+POISONED = 3
+LENGTH = ["--train-iters=8", "--lr=1e-3"]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with finished reference log-probs, of which one document's are not a number."""
+    prefix = write_tiny_dataset(tmp_path_factory.mktemp("poisoned") / "tiny", num_documents=10)
+    train(f"--data-path={prefix}", *LENGTH)
+    sidecar = prefix.parent / "tiny.reference-short"
+    lengths, logps = np.load(sidecar / "lengths.npy"), np.load(sidecar / "logps.npy")
+    start = lengths[lengths[:, 0] < POISONED, 1:].sum()
+    logps[start] = np.nan
+    np.save(sidecar / "logps.npy", logps)
+    return prefix
+
+
+def test_steps_that_are_not_finite_are_skipped_on_all_ranks(poisoned: Path, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    output = train(f"--data-path={poisoned}", *LENGTH, f"--metrics-jsonl={path}", ranks=2)
+    assert f"was skipped: loss or gradient is not finite in tiny-{POISONED}\n" in output
+    steps = metrics(path)
+    broken = [step for step in steps if not np.isfinite(step["loss"])]
+    assert len(steps) == 8 and steps[-1]["skipped_steps"] == len(broken) > 0
+    # Weights stayed clean: all other steps are finite.
+    assert all(np.isnan(step["grad_norm"]) == (step in broken) for step in steps)
+
+
+def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(poisoned: Path) -> None:
+    output = train(f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0", code=1)
+    assert f"(--max-skipped-steps 0); samples of the last one: tiny-{POISONED}" in output
+    assert "Traceback" not in output
+
+
+def fill_the_disk(rank: int, data: str, folder: str) -> dict[str, Any]:
+    """Save twice, the second time with files limited to a size that a checkpoint does not fit into."""
+    from megatron_longpo import platform
+    from megatron_longpo.arguments import parse_arguments
+    from megatron_longpo.model.build import build_model, unwrap
+    from megatron_longpo.training.checkpoint import Checkpointer, Progress, find_checkpoint
+    from megatron_longpo.training.distributed import initialize
+
+    config = parse_arguments([*MODEL_FLAGS, f"--data-path={data}", f"--save={folder}"])
+    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    initialize(config)
+    chunks = build_model(config)
+    Checkpointer(config, chunks).save(Progress(iteration=1, consumed_samples=5))
+    weights = [p.detach().clone() for p in unwrap(chunks[0]).parameters()]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        Checkpointer(config, chunks).save(Progress(iteration=2))
+        error = "none"
+    except OSError as caught:
+        error = str(caught)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for parameter in unwrap(chunks[0]).parameters():
+        parameter.data.zero_()
+    found = find_checkpoint(folder)
+    assert found is not None
+    progress = Checkpointer(config, chunks).load(found)
+    same = all(torch.equal(a, b) for a, b in zip(weights, unwrap(chunks[0]).parameters(), strict=True))
+    visible = sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith("."))
+    return {"error": error, "found": found.name, "consumed": progress.consumed_samples, "same": same, "files": visible}
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    data = write_tiny_dataset(tmp_path / "data" / "tiny", num_documents=2)
+    result = run_ranks(fill_the_disk, 1, str(data), str(tmp_path / "save"))[0]
+    assert "File too large" in result["error"] and "Earlier checkpoints are as they were" in result["error"]
+    assert result["files"] == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert (result["found"], result["consumed"], result["same"]) == ("iter_0000001", 5, True)
+
+
+COMMON = [*MODEL_FLAGS, "--global-batch-size=2", "--train-iters=1", "--split=80,20", "--eval-iters=0", "--num-workers=0"]
+SFT = ["--objective=sft-chosen"]
+MISTAKES = {
+    "no dataset": (1, ["--data-path=nowhere/data"], "nowhere/data.manifest.json"),
+    "nothing to load": (1, ["--load=nowhere"], "--load nowhere holds no checkpoint"),
+    "flag without effect": (2, ["--beta=0.5", *SFT], "--beta 0.5 has no effect"),
+    "too few ranks": (2, ["--tensor-model-parallel-size=2"], "--tensor-model-parallel-size"),
+    "vocabulary": (1, ["--vocab-size=100"], "token id"),
+    "length": (1, ["--seq-length=16"], "above --seq-length 16"),
+    "unknown flag": (2, ["--learning-rate=1"], "--learning-rate is not a flag"),
+    "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
+    "half a checkpoint": (1, [*SFT, "--load={half}"], "is not a torch_dist checkpoint"),
+    "broken tracker": (1, [*SFT, "--load={broken}"], "expected an iteration number or 'release', got 'ten'"),
+    "damaged tokens": (1, [*SFT, "--data-path={truncated}"], "truncated"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Every mistake made once, in one process."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    places = {name: folder / name for name in ("save", "half", "broken", "truncated")}
+    for name, text in (("half", "7"), ("broken", "ten")):
+        places[name].mkdir()
+        (places[name] / "latest_checkpointed_iteration.txt").write_text(text)
+    write_tiny_dataset(places["truncated"], num_documents=4)
+    bin_file = places["truncated"].with_name("truncated.bin")
+    bin_file.write_bytes(bin_file.read_bytes()[:-40])
+    data = f"--data-path={write_tiny_dataset(folder / 'tiny', num_documents=4)}"
+    foreign = [*MODEL_FLAGS, f"--data-path={poisoned}", "--seed=99"]
+    commands = [
+        ("pretrain_longpo.py", [*COMMON, *SFT, data, f"--save={places['save']}"]),
+        ("tools/compute_reference_logprobs.py", foreign),
+    ]
+    for _, flags, _ in MISTAKES.values():
+        commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
+    results = run_in_one_process(commands)
+    assert results[0][0] == 0, results[0][1]
+    assert not list(folder.glob("*reference*/manifest.json"))
+    return dict(zip(["saved", "foreign reference", *MISTAKES], results, strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_in_a_message(mistakes: dict[str, tuple[int, str]], name: str) -> None:
+    expected, _, message = MISTAKES[name]
+    code, output = mistakes[name]
+    assert message in output and "Traceback" not in output
+    assert code == expected
+
+
+def test_reference_of_another_model_is_refused(mistakes: dict[str, tuple[int, str]]) -> None:
+    code, output = mistakes["foreign reference"]
+    assert code == 1
+    assert "were made from something else: weights" in output and "--reference-dir" in output

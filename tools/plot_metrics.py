@@ -1,0 +1,34 @@
+"""Draw the metrics of one or more runs and print their first and last values:
+
+    python tools/plot_metrics.py "TP 2=runs/a/metrics.jsonl" "CP 2=runs/b/metrics.jsonl" --output report.png
+
+A file is what `pretrain_longpo.py --metrics-jsonl FILE` wrote; a run without a name goes by its file's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_longpo.report import plot_runs, summary_table
+
+
+def main() -> None:
+    """Parse the command line, draw, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="metrics file, with the run's name before it")
+    parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: .png, .pdf or .svg")
+    parser.add_argument("--title", default="Training", help="headline (default: Training)")
+    arguments = parser.parse_args()
+    runs = dict((run if "=" in run else f"{run}={run}").split("=", 1) for run in arguments.runs)
+    try:
+        plot_runs(runs, arguments.output, arguments.title)
+        print(summary_table(runs))
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot_metrics.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
