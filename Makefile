@@ -32,7 +32,7 @@ quickstart: $(INSTALLED)
 	@$(RUN) -m examples.quickstart.run
 
 test: $(INSTALLED)
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow

@@ -1,4 +1,4 @@
-"""How processes end: children with their parent, ranks with a message. Imports nothing heavy: children import it first."""
+"""How processes end: children with their parent, ranks with a message. Imports nothing heavy."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -35,12 +36,14 @@ class Panel:
         unit: What the vertical axis counts.
         curves: Metric names and how each is labelled; the label is drawn only where there are several.
         level: A value to mark, with what it means.
+        limits: Lowest and highest value of the axis where they are known; None leaves an end to the data.
     """
 
     title: str
     unit: str
     curves: tuple[tuple[str, str], ...]
     level: tuple[float, str] | None = None
+    limits: tuple[float | None, float | None] = (None, None)
 
 
 PANELS = (
@@ -52,7 +55,7 @@ PANELS = (
     Panel(
         "Accuracy", "share of documents with a margin above 0", (("rewards/accuracies", "accuracy"),), (0.5, "chance")
     ),
-    Panel("Throughput", "tokens per second and rank", (("tokens_per_s_per_gpu", "rate"),)),
+    Panel("Throughput", "tokens per second and rank", (("tokens_per_s_per_gpu", "rate"),), limits=(0.0, None)),
 )
 
 TABLE = (
@@ -118,7 +121,7 @@ def plot_runs(runs: Mapping[str, str | Path], output: str | Path, title: str, su
     height = figure.get_figheight()
     figure.subplots_adjust(
         left=0.75 / figure.get_figwidth(),
-        right=1 - 0.2 / figure.get_figwidth(),
+        right=1 - 0.3 / figure.get_figwidth(),
         bottom=0.55 / height,
         top=1 - 1.25 / height,
         wspace=0.30,
@@ -168,10 +171,8 @@ def _draw(axis: Axes, panel: Panel, data: Mapping[str, tuple[list[Metrics], list
         axis.axhline(value, color=MUTED, linewidth=0.9, linestyle=(0, (2, 3)), zorder=1)
     for number, (steps, evaluations) in enumerate(data.values()):
         for which, (metric, _) in enumerate(panel.curves):
-            style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "zorder": 2 + number}
-            axis.plot(
-                *_curve(steps, metric), linewidth=_width(number), linestyle=("-", (0, (4, 1.6)))[which % 2], **style
-            )
+            style: dict[str, Any] = {"color": _shade(number, paler=which > 0), "zorder": 2 + number}
+            axis.plot(*_curve(steps, metric), linewidth=_width(number), **style)
             if any(metric in row for row in evaluations):
                 axis.plot(*_curve(evaluations, metric), "o", markersize=6.5 - 2.2 * min(number, 2), **style)
     if len(panel.curves) > 1:
@@ -186,6 +187,7 @@ def _draw(axis: Axes, panel: Panel, data: Mapping[str, tuple[list[Metrics], list
     axis.grid(axis="y", color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
     axis.margins(x=0.02, y=0.12)
+    axis.set_ylim(*panel.limits)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.spines["bottom"].set_color(GRID)
@@ -238,6 +240,12 @@ def _legend(figure: Figure, data: Mapping[str, tuple[list[Metrics], list[Metrics
         handlelength=1.8,
         columnspacing=1.6,
     )
+
+
+def _shade(number: int, paler: bool) -> str | tuple[float, ...]:
+    """A run's colour; half-way to white for the second curve of a panel."""
+    colour = COLOURS[number % len(COLOURS)]
+    return tuple((1 + channel) / 2 for channel in to_rgb(colour)) if paler else colour
 
 
 def _width(number: int) -> float:

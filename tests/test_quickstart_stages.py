@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ SMALL = CorpusSettings(num_held_documents=6)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus and the tokenizer trained on it."""
+    """A corpus, and a tokenizer trained on a part of it."""
     folder = tmp_path_factory.mktemp("quickstart")
     write_corpus(folder / "documents.jsonl", SMALL)
-    train_tokenizer(folder / "documents.jsonl", folder / "tokenizer", TokenizerSettings(vocab_size=1024))
+    lines = (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "part.jsonl").write_text("".join(lines[::8]), encoding="utf-8")
+    train_tokenizer(folder / "part.jsonl", folder / "tokenizer", TokenizerSettings(vocab_size=1024))
     return folder
 
 
@@ -105,8 +108,8 @@ def test_the_fast_tokenizer_is_the_sentencepiece_model(folder: Path) -> None:
         ids = fast(document.text, add_special_tokens=False)["input_ids"]
         assert fast.decode(ids) == document.text
         other = slow.encode(document.text)
-        # Cuts of a run such as "----------" can be equally probable; the pieces are then the same in another order.
-        assert sorted(ids) == sorted(other) or len(set(ids) ^ set(other)) <= 2
+        # Cuts of a run such as "----------" can be equally probable: 3 + 2 and 4 + 1, or 3 + 2 and 2 + 3.
+        assert sum(map(slow.get_score, ids)) == pytest.approx(sum(map(slow.get_score, other)), rel=1e-6)
         differing += ids != other
     assert differing < len(documents(folder)) // 10
 
@@ -139,7 +142,7 @@ def test_an_exercise_asks_about_what_stands_in_its_chunk(folder: Path) -> None:
             verb, _, words = exercise.answer.rstrip(".").partition(" ")[2].partition(" ")
             if verb in ("uses", "mentions"):
                 chunk = document.text[start:stop]
-                assert all(word in chunk for word in words.replace(" and ", ", ").split(", "))
+                assert set(re.findall(r"\w+", words)) - {"and"} <= set(re.findall(r"\w+", chunk))
             asked.add(exercise.instruction)
     assert len(asked) == 4
 

@@ -58,7 +58,7 @@ def calibration_rows(data_path: str, num_samples: int, max_tokens: int, vocab_si
 
 def quantize(model: Any, recipe: str, rows: Sequence[torch.Tensor]) -> Any:
     """Insert quantisers and set their scales from the activations of the calibration rows."""
-    import modelopt.torch.quantization as mtq
+    import modelopt.torch.quantization as mtq  # type: ignore[import-not-found]
 
     def calibrate(calibrated: Any) -> None:
         with torch.no_grad():
@@ -70,7 +70,7 @@ def quantize(model: Any, recipe: str, rows: Sequence[torch.Tensor]) -> Any:
 
 def export(model: Any, template: str | Path, save: str | Path, overwrite: bool = False) -> None:
     """Write the quantised folder, with the tokenizer and chat template of the unquantised one."""
-    from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.export import export_hf_checkpoint  # type: ignore[import-not-found]
 
     with filled_folder(save, stale=["*.safetensors", "*.safetensors.index.json"], last=CONFIG_FILE) as folder:
         with torch.inference_mode():
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Quantise as the command line asks."""
-    import modelopt.torch.opt as mto
+    import modelopt.torch.opt as mto  # type: ignore[import-not-found]
     from transformers import AutoModelForCausalLM
 
     if arguments.recipe == "nvfp4" and not torch.cuda.is_available():

@@ -48,7 +48,7 @@ class DataConfig:
     split: str = flag("98,2", "shares of documents to train on and to hold out", unit="shares")
     seq_length: int = flag(
         131072,
-        "longest conversation, document and one answer; a longer one is an error (cut or drop it in preprocessing: --max-seq-length)",
+        "longest conversation; a longer one is an error (cut or drop it in preprocessing: --max-seq-length)",
         unit="tokens",
         at_least=2,
     )

@@ -14,7 +14,10 @@ class LoggingConfig:
     """Console, metrics file, TensorBoard, wandb."""
 
     log_interval: int = flag(
-        1, "steps between reports (Megatron-LM: 100; steps are long here)", unit="steps", at_least=1
+        1,
+        "steps between reports, which hold the mean over these steps (Megatron-LM: 100; steps are long here)",
+        unit="steps",
+        at_least=1,
     )
     progress_bar: str = flag(
         AUTO,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -83,14 +85,14 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model(config: RunConfig) -> list[SharedPrefixGPT]:
+def build_model(config: RunConfig) -> list[torch.nn.Module]:
     """The model chunks of this rank, on its device, in the training dtype (one chunk unless interleaved).
 
     Needs Megatron's parallel state. Weights are random; a checkpoint replaces them.
     """
     settings = transformer_config(config)
     virtual_stages = num_virtual_stages(config)
-    chunks = []
+    chunks: list[torch.nn.Module] = []
     with platform.construction():
         for stage in range(virtual_stages or 1):
             vp_stage = stage if virtual_stages else None
@@ -111,7 +113,7 @@ def build_model(config: RunConfig) -> list[SharedPrefixGPT]:
     return chunks
 
 
-def wrap_for_training(config: RunConfig, chunks: list[SharedPrefixGPT]) -> list[DistributedDataParallel]:
+def wrap_for_training(config: RunConfig, chunks: list[torch.nn.Module]) -> list[DistributedDataParallel]:
     """Put Megatron's data parallelism around every chunk: gradient buffers in fp32, reduced over DP x CP."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
@@ -128,7 +130,7 @@ def wrap_for_training(config: RunConfig, chunks: list[SharedPrefixGPT]) -> list[
         ]
 
 
-def unwrap(chunk: torch.nn.Module) -> SharedPrefixGPT:
+def unwrap(chunk: Any) -> SharedPrefixGPT:
     """The bare model inside its data-parallel and bf16 wrappers."""
     while not isinstance(chunk, SharedPrefixGPT):
         chunk = chunk.module

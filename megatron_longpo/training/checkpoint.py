@@ -131,6 +131,7 @@ class Checkpointer:
             Where the checkpoint lies, or will.
         """
         settings = self.config.checkpoint
+        assert settings.save is not None
         self.finish(blocking=True)
         final = iteration_folder(settings.save, progress.iteration)
         partial = final.with_name(f".{final.name}.partial")

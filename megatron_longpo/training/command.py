@@ -1,4 +1,4 @@
-"""What the command lines that run under torchrun share: parse, prepare, start the ranks, and speak plainly of mistakes."""
+"""What the commands under torchrun share: parse, prepare, start the ranks, speak plainly of mistakes."""
 
 from __future__ import annotations
 

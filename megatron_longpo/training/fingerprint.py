@@ -48,7 +48,7 @@ def weights_fingerprint(chunks: list[torch.nn.Module]) -> str:
             total += _factor(_canonical(name)) * _mixed_sum(values).cpu()
     total = total.to(_device(chunks))
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return f"{total.item() & (1 << 64) - 1:016x}"
+    return f"{int(total.item()) & (1 << 64) - 1:016x}"
 
 
 def _canonical(name: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_longpo.config import RunConfig
 from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.conversion.load import load_hf_weights
-from megatron_longpo.training.checkpoint import Checkpointer, Progress, find_checkpoint, saved_config
+from megatron_longpo.training.checkpoint import TRACKER, Checkpointer, Progress, find_checkpoint, saved_config
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
@@ -57,8 +57,8 @@ def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progres
         same = settings.save is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
         if not (starts_elsewhere or same):
             raise ValueError(
-                f"--load {settings.load} holds no checkpoint (no {Path(settings.load) / 'latest_checkpointed_iteration.txt'}"
-                "); to start a run here and resume it with the same command, let --load equal --save"
+                f"--load {settings.load} holds no checkpoint (no {Path(settings.load) / TRACKER}); to start a run here "
+                "and resume it with the same command, let --load equal --save"
             )
     if settings.pretrained_checkpoint is not None:
         found = find_checkpoint(settings.pretrained_checkpoint)

@@ -51,6 +51,7 @@ class Trainer:
         self.scheduler = build_scheduler(config, self.optimizer, self.total_samples)
         self.checkpointer = Checkpointer(config, self.chunks, self.optimizer, self.scheduler)
         self.progress = load_initial_state(config, self.checkpointer)
+        self.unreported: list[dict[str, float]] = []
         self._connect_schedule()
 
     def train(self) -> Progress:
@@ -158,9 +159,14 @@ class Trainer:
         if bad is not None:
             shown = ", ".join(bad[:8]) + (", …" if len(bad) > 8 else "")
             reporter.print(f"iteration {progress.iteration} was skipped: loss or gradient is not finite in {shown}")
+        self.unreported.append(metrics)
         if progress.iteration % self.config.logging.log_interval and progress.iteration != self.total_steps:
             return
-        reporter.report(self._counters() | metrics | {"skipped_steps": progress.skipped_steps})
+        means = {name: sum(step[name] for step in self.unreported) / len(self.unreported) for name in metrics}
+        # The schedule's value and the highest peak are facts of the last step, not of the interval.
+        means |= {name: metrics[name] for name in ("learning_rate", "peak_memory_gib")}
+        self.unreported.clear()
+        reporter.report(self._counters() | means | {"skipped_steps": progress.skipped_steps})
 
     def _maybe_evaluate(self, reporter: Reporter, micro_batches: MicroBatches, last: bool) -> None:
         settings, progress = self.config.training, self.progress
@@ -253,4 +259,3 @@ class Trainer:
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, ids)
         return sorted({name for part in gathered for name in part})
-

@@ -53,7 +53,7 @@ def open_dataset(config: RunConfig) -> PreferenceDataset:
         if theirs is not None and theirs != tokenizer.hash:
             raise ValueError(
                 f"--tokenizer-model {settings.tokenizer_model} is not the tokenizer that --data-path "
-                f"{config.data.data_path} was made with ({dataset.manifest.tokenizer.get('path')}): preprocess again, or "
-                "give that tokenizer"
+                f"{config.data.data_path} was made with ({dataset.manifest.tokenizer.get('path')}): preprocess again, "
+                "or give that tokenizer"
             )
     return dataset

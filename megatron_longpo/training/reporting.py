@@ -142,7 +142,9 @@ def _start_wandb(settings: LoggingConfig, config: RunConfig) -> Any:
         import wandb
     except ImportError as error:
         raise ValueError("--wandb-project needs wandb: pip install 'megatron_longpo[wandb]'") from error
-    folder = settings.wandb_save_dir or (os.path.join(config.checkpoint.save, "wandb") if config.checkpoint.save else None)
+    folder = settings.wandb_save_dir or (
+        os.path.join(config.checkpoint.save, "wandb") if config.checkpoint.save else None
+    )
     if folder:
         os.makedirs(folder, exist_ok=True)
     return wandb.init(

@@ -1,11 +1,11 @@
 """Reference log-probs on disk: computed once, before training, and read with every batch.
 
-    PREFIX.reference-short/              longpo, sft-chosen-constraint: every turn alone on its short prompt
-    PREFIX.reference-long-joint/         dpo: the training rows themselves (long-independent for independent turns)
-        logps.npy                        fp32 [total]: per document, per turn: chosen tokens, then rejected tokens
-        lengths.npy                      int64 [num_pairs, 3]: document number, chosen length, rejected length
-        manifest.json                    what it was made from; written last
-        parts/                           finished parts of a pass that was interrupted
+PREFIX.reference-short/              longpo, sft-chosen-constraint: every turn alone on its short prompt
+PREFIX.reference-long-joint/         dpo: the training rows themselves (long-independent for independent turns)
+    logps.npy                        fp32 [total]: per document, per turn: chosen tokens, then rejected tokens
+    lengths.npy                      int64 [num_pairs, 3]: document number, chosen length, rejected length
+    manifest.json                    what it was made from; written last
+    parts/                           finished parts of a pass that was interrupted
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +92,7 @@ class ReferenceLogprobs:
             )
         self.lengths = lengths
         self.pair_starts = np.concatenate([[0], np.cumsum(lengths[:, 1:].sum(axis=1))])
-        self.first_pair = np.searchsorted(lengths[:, 0], np.arange(int(manifest["num_documents"]) + 1))
+        self.first_pair = np.searchsorted(lengths[:, 0], np.arange(manifest["num_documents"] + 1))
 
     def of(self, number: int) -> TurnLogps:
         """The log-probs of one document, by its number in the dataset."""
@@ -185,7 +186,7 @@ def _unpack(lengths: NDArray[np.int64], logps: NDArray[np.float32], into: dict[i
         start = middle + rejected
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:

@@ -30,7 +30,12 @@ LAYOUTS = {
     "TP 2 x CP 2 + sequence parallel": [TP, CP, "--sequence-parallel"],
     "TP 2 x PP 2": [TP, PP],
     "PP 2 x CP 2": [PP, CP],
-    "TP 2 + full recompute": [TP, "--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"],
+    "TP 2 + full recompute": [
+        TP,
+        "--recompute-granularity=full",
+        "--recompute-method=uniform",
+        "--recompute-num-layers=1",
+    ],
     "CP 2 + selective recompute": [CP, "--recompute-granularity=selective", "--recompute-modules=core_attn"],
 }
 OBJECTIVES = {
@@ -40,7 +45,9 @@ OBJECTIVES = {
     "constraint": ["--objective=sft-chosen-constraint"],
 }
 CASES = [("longpo", name) for name in LAYOUTS]
-CASES += [(objective, name) for objective in ("dpo", "constraint") for name in ("TP 2 x CP 2", "PP 2", "CP 2 all-to-all")]
+CASES += [
+    (objective, name) for objective in ("dpo", "constraint") for name in ("TP 2 x CP 2", "PP 2", "CP 2 all-to-all")
+]
 CASES += [("sft-rejected", "CP 2 all-gather")]
 COMMON = [
     *MODEL_FLAGS,

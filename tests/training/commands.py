@@ -18,7 +18,6 @@ import psutil
 import torch.distributed as dist
 
 from tests.distributed.harness import run_ranks
-
 from tests.tiny import MODEL_FLAGS
 
 REPOSITORY = Path(__file__).parents[2]

@@ -89,7 +89,14 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert (result["found"], result["consumed"], result["same"]) == ("iter_0000001", 5, True)
 
 
-COMMON = [*MODEL_FLAGS, "--global-batch-size=2", "--train-iters=1", "--split=80,20", "--eval-iters=0", "--num-workers=0"]
+COMMON = [
+    *MODEL_FLAGS,
+    "--global-batch-size=2",
+    "--train-iters=1",
+    "--split=80,20",
+    "--eval-iters=0",
+    "--num-workers=0",
+]
 SFT = ["--objective=sft-chosen"]
 MISTAKES = {
     "no dataset": (1, ["--data-path=nowhere/data"], "nowhere/data.manifest.json"),

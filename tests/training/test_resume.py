@@ -11,13 +11,21 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from tests.training.commands import metrics, stop_at_step, train
 from tests.tiny import write_tiny_dataset
+from tests.training.commands import metrics, stop_at_step, train
 
 STEPS = 20
 FLAGS = [f"--train-iters={STEPS}", "--lr=2e-3", "--lr-decay-style=cosine", "--lambda=0.5", "--save-interval=10"]
 COMPARED = ("loss", "grad_norm", "learning_rate", "rewards/margins", "consumed_samples", "longpo/nll_loss")
-OPTIMIZERS = {"plain": [], "distributed": ["--use-distributed-optimizer"]}
+OPTIMIZERS = {
+    "plain": [],
+    "distributed": ["--use-distributed-optimizer"],
+    "distributed bf16": ["--use-distributed-optimizer", "--bf16"],
+}
+LAYOUTS = {
+    "plain": [["--pipeline-model-parallel-size=2"], ["--context-parallel-size=2"]],
+    "distributed": [["--tensor-model-parallel-size=2", "--sequence-parallel"], []],  # the last is DP 2
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,7 @@ def golden(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("golden")
     more = [data, *FLAGS, *OPTIMIZERS[request.param]]
     train(*more, f"--save={folder / 'save'}", f"--metrics-jsonl={folder / 'metrics.jsonl'}")
-    return {"flags": more, "folder": folder, "steps": metrics(folder / "metrics.jsonl")}
+    return {"name": request.param, "flags": more, "folder": folder, "steps": metrics(folder / "metrics.jsonl")}
 
 
 def compared(steps: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -68,25 +76,17 @@ def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) ->
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        ["--tensor-model-parallel-size=2", "--sequence-parallel"],
-        ["--pipeline-model-parallel-size=2"],
-        ["--context-parallel-size=2"],
-    ],
-    ids=lambda flags: flags[0].removeprefix("--"),
-)
-def test_resumes_under_another_layout(golden: dict[str, Any], tmp_path: Path, layout: list[str]) -> None:
-    path = tmp_path / "metrics.jsonl"
+def test_resumes_under_another_layout(golden: dict[str, Any], tmp_path: Path) -> None:
     start = golden["folder"] / "save" / "iter_0000010"
-    more = [*layout, f"--load={start}", f"--save={tmp_path / 'save'}", f"--metrics-jsonl={path}"]
-    train(*golden["flags"], *more, ranks=2)
-    steps = metrics(path)
-    assert [step["iteration"] for step in steps] == list(range(11, STEPS + 1))
-    for ours, theirs in zip(steps, golden["steps"][10:], strict=True):
-        for name in COMPARED:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["iteration"], name)
+    for number, layout in enumerate(LAYOUTS.get(golden["name"], [])):
+        path = tmp_path / f"{number}.jsonl"
+        more = [*layout, f"--load={start}", f"--save={tmp_path / 'save'}", f"--metrics-jsonl={path}"]
+        train(*golden["flags"], *more, ranks=2)
+        steps = metrics(path)
+        assert [step["iteration"] for step in steps] == list(range(11, STEPS + 1))
+        for ours, theirs in zip(steps, golden["steps"][10:], strict=True):
+            for name in COMPARED:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (layout, ours["iteration"], name)
 
 
 def test_sigterm_saves_and_leaves_with_code_0(data: str, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def test_parts_of_another_model_are_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("dataset", "x"), ("weights", "x"), ("rotary_base", 1e7), ("kind", "long-joint"), ("dtype", "bf16")]
+    ("field", "value"),
+    [("dataset", "x"), ("weights", "x"), ("rotary_base", 1e7), ("kind", "long-joint"), ("dtype", "bf16")],
 )
 def test_another_key_is_refused(tmp_path: Path, field: str, value: object) -> None:
     write_all(tmp_path)

@@ -1,0 +1,224 @@
+"""Speed and peak memory of conversion, against transformers loading and saving the same files.
+
+Every step runs in a process of its own on a randomly initialised checkpoint on disk. Time is that of the work without
+imports; peak memory is the process's greatest resident set. All of ours waits until its files are on the disk (fsync),
+transformers' does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from megatron_longpo.config import ModelConfig
+from megatron_longpo.conversion.families import FAMILIES
+from megatron_longpo.conversion.hf_config import CONFIG_FILE
+from megatron_longpo.conversion.hf_weights import HFWeights
+from megatron_longpo.conversion.safetensors_file import ShardedWriter, TensorSpec
+
+_FAMILY = FAMILIES["MistralForCausalLM"]
+_SHARD_BYTES = 5 * 10**9
+_STEPS = {
+    "hf-to-megatron": "from megatron_longpo.conversion.to_megatron import convert_to_megatron as work; "
+    "arguments = dict(hf_model='{hf}', save='{megatron}', show_progress=False)",
+    "megatron-to-hf": "from megatron_longpo.conversion.to_hf import convert_to_hf as work; "
+    "arguments = dict(load='{megatron}', hf_model='{hf}', save='{back}', show_progress=False)",
+    "transformers from_pretrained + save_pretrained": "work = lambda: MistralForCausalLM.from_pretrained("
+    "'{hf}', dtype='auto').save_pretrained('{theirs}', max_shard_size='5GB'); arguments = dict()",
+}
+_IMPORTS = "import time; from transformers import MistralConfig, MistralForCausalLM; "
+_TIMED = "; start = time.perf_counter(); work(**arguments); print('seconds', time.perf_counter() - start)"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One measured process."""
+
+    step: str
+    seconds: float
+    gb_per_s: float
+    peak_rss_gb: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark as the command line asks; returns the exit code: 1 where memory or bits are not as promised."""
+    parser = argparse.ArgumentParser(
+        description="Convert a random checkpoint there and back; compare speed and peak memory with transformers'.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the checkpoint (default: 8)")
+    parser.add_argument(
+        "--folder", metavar="DIR", help="scratch space, three times the size (default: a temporary one)"
+    )
+    parser.add_argument("--results", metavar="DIR", help="write the result, with machine and versions, to this folder")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark-conversion-") as folder:
+        result = run(Path(folder), int(arguments.gigabytes * 1e9))
+    print(_table(result))
+    if arguments.results:
+        path = Path(arguments.results, "conversion.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result | _circumstances(), indent=2) + "\n")
+        print(f"wrote {path}")
+    if arguments.json:
+        print(json.dumps(result))
+    return 0 if result["bit_identical"] and result["within_bound"] else 1
+
+
+def run(folder: Path, num_bytes: int) -> dict[str, Any]:
+    """Make the checkpoint and measure every step.
+
+    Args:
+        folder: Empty; holds up to three copies.
+        num_bytes: Size of the checkpoint, at least that of one layer and the embeddings.
+    """
+    places = {name: str(folder / name) for name in ("hf", "megatron", "back", "theirs")}
+    specs = write_random_checkpoint(Path(places["hf"]), num_bytes)
+    size = sum(spec.num_bytes for spec in specs)
+    steps = []
+    identical = False
+    for name, code in _STEPS.items():
+        steps.append(_measure(name, _IMPORTS + code.format(**places) + _TIMED, size))
+        if name == "megatron-to-hf":
+            identical = _identical(places["hf"], places["back"])
+            shutil.rmtree(places["megatron"])
+            shutil.rmtree(places["back"])
+    largest = max(spec.num_bytes for spec in specs)
+    bound = 3 * largest + 2 * 10**9
+    ours, theirs = steps[:2], steps[2]
+    return {
+        "checkpoint_gb": size / 1e9,
+        "largest_tensor_gb": largest / 1e9,
+        "bound_gb": bound / 1e9,
+        "within_bound": all(step.peak_rss_gb * 1e9 <= bound for step in ours),
+        "bit_identical": identical,
+        "steps": [asdict(step) for step in steps],
+        "speed_vs_transformers": {step.step: theirs.seconds / step.seconds for step in ours},
+        "memory_vs_transformers": {step.step: step.peak_rss_gb / theirs.peak_rss_gb for step in ours},
+    }
+
+
+def write_random_checkpoint(folder: Path, num_bytes: int) -> list[TensorSpec]:
+    """A bf16 checkpoint of Mistral 7B's shape with as many layers as the size takes."""
+    layer_bytes, other_bytes = 436_224_000, 524_296_192
+    num_layers = max(1, round((num_bytes - other_bytes) / layer_bytes))
+    model = ModelConfig(
+        num_layers=num_layers,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        group_query_attention=True,
+        num_query_groups=8,
+        untie_embeddings_and_output_weights=True,
+        vocab_size=32000,
+    )
+    specs = [
+        TensorSpec(name, shape, torch.bfloat16)
+        for weight in _FAMILY.weights(model)
+        for name, shape in zip(weight.hf, weight.layout.hf_shapes(model), strict=True)
+    ]
+    folder.mkdir(parents=True)
+    # Other numbers in every tensor, without drawing billions of them.
+    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    total = sum(spec.num_bytes for spec in specs)
+    with (
+        ShardedWriter(folder, specs, _SHARD_BYTES) as writer,
+        tqdm(total=total, desc="random checkpoint", unit="B", unit_scale=True) as progress,
+    ):
+        for number, spec in enumerate(specs):
+            count = torch.Size(spec.shape).numel()
+            rows = noise.roll(7919 * number).repeat(-(-count // noise.numel()))[:count]
+            writer.write(spec.name, rows.view(spec.shape))
+            progress.update(spec.num_bytes)
+    config = {
+        "architectures": [_FAMILY.architecture],
+        "model_type": "mistral",
+        "num_hidden_layers": num_layers,
+        "sliding_window": None,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    return specs
+
+
+def _measure(name: str, code: str, size: int) -> StepResult:
+    print(f"{name} …", flush=True)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        text = output.read()
+    if os.waitstatus_to_exitcode(status) != 0:
+        raise RuntimeError(f"{name} failed with exit code {os.waitstatus_to_exitcode(status)}")
+    seconds = float(text.split("seconds")[-1])
+    return StepResult(name, seconds, size / 1e9 / seconds, usage.ru_maxrss * 1024 / 1e9)
+
+
+def _identical(one: str, other: str) -> bool:
+    with HFWeights(one) as ours, HFWeights(other) as theirs:
+        if {n: (t.dtype, t.shape) for n, t in ours.tensors.items()} != {
+            n: (t.dtype, t.shape) for n, t in theirs.tensors.items()
+        }:
+            return False
+        for name in tqdm(ours.tensors, desc="comparing", unit="tensor"):
+            if not ours[name][:].view(torch.int16).equal(theirs[name][:].view(torch.int16)):
+                return False
+            ours.release()
+            theirs.release()
+    return True
+
+
+def _circumstances() -> dict[str, Any]:
+    """When, where, with what: so that a stored result can be judged later."""
+    root = Path(__file__).parents[2]
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+    packages = ("torch", "megatron-core", "transformers", "safetensors", "numpy")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or None,
+        "uncommitted_changes": bool(changed),
+        "machine": {
+            "cpu": names[0] if names else platform.processor(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        },
+        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+    }
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = [f"{'step':48}  {'seconds':>8}  {'GB/s':>6}  {'peak RSS, GB':>12}"]
+    lines += [
+        f"{step['step']:48}  {step['seconds']:8.1f}  {step['gb_per_s']:6.2f}  {step['peak_rss_gb']:12.2f}"
+        for step in result["steps"]
+    ]
+    lines.append(
+        f"checkpoint {result['checkpoint_gb']:.2f} GB, largest tensor {result['largest_tensor_gb']:.2f} GB, bound "
+        f"{result['bound_gb']:.2f} GB ({'kept' if result['within_bound'] else 'BROKEN'}); there and back "
+        f"{'bit-identical' if result['bit_identical'] else 'DIFFERENT'}"
+    )
+    return "\n".join(lines)
