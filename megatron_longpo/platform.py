@@ -20,12 +20,30 @@ from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from typing import Any
 
-import megatron.core
 import torch
 from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 
 from megatron_longpo.processes import die_with_parent
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Megatron-Core wraps a few fused functions in ``torch.compile`` when it is imported; without CUDA none is called.
+
+    Loading the compiler takes as long as loading torch, in every process. Remove when upstream wraps them lazily.
+    """
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_: (lambda function: function) if model is None else model  # type: ignore
+    try:
+        yield
+    finally:
+        torch.compile = compiler
+
+
+# Modules that import Megatron-Core import this one first.
+with contextlib.nullcontext() if torch.cuda.is_available() else _without_compiler():
+    import megatron.core
 
 CHECKED_VERSIONS = ("0.16", "0.19")
 """Megatron-Core release series on which the adapters below were run."""

@@ -53,7 +53,11 @@ PANELS = (
     Panel("Rewards", "β (log π − log π reference)", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     Panel("Reward margin", "chosen − rejected", (("rewards/margins", "margin"),), (0.0, "no preference")),
     Panel(
-        "Accuracy", "share of documents with a margin above 0", (("rewards/accuracies", "accuracy"),), (0.5, "chance")
+        "Accuracy",
+        "share of documents with a margin above 0",
+        (("rewards/accuracies", "accuracy"),),
+        level=(0.5, "chance"),
+        limits=(-0.04, 1.04),
     ),
     Panel("Throughput", "tokens per second and rank", (("tokens_per_s_per_gpu", "rate"),), limits=(0.0, None)),
 )

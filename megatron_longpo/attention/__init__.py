@@ -1,0 +1,3 @@
+"""Shared-prefix attention."""
+
+import megatron_longpo.platform  # noqa: F401  before anything of Megatron-Core

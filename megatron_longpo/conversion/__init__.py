@@ -1,0 +1,3 @@
+"""Checkpoints from and to Hugging Face."""
+
+import megatron_longpo.platform  # noqa: F401  before anything of Megatron-Core

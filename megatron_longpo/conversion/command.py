@@ -17,14 +17,14 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2*
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the three commands; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except ValueError as error:
         print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("convert_checkpoint.py: interrupted; nothing was left behind", file=sys.stderr)
+        print("convert_checkpoint.py: interrupted", file=sys.stderr)
         return 130
 
 
@@ -50,13 +50,14 @@ def _positive(kind: type, above: float) -> Any:
     return convert
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The three commands and their flags."""
+    top = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
         description="Convert between Hugging Face and Megatron's torch_dist checkpoints, one tensor at a time.",
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("hf-to-megatron", help="a checkpoint that loads at any TP, PP and DP size")
     command.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face folder to convert")
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-logit-difference", type=_positive(float, 0), default=1e-4, help="tolerance in fp32 (default: 1e-4)"
     )
     command.set_defaults(run=_verify)
-    return parser
+    return top
 
 
 def _add_save(command: argparse.ArgumentParser) -> None:

@@ -62,23 +62,24 @@ def filled_folder(folder: str | Path, stale: Collection[str], last: str) -> Iter
         for path in partial.rglob("*"):
             if path.is_file():
                 sync_file(path)
-        (folder / last).unlink(missing_ok=True)
-        sync_folder(folder)
-        for pattern in stale:
-            for path in folder.glob(pattern):
-                _remove(path)
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
-            _remove(folder / path.name)
-            os.rename(path, folder / path.name)
-        sync_folder(folder)
+        _publish(partial, folder, stale, last)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _publish(partial: Path, folder: Path, stale: Collection[str], last: str) -> None:
+    (folder / last).unlink(missing_ok=True)
+    sync_folder(folder)
+    fresh = sorted(partial.iterdir(), key=lambda path: path.name == last)
+    # Moved, not removed: what takes long to remove must not lie half removed under its name.
+    old = partial / ".old"
+    old.mkdir()
+    replaced = {path for pattern in stale for path in folder.glob(pattern)} | {folder / path.name for path in fresh}
+    for path in replaced:
+        if path.exists() or path.is_symlink():
+            os.rename(path, old / path.name)
+    for path in fresh:
+        os.rename(path, folder / path.name)
+    sync_folder(folder)

@@ -17,7 +17,7 @@ from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.plan import planned_weights
 from megatron_longpo.conversion.target import check_target, filled_folder
-from megatron_longpo.conversion.torch_dist import LazyTensor, write_tensors
+from megatron_longpo.conversion.torch_dist_writer import LazyTensor, write_tensors
 from megatron_longpo.training.checkpoint import RUN_FILE, TRACKER
 
 PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

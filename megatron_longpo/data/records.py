@@ -19,6 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+import megatron_longpo.platform  # noqa: F401  before anything of Megatron-Core
+
+# isort: split
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_longpo.data.document import TURNS, Branch, ShortPrompt, TokenizedDocument, Tokens

@@ -74,8 +74,8 @@ def reference_logprobs(
         if resumed:
             raise ValueError(
                 f"{folder} holds no reference log-probs, and this run's weights have moved on from the reference "
-                "model: run tools/compute_reference_logprobs.py with the flags of this run and the initial weights in --load "
-                "or --load-hf"
+                "model: run tools/compute_reference_logprobs.py with the flags of this run and the initial weights in "
+                "--load or --load-hf"
             )
         compute_reference_logprobs(config, dataset, chunks, key, SidecarWriterOnRank0(folder, key, len(dataset)))
         dist.barrier()

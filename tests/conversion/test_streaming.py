@@ -15,6 +15,7 @@ from tests.conversion.models import save_random_model
 MEASURED = """
 import json, sys
 from pathlib import Path
+from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.to_hf import convert_to_hf
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
 
@@ -28,6 +29,7 @@ def growth(work):
     return rss("VmHWM:") - before
 
 hf, megatron, back = map(Path, sys.argv[1:])
+read_hf_folder(hf)  # imports transformers
 work = {
     "to_megatron": lambda: convert_to_megatron(hf, megatron, show_progress=False),
     "to_hf": lambda: convert_to_hf(megatron, hf, back, show_progress=False),

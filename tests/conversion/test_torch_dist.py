@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_longpo.conversion import torch_dist
-from megatron_longpo.conversion.torch_dist import LazyTensor, Place, TensorReader, write_tensors
+from megatron_longpo.conversion import torch_dist_writer
+from megatron_longpo.conversion.torch_dist import Place
+from megatron_longpo.conversion.torch_dist_reader import TensorReader
+from megatron_longpo.conversion.torch_dist_writer import LazyTensor, write_tensors
 
 
 def _write(folder: Path, values: dict[Place, torch.Tensor]) -> list[int]:
@@ -23,7 +25,7 @@ def _write(folder: Path, values: dict[Place, torch.Tensor]) -> list[int]:
 
 
 def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_dist, "FILE_BYTES", 500)  # several files
+    monkeypatch.setattr(torch_dist_writer, "FILE_BYTES", 500)  # several files
     values = {Place("stack", layer, 3): torch.randn(5, 7) for layer in range(3)}
     values |= {Place("stack.bias", layer, 3): torch.randn(7) for layer in range(3)}
     values |= {Place("norm"): torch.randn(6).bfloat16(), Place("embedding"): torch.randn(9, 4)}

@@ -47,17 +47,28 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
 
 
+def fresh_world(rendezvous: str, rank: int, world_size: int) -> None:
+    """Leave the current world, with all groups and threads that Megatron made in it, and enter a new one.
+
+    Args:
+        rendezvous: A file that does not exist yet; the same on every rank.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=TIMEOUT_S),
+    )
+
+
 def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=TIMEOUT_S),
-        )
+        fresh_world(f"{folder}/rendezvous", rank, world_size)
         result = function(rank, *args)
         torch.save(result, Path(folder, f"{rank}.pt"))
         if dist.is_initialized():

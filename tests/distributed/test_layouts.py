@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import fresh_world, run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 TP, PP, CP = "--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--context-parallel-size=2"
@@ -125,8 +126,12 @@ def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str,
     return {name: value for name, value in metrics.items() if "/" in name or name == "loss"}
 
 
-def run_all(rank: int, cases: list[tuple[list[str], str, str | None]]) -> list[dict[str, float]]:
-    return [one_step(*case) for case in cases]
+def run_all(rank: int, cases: list[tuple[list[str], str, str | None]], folder: str) -> list[dict[str, float]]:
+    results = []
+    for number, case in enumerate(cases):
+        fresh_world(f"{folder}/rendezvous-{len(cases)}-{number}", rank, dist.get_world_size())
+        results.append(one_step(*case))
+    return results
 
 
 def load_tensors(rank: int, folders: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
@@ -147,7 +152,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     singles = [([*start, *flags], data, f"{folder / name}") for name, flags in OBJECTIVES.items()]
     singles.append((step_flags, data, f"{folder / 'one-step'}"))
     run_ranks(save_random_model, 1, data, str(folder / "start"))
-    single_metrics = run_ranks(run_all, 1, singles)[0]
+    single_metrics = run_ranks(run_all, 1, singles, str(folder))[0]
 
     layouts = [
         ([*start, *OBJECTIVES[objective], *LAYOUTS[name]], data, f"{folder / objective}-{number}")
@@ -155,7 +160,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     zero = ["--use-distributed-optimizer"]
     layouts += [([*step_flags, *zero, *more], data, f"{folder / f'zero{n}-step'}") for n, more in enumerate(ZERO)]
-    metrics = run_ranks(run_all, 4, layouts)
+    metrics = run_ranks(run_all, 4, layouts, str(folder))
     folders = {
         **{f"one {name}": f"{folder / name}" for name in OBJECTIVES},
         "one step": f"{folder / 'one-step'}",

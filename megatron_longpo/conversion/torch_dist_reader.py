@@ -1,0 +1,103 @@
+"""Reading single parameters of a ``torch_dist`` checkpoint that any number of ranks wrote."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan, Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_longpo.conversion.layouts import Shape
+from megatron_longpo.conversion.torch_dist import Place
+
+
+class TensorReader:
+    """The parameters of one checkpoint.
+
+    Raises:
+        ValueError: The metadata is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader = FileSystemReader(folder)
+        self._metadata = _read_metadata(folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: stored
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
+
+    def missing_files(self) -> list[str]:
+        """Files that hold rectangles of tensors and are not there, or are shorter than they must be."""
+        ends: dict[str, int] = {}
+        for stored in (self._metadata.storage_data or {}).values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+        paths = {name: self.folder / name for name in ends}
+        return sorted(name for name, path in paths.items() if not path.is_file() or path.stat().st_size < ends[name])
+
+    def read(self, place: Place, shape: Shape) -> torch.Tensor:
+        """One parameter: the first rows, where the stored one is longer (a vocabulary padded for another TP size)."""
+        stored = self.tensors[place.key]
+        box = place.box(shape)
+        target = torch.empty(box.sizes, dtype=stored.properties.dtype)
+        items = create_read_items_for_chunk_list(place.key, stored, [box])
+        self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
+        return target if place.layer is None else target[0]
+
+
+class _IntoTensor(DefaultLoadPlanner):
+    """Puts every rectangle that is read where it belongs in one tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        part = self.target
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(axis, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes the classes that checkpoint metadata is made of, and nothing else: a checkpoint may come from anywhere."""
+
+    _PACKAGES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch":
+            found = getattr(torch, name, None)
+            if found is torch.Size or isinstance(found, torch.dtype):
+                return found
+        elif (module, name) == ("torch.serialization", "_get_layout"):
+            return super().find_class(module, name)
+        elif "." not in name and (module in ("pathlib", "collections") or module.startswith(self._PACKAGES)):
+            found = super().find_class(module, name)
+            # What a module merely imports is not its own.
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of checkpoint metadata")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {folder} is not a complete torch_dist checkpoint") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise ValueError(f"{path} is damaged or not checkpoint metadata: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")
+    return metadata

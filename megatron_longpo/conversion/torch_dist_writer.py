@@ -1,0 +1,149 @@
+"""Writing a ``torch_dist`` checkpoint parameter by parameter, so that a model never lies in memory whole."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner, save
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_longpo.conversion.layouts import Shape
+from megatron_longpo.conversion.torch_dist import Place
+
+FILE_BYTES = 4 << 30
+"""A file takes no further tensors beyond this size."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A parameter that is made when it is written.
+
+    Args:
+        place, shape, dtype: What is written.
+        make: Gives it.
+    """
+
+    place: Place
+    shape: Shape
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_tensors(
+    folder: Path, tensors: Sequence[LazyTensor], object_names: Iterable[str], progress: Callable[[int], Any]
+) -> None:
+    """Write parameters one at a time, and objects that are all None (Transformer Engine's empty states).
+
+    Peak memory is that of the largest parameter. All files are on the disk when this returns.
+
+    Args:
+        folder: Exists.
+        tensors: In the order to write.
+        object_names: Unique keys of Megatron's ``ShardedObject``.
+        progress: Called with the bytes of every parameter written.
+    """
+    planner = _LazyPlanner(tensors, object_names, progress)
+    save({}, storage_writer=_OneByOneWriter(folder), planner=planner, no_dist=True)
+
+
+class _LazyPlanner(SavePlanner):
+    """Plans what `write_tensors` was given; ``resolve_data`` makes a parameter at the moment of writing."""
+
+    def __init__(
+        self, tensors: Sequence[LazyTensor], object_names: Iterable[str], progress: Callable[[int], Any]
+    ) -> None:
+        self.object_names, self.progress = list(object_names), progress
+        self.tensors = {self._index(tensor): tensor for tensor in tensors}
+
+    @staticmethod
+    def _index(tensor: LazyTensor) -> MetadataIndex:
+        return MetadataIndex(tensor.place.key, tensor.place.box(tensor.shape).offsets)
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.object_names]
+        for index, tensor in self.tensors.items():
+            data = TensorWriteData(
+                chunk=tensor.place.box(tensor.shape),
+                properties=TensorProperties(dtype=tensor.dtype),
+                size=tensor.place.stored_shape(tensor.shape),
+            )
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            buffer = io.BytesIO()
+            torch.save([None], buffer)
+            return buffer
+        tensor = self.tensors[write_item.index]
+        value = tensor.make().to(tensor.dtype)
+        assert tuple(value.shape) == tensor.shape, (write_item.index, value.shape, tensor.shape)
+        # A slice of a file maps all of it, and a stored view would take all of its storage along.
+        if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
+            value = value.clone(memory_format=torch.contiguous_format)
+        self.progress(value.nbytes)
+        return value.view(torch.Size([1] * (len(tensor.place.stored_shape(tensor.shape)) - value.dim())) + value.shape)
+
+
+class _OneByOneWriter(FileSystemWriter):
+    """torch's writer keeps every tensor of a file in memory until the file is closed; this one keeps none."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        for number, items in enumerate(_files(plan.items)):
+            name = f"__0_{number}.distcp"
+            with open(Path(self.path) / name, "wb") as file:
+                for item in items:
+                    offset = file.tell()
+                    data = planner.resolve_data(item)
+                    if isinstance(data, io.BytesIO):
+                        file.write(data.getbuffer())
+                    else:
+                        torch.save(data, file)
+                    length = file.tell() - offset
+                    results.append(WriteResult(item.index, length, _StorageInfo(name, offset, length)))
+                    del data
+                file.flush()
+                os.fsync(file.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _files(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
+    """The items of every file, in order."""
+    group: list[WriteItem] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += item.tensor_storage_size() or 0
+        if size >= FILE_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
