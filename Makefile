@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 # One BLAS thread a process: two pytest workers, each with up to four gloo ranks, share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
-LINTED := megatron_longpo tools tests examples setup.py $(wildcard pretrain_longpo.py)
+LINTED := megatron_longpo benchmarks tools tests examples setup.py $(wildcard pretrain_longpo.py)
 
 .PHONY: help install quickstart test test-slow test-gpu lint format
 

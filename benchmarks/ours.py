@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.core.distributed import finalize_model_grads
 
 from benchmarks.problem import Problem
 from megatron_longpo import platform
@@ -60,7 +62,7 @@ def two_sequences_full_logits(problem: Problem, model: Path) -> Step:
     def full_logits(hidden, weight, source_index, targets, *, vocab_size, chunk_tokens, tp_group):  # type: ignore[no-untyped-def]
         return linear_logprobs_reference(hidden, weight, source_index, targets, vocab_size=vocab_size)
 
-    gpt.linear_logprobs = full_logits
+    gpt.linear_logprobs = full_logits  # type: ignore[assignment]
     return two_sequences(problem, model)
 
 
@@ -101,8 +103,6 @@ def _step(config: RunConfig, batch: Batch) -> Step:
     load_hf_weights(config, list(chunks), str(config.checkpoint.load_hf))
     optimizer.reload_model_params()
     settings = chunks[0].config
-    from megatron.core.distributed import finalize_model_grads
-
     settings.finalize_model_grads_func = finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss
 
@@ -111,11 +111,7 @@ def _step(config: RunConfig, batch: Batch) -> Step:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
         outputs = run_schedule(
-            config,
-            list(chunks),
-            [batch],
-            lambda b, logps: document_loss(config.objective, b, logps),
-            forward_only=False,
+            config, list(chunks), [batch], partial(document_loss, config.objective), forward_only=False
         )
         metrics, _ = global_batch_metrics(config, outputs, num_documents=1)
         optimizer.step()

@@ -68,12 +68,8 @@ def run_trl(problem: Problem, model: Path, num_steps: int) -> list[float]:
             processing_class=_tokenizer(problem),
             callbacks=[clock],
         )
-        lengths = {name: len(trainer.train_dataset[0][f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")}
-        expected = {
-            "prompt": len(row.prefix),
-            "chosen": len(row.branches[0].tokens),
-            "rejected": len(row.branches[1].tokens),
-        }
+        lengths = [len(trainer.train_dataset[0][f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")]
+        expected = [len(row.prefix), *(len(branch.tokens) for branch in row.branches)]
         if lengths != expected:
             raise RuntimeError(f"TRL trains on {lengths} tokens, not on {expected}: its tokenization has changed")
         trainer.train()
@@ -81,12 +77,12 @@ def run_trl(problem: Problem, model: Path, num_steps: int) -> list[float]:
 
 
 def _text(tokens: Any) -> str:
-    return " ".join(f"t{token}" for token in tokens)
+    return " ".join(f"<{token}>" for token in tokens)
 
 
 def _tokenizer(problem: Problem) -> PreTrainedTokenizerFast:
-    """Text of the form "t5 t17" to the token ids 5, 17: TRL takes text only."""
-    words = {f"t{token}": token for token in range(problem.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    """Text of the form "<5> <17>" to the token ids 5, 17: TRL takes text only."""
+    words = {f"<{token}>": token for token in range(problem.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"t{END}", pad_token="t0", unk_token="t0")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"<{END}>", pad_token="<0>", unk_token="<0>")

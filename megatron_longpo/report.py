@@ -210,14 +210,15 @@ def _draw(axis: Axes, panel: Panel, data: Mapping[str, tuple[list[Metrics], list
 
 
 def _label_ends(axis: Axes, panel: Panel, steps: Sequence[Metrics]) -> None:
-    """Name each curve at its end: the upper one above, the lower one below."""
+    """Name each curve at its end: the upper one above its last steps, the lower one below."""
     ends = sorted(((_curve(steps, metric), label) for metric, label in panel.curves), key=lambda e: e[0][1][-1])
     for place, ((iterations, values), label) in enumerate(ends):
         upper = place > 0
+        recent = values[-max(1, len(values) // 5) :]
         axis.annotate(
             label,
-            (iterations[-1], values[-1]),
-            xytext=(0, 9 if upper else -9),
+            (iterations[-1], max(recent) if upper else min(recent)),
+            xytext=(0, 5 if upper else -5),
             textcoords="offset points",
             ha="right",
             va="bottom" if upper else "top",

@@ -108,10 +108,10 @@ def _table(results: dict[str, dict[str, Any]], problem: Problem) -> str:
         f"{'':<26} {'s/step':>8} {'tokens/s':>9} {'peak MiB':>9} {'time':>7} {'memory':>7}",
     ]
     for name, result in results.items():
+        seconds, rate, peak = result["seconds_per_step"], result["tokens_per_s"], result["peak_mib"]
+        time_ratio, memory_ratio = seconds / results[first]["seconds_per_step"], peak / results[first]["peak_mib"]
         lines.append(
-            f"{name:<26} {result['seconds_per_step']:>8.2f} {result['tokens_per_s']:>9,.0f} {result['peak_mib']:>9,.0f} "
-            f"{result['seconds_per_step'] / results[first]['seconds_per_step']:>6.2f}x "
-            f"{result['peak_mib'] / results[first]['peak_mib']:>6.2f}x"
+            f"{name:<26} {seconds:>8.2f} {rate:>9,.0f} {peak:>9,.0f} {time_ratio:>6.2f}x {memory_ratio:>6.2f}x"
         )
     lines.append(f"time and memory are relative to {first}; tokens are those of both conversations")
     return "\n".join(lines)

@@ -41,14 +41,15 @@ def load_hf_weights(config: RunConfig, chunks: list[Any], folder: str | Path) ->
         _check(
             folder, targets, {name: weight.layout.shape(model, padded_vocab, shard) for name, weight in weights.items()}
         )
-        show = config.logging.progress_bar != "off" and torch.distributed.get_rank() == 0
-        size = sum(parameter.nbytes for _, parameter in targets)
-        with (
-            tqdm(
-                total=size, desc=f"loading {Path(folder).name}", unit="B", unit_scale=True, disable=not show
-            ) as progress,
-            torch.no_grad(),
-        ):
+        wanted = {"on": False, "off": True}.get(config.logging.progress_bar)  # None: on a terminal
+        progress = tqdm(
+            total=sum(parameter.nbytes for _, parameter in targets),
+            desc=f"loading {Path(folder).name}",
+            unit="B",
+            unit_scale=True,
+            disable=wanted if torch.distributed.get_rank() == 0 else True,
+        )
+        with progress, torch.no_grad():
             for name, parameter in targets:
                 weight = weights[name]
                 sources = [files[source] for source in weight.hf]

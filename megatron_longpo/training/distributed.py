@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 
 import torch
 import torch.distributed as dist
@@ -28,16 +27,9 @@ def initialize(config: RunConfig) -> None:
     platform.prepare(config.training.use_cpu)
     parallel = config.parallel
     if not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-        os.environ.setdefault("RANK", "0")
-        os.environ.setdefault("WORLD_SIZE", "1")
-        dist.init_process_group(
-            parallel.distributed_backend,
-            timeout=datetime.timedelta(minutes=parallel.distributed_timeout_minutes),
-        )
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+        dist.init_process_group(parallel.distributed_backend, timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

@@ -41,7 +41,9 @@ def command(script: str, *flags: str, ranks: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    # Tests that start worlds of their own in this process leave their addresses behind.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "LOCAL_", "WORLD_", "GROUP_"))}
+    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
 
 
 def run(script: str, *flags: str, ranks: int = 1, code: int = 0) -> str:
@@ -64,6 +66,8 @@ def run_in_one_process(commands: list[tuple[str, list[str]]]) -> list[tuple[int,
 
 def _run_each(rank: int, commands: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
     dist.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name)
     return [_run_here(script, flags) for script, flags in commands]
 
 

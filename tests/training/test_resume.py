@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def golden(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An uninterrupted run of 20 steps."""
     folder = tmp_path_factory.mktemp("golden")
-    more = [data, *FLAGS, *OPTIMIZERS[request.param]]
+    more = [data, *FLAGS, *OPTIMIZERS[request.param], f"--reference-dir={folder}"]
     train(*more, f"--save={folder / 'save'}", f"--metrics-jsonl={folder / 'metrics.jsonl'}")
     return {"name": request.param, "flags": more, "folder": folder, "steps": metrics(folder / "metrics.jsonl")}
 
