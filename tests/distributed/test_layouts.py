@@ -45,11 +45,33 @@ OBJECTIVES = {
     "sft-rejected": ["--objective=sft-rejected"],
     "constraint": ["--objective=sft-chosen-constraint"],
 }
-CASES = [("longpo", name) for name in LAYOUTS]
-CASES += [
-    (objective, name) for objective in ("dpo", "constraint") for name in ("TP 2 x CP 2", "PP 2", "CP 2 all-to-all")
+ZERO = {
+    "DP 4": [],
+    "TP 2 + sequence parallel": [TP, "--sequence-parallel"],
+    "overlapped": ["--overlap-grad-reduce", "--overlap-param-gather"],
+    "PP 2": [PP],
+}
+Case = tuple[str, str]
+
+DEFAULT: list[Case] = [
+    ("longpo", "DP 4"),
+    ("longpo", "DP 2 of two documents a row"),
+    ("longpo", "TP 2"),
+    ("longpo", "TP 2 + sequence parallel"),
+    ("longpo", "PP 2"),
+    ("longpo", "interleaved PP 2"),
+    ("longpo", "CP 2 all-gather"),
+    ("longpo", "CP 2 all-to-all"),
+    ("longpo", "TP 2 x CP 2"),
+    ("longpo", "TP 2 x PP 2"),
+    ("dpo", "TP 2 x CP 2"),
+    ("constraint", "CP 2 all-to-all"),
 ]
-CASES += [("sft-rejected", "CP 2 all-gather")]
+DEFAULT_ZERO = ["DP 4", "TP 2 + sequence parallel"]
+MORE: list[Case] = [("longpo", name) for name in LAYOUTS if ("longpo", name) not in DEFAULT]
+MORE += [("dpo", "PP 2"), ("dpo", "CP 2 all-to-all"), ("constraint", "TP 2 x CP 2"), ("constraint", "PP 2")]
+MORE += [("sft-rejected", "CP 2 all-gather")]
+MORE_ZERO = ["overlapped", "PP 2"]
 COMMON = [
     *MODEL_FLAGS,
     "--seq-length=512",
@@ -142,41 +164,42 @@ def load_tensors(rank: int, folders: dict[str, str]) -> dict[str, dict[str, torc
     return {name: floats(folder) for name, folder in folders.items()}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("layouts")
+def compute(folder: Path, cases: list[Case], zero: list[str]) -> dict[str, Any]:
+    """Metrics and gradients of one process and of the given cases, all from one random model."""
     data = str(write_tiny_dataset(folder / "data" / "tiny", num_documents=20))
     start = [*COMMON, f"--load={folder / 'start'}"]
     step_flags = [*start, *OBJECTIVES["longpo"]]
+    places: dict[str, str] = {}
 
-    singles = [([*start, *flags], data, f"{folder / name}") for name, flags in OBJECTIVES.items()]
-    singles.append((step_flags, data, f"{folder / 'one-step'}"))
+    def place(name: str, suffix: str = "") -> str:
+        places[name] = f"{folder / str(len(places))}{suffix}"
+        return places[name]
+
+    singles = [([*start, *flags], data, place(f"one {name}")) for name, flags in OBJECTIVES.items()]
+    singles.append((step_flags, data, place("one step", "-step")))
+    layouts = [([*start, *OBJECTIVES[o], *LAYOUTS[name]], data, place(f"{o} {name}")) for o, name in cases]
+    sharded = [*step_flags, "--use-distributed-optimizer"]
+    layouts += [([*sharded, *ZERO[name]], data, place(f"zero {name}", "-step")) for name in zero]
+
     run_ranks(save_random_model, 1, data, str(folder / "start"))
     single_metrics = run_ranks(run_all, 1, singles, str(folder))[0]
-
-    layouts = [
-        ([*start, *OBJECTIVES[objective], *LAYOUTS[name]], data, f"{folder / objective}-{number}")
-        for number, (objective, name) in enumerate(CASES)
-    ]
-    zero = ["--use-distributed-optimizer"]
-    layouts += [([*step_flags, *zero, *more], data, f"{folder / f'zero{n}-step'}") for n, more in enumerate(ZERO)]
     metrics = run_ranks(run_all, 4, layouts, str(folder))
-    folders = {
-        **{f"one {name}": f"{folder / name}" for name in OBJECTIVES},
-        "one step": f"{folder / 'one-step'}",
-        **{f"{o} {name}": f"{folder / o}-{number}" for number, (o, name) in enumerate(CASES)},
-        **{f"zero {n}": f"{folder / f'zero{n}-step'}" for n in range(len(ZERO))},
-    }
-    tensors = run_ranks(load_tensors, 1, folders)[0]
+    names = [f"{objective} {name}" for objective, name in cases] + [f"zero {name}" for name in zero]
     return {
         "single": dict(zip([*OBJECTIVES, "step"], single_metrics, strict=True)),
-        "metrics": {case: [rank[i] for rank in metrics] for i, case in enumerate(CASES)},
-        "zero": [[rank[len(CASES) + i] for rank in metrics] for i in range(len(ZERO))],
-        "tensors": tensors,
+        "metrics": {name: [rank[i] for rank in metrics] for i, name in enumerate(names)},
+        "tensors": run_ranks(load_tensors, 1, places)[0],
     }
 
 
-ZERO = [[], ["--overlap-grad-reduce", "--overlap-param-gather"], [TP, "--sequence-parallel"], [PP]]
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compute(tmp_path_factory.mktemp("layouts"), DEFAULT, DEFAULT_ZERO)
+
+
+@pytest.fixture(scope="module")
+def more_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compute(tmp_path_factory.mktemp("layouts"), MORE, MORE_ZERO)
 
 
 def save_random_model(rank: int, data: str, folder: str) -> None:
@@ -203,12 +226,11 @@ def assert_equal_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.
         assert difference < 1e-5, f"{what} of {name}: relative difference {difference:.2e}"
 
 
-@pytest.mark.parametrize(("objective", "layout"), CASES)
-def test_layout_equals_one_process(results: dict[str, Any], objective: str, layout: str) -> None:
+def check_layout(results: dict[str, Any], objective: str, layout: str) -> None:
     expected = dict(results["single"][objective])
     # DPO's reference is the model itself at first: margins are 0 up to rounding, and their sign says nothing.
     ignored = {"rewards/accuracies"} if objective == "dpo" else set()
-    for rank in results["metrics"][objective, layout]:
+    for rank in results["metrics"][f"{objective} {layout}"]:
         assert rank.keys() == expected.keys()
         compared = {name: value for name, value in rank.items() if name not in ignored}
         assert compared == pytest.approx({name: expected[name] for name in compared}, rel=1e-5, abs=1e-6)
@@ -217,13 +239,34 @@ def test_layout_equals_one_process(results: dict[str, Any], objective: str, layo
     assert_equal_tensors(results["tensors"][f"{objective} {layout}"], gradients, "gradient")
 
 
-@pytest.mark.parametrize("number", range(len(ZERO)), ids=[" ".join(more) or "DP 4" for more in ZERO])
-def test_distributed_optimizer_makes_the_same_step(results: dict[str, Any], number: int) -> None:
-    for rank in results["zero"][number]:
+def check_zero(results: dict[str, Any], layout: str) -> None:
+    for rank in results["metrics"][f"zero {layout}"]:
         assert rank == pytest.approx(results["single"]["step"], rel=1e-5, abs=1e-6)
-    assert_equal_tensors(results["tensors"][f"zero {number}"], results["tensors"]["one step"], "updated weight")
+    assert_equal_tensors(results["tensors"][f"zero {layout}"], results["tensors"]["one step"], "updated weight")
+
+
+@pytest.mark.parametrize(("objective", "layout"), DEFAULT)
+def test_layout_equals_one_process(results: dict[str, Any], objective: str, layout: str) -> None:
+    check_layout(results, objective, layout)
+
+
+@pytest.mark.parametrize("layout", DEFAULT_ZERO)
+def test_distributed_optimizer_makes_the_same_step(results: dict[str, Any], layout: str) -> None:
+    check_zero(results, layout)
 
 
 def test_objectives_differ(results: dict[str, Any]) -> None:
     losses = {name: results["single"][name]["loss"] for name in OBJECTIVES}
     assert len(set(losses.values())) == len(losses), losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "layout"), MORE)
+def test_more_layouts_equal_one_process(more_results: dict[str, Any], objective: str, layout: str) -> None:
+    check_layout(more_results, objective, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", MORE_ZERO)
+def test_distributed_optimizer_in_more_layouts(more_results: dict[str, Any], layout: str) -> None:
+    check_zero(more_results, layout)

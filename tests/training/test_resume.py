@@ -22,9 +22,11 @@ OPTIMIZERS = {
     "distributed": ["--use-distributed-optimizer"],
     "distributed bf16": ["--use-distributed-optimizer", "--bf16"],
 }
+BF16 = pytest.param("distributed bf16", marks=pytest.mark.slow)
 LAYOUTS = {
-    "plain": [["--pipeline-model-parallel-size=2"], ["--context-parallel-size=2"]],
-    "distributed": [["--tensor-model-parallel-size=2", "--sequence-parallel"], []],  # the last is DP 2
+    "plain": ["--pipeline-model-parallel-size=2"],
+    "distributed": ["--tensor-model-parallel-size=2", "--sequence-parallel"],
+    "distributed bf16": [],  # DP 2
 }
 
 
@@ -33,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"--data-path={write_tiny_dataset(tmp_path_factory.mktemp('data') / 'tiny', num_documents=12)}"
 
 
-@pytest.fixture(scope="module", params=OPTIMIZERS)
+@pytest.fixture(scope="module", params=["plain", "distributed", BF16])
 def golden(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An uninterrupted run of 20 steps."""
     folder = tmp_path_factory.mktemp("golden")
@@ -77,16 +79,15 @@ def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) ->
 
 
 def test_resumes_under_another_layout(golden: dict[str, Any], tmp_path: Path) -> None:
-    start = golden["folder"] / "save" / "iter_0000010"
-    for number, layout in enumerate(LAYOUTS.get(golden["name"], [])):
-        path = tmp_path / f"{number}.jsonl"
-        more = [*layout, f"--load={start}", f"--save={tmp_path / 'save'}", f"--metrics-jsonl={path}"]
-        train(*golden["flags"], *more, ranks=2)
-        steps = metrics(path)
-        assert [step["iteration"] for step in steps] == list(range(11, STEPS + 1))
-        for ours, theirs in zip(steps, golden["steps"][10:], strict=True):
-            for name in COMPARED:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (layout, ours["iteration"], name)
+    path, start = tmp_path / "metrics.jsonl", golden["folder"] / "save" / "iter_0000010"
+    more = [*LAYOUTS[golden["name"]], f"--load={start}", f"--save={tmp_path / 'save'}", f"--metrics-jsonl={path}"]
+    train(*golden["flags"], *more, ranks=2)
+    steps = metrics(path)
+    assert [step["iteration"] for step in steps] == list(range(11, STEPS + 1))
+    tolerance = 2e-2 if "bf16" in golden["name"] else 1e-5
+    for ours, theirs in zip(steps, golden["steps"][10:], strict=True):
+        for name in COMPARED:
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["iteration"], name)
 
 
 def test_sigterm_saves_and_leaves_with_code_0(data: str, tmp_path: Path) -> None:
