@@ -6,9 +6,15 @@
 With `--load OUT --save OUT` the same command starts a run and goes on where it stopped.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_longpo.command import run_command
 from megatron_longpo.config import RunConfig
-from megatron_longpo.data.dataset import PreferenceDataset
-from megatron_longpo.training.command import run_command
+
+if TYPE_CHECKING:
+    from megatron_longpo.data.dataset import PreferenceDataset
 
 
 def train(config: RunConfig, dataset: PreferenceDataset) -> None:

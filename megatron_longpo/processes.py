@@ -28,5 +28,9 @@ def leave(code: int, say: Callable[[], None]) -> NoReturn:
     """
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_RANK_0_SPEAKS_FIRST_S)
-    say()
+    try:
+        say()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

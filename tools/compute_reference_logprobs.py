@@ -6,9 +6,15 @@ Takes the flags of pretrain_longpo.py; those of the optimizer have no part in it
 (or in --reference-dir) and is reused by every run with the same weights, dataset and reference RoPE base.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_longpo.command import run_command
 from megatron_longpo.config import ConfigError, RunConfig
-from megatron_longpo.data.dataset import PreferenceDataset
-from megatron_longpo.training.command import run_command
+
+if TYPE_CHECKING:
+    from megatron_longpo.data.dataset import PreferenceDataset
 
 
 def compute(config: RunConfig, dataset: PreferenceDataset) -> None:

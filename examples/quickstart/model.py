@@ -37,7 +37,7 @@ class ModelSettings:
     row_tokens: int = 512
     rows_per_step: int = 2
     num_steps: int = 1000
-    max_seconds: float = 180.0  # a slow machine makes fewer steps; the learning rate still ends at 0
+    max_seconds: float = 120.0  # a slow machine makes fewer steps; the learning rate still ends at 0
     peak_lr: float = 3e-3
     exercises_per_document: int = 4
     answer_weight: float = 10.0  # of an answer's token in the loss; answers are few beside the text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def initialize(config: RunConfig) -> None:
     platform.prepare(config.training.use_cpu)
     parallel = config.parallel
     if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
         dist.init_process_group(parallel.distributed_backend, timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(

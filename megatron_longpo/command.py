@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from megatron_longpo.arguments import parse_command_line, print_errors
 from megatron_longpo.config import ConfigError, RunConfig
-from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.processes import leave
 
-Job = Callable[[RunConfig, PreferenceDataset], None]
+if TYPE_CHECKING:  # `--help` and mistakes in flags do not wait for torch
+    from megatron_longpo.data.dataset import PreferenceDataset
+
+    Job = Callable[[RunConfig, PreferenceDataset], None]
 
 
 def run_command(job: Job) -> None:
