@@ -231,7 +231,7 @@ def test_a_disk_that_fills_up_leaves_nothing(options: PreprocessOptions) -> None
 def test_ctrl_c_stops_workers_and_leaves_nothing(options: PreprocessOptions, text: str, stop: signal.Signals) -> None:
     write_pairs(
         options.inputs[0],
-        (replace(document, id=f"{document.id}.{copy}") for copy in range(400) for document in pairs(text)),
+        (replace(document, id=f"{document.id}.{copy}") for copy in range(6000) for document in pairs(text)),
     )
     # In a group of its own, which gets the signal as a terminal's foreground group does.
     process = subprocess.Popen(

@@ -10,8 +10,8 @@ from types import MethodType
 
 import torch
 
-from benchmarks.case import DATASET, WEIGHTS, ReferenceNumbers, StepCase
-from benchmarks.clock import StepClock
+from benchmarks.step.case import DATASET, WEIGHTS, ReferenceNumbers, StepCase
+from benchmarks.step.clock import StepClock
 from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig

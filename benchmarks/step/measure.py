@@ -1,4 +1,4 @@
-"""One variant in this process: python -m benchmarks.measure VARIANT FOLDER STEPS CASE_AS_JSON
+"""One variant in this process: python -m benchmarks.step.measure VARIANT FOLDER STEPS CASE_AS_JSON
 
 Tells on stdout, as JSON lines, the time of every step, and at the end `Measurement` as a dictionary. Peak memory is
 counted from what the interpreter takes with everything imported and nothing built.
@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.case import StepCase
+from benchmarks.step.case import StepCase
 
 VARIANTS = {
-    "shared_prefix": "benchmarks.megatron_steps:run_shared_prefix",
-    "two_sequences": "benchmarks.megatron_steps:run_two_sequences",
-    "two_sequences_full_logits": "benchmarks.megatron_steps:run_two_sequences_full_logits",
-    "shared_prefix_dpo": "benchmarks.megatron_steps:run_shared_prefix_dpo",
-    "trl": "benchmarks.trl_step:run_trl",
-    "lm_head": "benchmarks.lm_head:run_lm_head",
+    "shared_prefix": "benchmarks.step.trainer:run_shared_prefix",
+    "two_sequences": "benchmarks.step.trainer:run_two_sequences",
+    "two_sequences_full_logits": "benchmarks.step.trainer:run_two_sequences_full_logits",
+    "shared_prefix_dpo": "benchmarks.step.trainer:run_shared_prefix_dpo",
+    "trl": "benchmarks.step.trl_dpo:run_trl",
+    "lm_head": "benchmarks.step.lm_head:run_lm_head",
 }
 
 
@@ -42,7 +42,7 @@ class Measurement:
 
 def measure(variant: str, folder: Path, num_steps: int, case: StepCase, tell: Callable[[Any], None]) -> Measurement:
     """Run a variant's steps in this process, which must not have done anything else."""
-    from benchmarks.clock import StepClock, peak_memory_gib
+    from benchmarks.step.clock import StepClock, peak_memory_gib
 
     module, function = VARIANTS[variant].split(":")
     run = getattr(importlib.import_module(module), function)

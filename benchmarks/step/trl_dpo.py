@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.case import END_TOKEN, WEIGHTS, ReferenceNumbers, StepCase
-from benchmarks.clock import StepClock
+from benchmarks.step.case import END_TOKEN, WEIGHTS, ReferenceNumbers, StepCase
+from benchmarks.step.clock import StepClock
 
 _END = "<end>"
 

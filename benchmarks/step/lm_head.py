@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.case import StepCase
-from benchmarks.clock import StepClock
+from benchmarks.step.case import StepCase
+from benchmarks.step.clock import StepClock
 from megatron_longpo import platform
 from megatron_longpo.config import TrainingConfig
 from megatron_longpo.objective.logprobs import linear_logprobs

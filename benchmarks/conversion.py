@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Convert a random checkpoint there and back; compare speed and peak memory with transformers'.",
         allow_abbrev=False,
     )
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the checkpoint (default: 8)")
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="least size of the checkpoint (default: 8)")
     parser.add_argument(
         "--folder", metavar="DIR", help="scratch space, three times the size (default: a temporary one)"
     )
@@ -116,9 +116,9 @@ def run(folder: Path, num_bytes: int) -> dict[str, Any]:
 
 
 def write_random_checkpoint(folder: Path, num_bytes: int) -> list[TensorSpec]:
-    """A bf16 checkpoint of Mistral 7B's shape with as many layers as the size takes."""
+    """A bf16 checkpoint of Mistral 7B's shape with as many layers as it takes to be of this size or larger."""
     layer_bytes, other_bytes = 436_224_000, 524_296_192
-    num_layers = max(1, round((num_bytes - other_bytes) / layer_bytes))
+    num_layers = max(1, -(-(num_bytes - other_bytes) // layer_bytes))
     model = ModelConfig(
         num_layers=num_layers,
         hidden_size=4096,
@@ -190,23 +190,23 @@ def _identical(one: str, other: str) -> bool:
 
 def _circumstances() -> dict[str, Any]:
     """When, where, with what: so that a stored result can be judged later."""
-    root = Path(__file__).parents[2]
-    git = ["git", "-C", str(root)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    packages = ("torch", "megatron-core", "transformers", "safetensors", "numpy")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    # A + marks files that were changed since the commit.
+    command = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    packages = ("torch", "megatron-core", "transformers", "safetensors")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit or None,
-        "uncommitted_changes": bool(changed),
         "machine": {
-            "cpu": names[0] if names else platform.processor(),
+            "processor": names[0] if names else platform.machine(),
             "cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+            "system": platform.platform(),
         },
         "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
+        "commit": commit or None,
     }
 
 

@@ -1,0 +1,216 @@
+"""The command line of the step benchmark: every variant in processes of its own, taken in turn.
+
+    python tools/benchmark_step.py                               # all variants at P 8192
+    python tools/benchmark_step.py --prefix-tokens 4096 8192     # two lengths; the JSON's own keys are of the last
+    python tools/benchmark_step.py --variants shared_prefix two_sequences --json
+
+A step is the trainer's whole optimizer step on one document: forward, backward, check of gradients, clipping, Adam. The
+reference log-probs are there beforehand, nothing is recomputed, and all variants start from the same weights and must
+have the same loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.step.case import StepCase, write_files
+from benchmarks.step.measure import VARIANTS, Measurement
+from benchmarks.step.summary import COMPARISONS, ROOT, circumstances, markdown, replace_section, summarize, table
+
+_MAIN_VARIANTS = ("shared_prefix", "two_sequences")
+"""Those with a target of speed are measured in every round, the others once."""
+_RELATIVE_COST = {
+    "shared_prefix": 1.0,
+    "two_sequences": 1.9,
+    "two_sequences_full_logits": 2.4,
+    "shared_prefix_dpo": 0.9,
+    "trl": 2.8,
+    "lm_head": 1.2,
+}
+"""Time of a step, for the progress bar's estimate."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark that the command line asks for; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        cases = [_case(arguments, prefix_tokens) for prefix_tokens in arguments.prefix_tokens]
+        _run(arguments, cases)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"benchmark_step.py: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(arguments: argparse.Namespace, cases: Sequence[StepCase]) -> None:
+    if arguments.device == "cuda":
+        from megatron_longpo import platform
+
+        if not platform.has_cuda():
+            raise ValueError("--device cuda: this machine has no CUDA device; use --device cpu")
+    for name in ("steps", "rounds", "threads"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least 1")
+    # With several threads CPU time would hide that some of them wait.
+    by_cpu_time = arguments.device == "cpu" and arguments.threads == 1
+    jobs = [_schedule(arguments, case, last=case is cases[-1]) for case in cases]
+    num_processes = sum(map(len, jobs))
+    print(f"{num_processes} processes of {1 + arguments.steps} steps, one after another; the first step is a warm-up")
+    total = sum(_cost(arguments, case, name) for case, names in zip(cases, jobs, strict=True) for name in names)
+    summaries = []
+    with tqdm(total=total, bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more") as bar:
+        for case, names in zip(cases, jobs, strict=True):
+            measured: dict[str, list[Measurement]] = {}
+            with tempfile.TemporaryDirectory(prefix="benchmark-step-") as folder:
+                bar.set_description(f"P {case.prefix_tokens}: writing weights and data")
+                write_files(case, Path(folder))
+                for name in names:
+                    bar.set_description(f"P {case.prefix_tokens}: {name}")
+                    measured.setdefault(name, []).append(_measure(arguments, case, name, Path(folder), bar))
+            summaries.append(summarize(case, measured, by_cpu_time))
+    around = circumstances(arguments.threads, by_cpu_time)
+    for summary in summaries:
+        print(f"\n{table(summary)}")
+    print(f"\ns/step is {around['time']}; tokens are those of both conversations; {json.dumps(around)}")
+    if arguments.docs:
+        machine = arguments.machine or around["machine"]
+        replace_section(Path(arguments.docs), arguments.device, markdown(summaries, around, machine))
+        print(f"wrote the ratios to {arguments.docs}")
+    if arguments.json:
+        by_length = {str(summary["case"]["prefix_tokens"]): summary for summary in summaries}
+        print(json.dumps({**summaries[-1], "by_prefix_tokens": by_length, **around}))
+
+
+def _schedule(arguments: argparse.Namespace, case: StepCase, last: bool) -> list[str]:
+    """Which variants to run for a case, in order: A B A B, so that a disturbance does not hit one of them alone."""
+    chosen = list(arguments.variants)
+    missing = None
+    if "trl" in chosen and case.turns > 1:
+        missing = "it has no conversations of several turns as one comparison"
+    elif "trl" in chosen and importlib.util.find_spec("trl") is None:
+        missing = "it is not installed (pip install 'megatron_longpo[dev]')"
+    if missing:
+        print(f"no comparison with TRL: {missing}")
+        chosen = [name for name in chosen if COMPARISONS.get("trl") != name != "trl"]
+    if not last and "lm_head" in chosen:
+        chosen.remove("lm_head")  # does not depend on the length
+    again = [name for name in chosen if name in _MAIN_VARIANTS]
+    return chosen + again * (arguments.rounds - 1)
+
+
+def _cost(arguments: argparse.Namespace, case: StepCase, variant: str) -> float:
+    return (1 + arguments.steps) * _RELATIVE_COST[variant] * case.pair_tokens
+
+
+def _measure(arguments: argparse.Namespace, case: StepCase, variant: str, folder: Path, bar: Any) -> Measurement:
+    """Run one process to its end, moving the progress bar with every step."""
+    num_steps = 1 + arguments.steps
+    words = [variant, str(folder), str(num_steps), json.dumps(dataclasses.asdict(case))]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(arguments.threads),
+        # Otherwise glibc keeps a heap per thread, and the peak depends on which thread freed what.
+        "MALLOC_ARENA_MAX": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(folder / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    if case.device == "cpu":
+        environment["LONGPO_USE_CPU"] = "1"
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    last: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.step.measure", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        with _killed_on_error(process):
+            assert process.stdout is not None
+            for line in process.stdout:
+                last = json.loads(line)
+                if "losses" not in last:
+                    bar.update(_cost(arguments, case, variant) / num_steps)
+            code = process.wait()
+        if code != 0:
+            errors.seek(0)
+            raise RuntimeError(f"variant {variant} ended with exit code {code}:\n{errors.read()[-4000:]}")
+    return Measurement(**last)
+
+
+@contextlib.contextmanager
+def _killed_on_error(process: subprocess.Popen[str]) -> Any:
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+
+
+def _case(arguments: argparse.Namespace, prefix_tokens: int) -> StepCase:
+    names = {field.name for field in dataclasses.fields(StepCase)} - {"prefix_tokens"}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    case = StepCase(prefix_tokens=prefix_tokens, **given)
+    case.check()
+    return case
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmark_step.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, default = parser.add_argument, StepCase()
+
+    def size(flag: str, text: str) -> None:
+        value = getattr(default, flag.removeprefix("--").replace("-", "_"))
+        add(flag, type=int, default=value, metavar="N", help=f"{text} (default: {value})")
+
+    add(
+        "--prefix-tokens",
+        type=int,
+        nargs="+",
+        default=[default.prefix_tokens],
+        metavar="N",
+        help=f"lengths of the document with its first instruction (default: {default.prefix_tokens})",
+    )
+    size("--response-tokens", "length of every response")
+    size("--turns", "turns of the document, in one conversation")
+    size("--num-layers", "layers of the model")
+    size("--hidden-size", "width of the model")
+    size("--ffn-hidden-size", "inner width of its MLPs")
+    size("--num-attention-heads", "query heads")
+    size("--num-query-groups", "key/value heads")
+    size("--vocab-size", "tokens")
+    names = ", ".join(VARIANTS)
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"of {names}")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    add("--bf16", action="store_true", help="bf16 instead of fp32, on cuda")
+    add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (default: 1, steady on a busy machine)")
+    add("--steps", type=int, default=2, metavar="N", help="measured steps per process, after a warm-up (default: 2)")
+    add("--rounds", type=int, default=2, metavar="N", help="processes of each variant with a target (default: 2)")
+    add("--docs", metavar="FILE", help="put the ratios between this device's markers in a Markdown file")
+    add("--machine", metavar="TEXT", help="how --docs describes the machine (default: cores and architecture)")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+    return parser

@@ -1,0 +1,13 @@
+"""Settings of all tests."""
+
+import signal
+
+from hypothesis import HealthCheck, settings
+
+# Shared machines are slow at times: what matters is what is found, not how fast examples are drawn.
+settings.register_profile("longpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("longpo")
+
+# A shell that starts pytest in the background lets it ignore Ctrl-C, and every command that the tests start too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
