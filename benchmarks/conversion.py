@@ -1,8 +1,8 @@
 """Speed and peak memory of conversion, against transformers loading and saving the same files.
 
 Every step runs in a process of its own on a randomly initialised checkpoint on disk. Time is that of the work without
-imports; peak memory is the process's greatest resident set. All of ours waits until its files are on the disk (fsync),
-transformers' does not.
+imports, until the files are on the disk (fsync), and the smallest of some rounds; peak memory is the greatest resident
+set of the process.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ _STEPS = {
     "arguments = dict(hf_model='{hf}', save='{megatron}', show_progress=False)",
     "megatron-to-hf": "from megatron_longpo.conversion.to_hf import convert_to_hf as work; "
     "arguments = dict(load='{megatron}', hf_model='{hf}', save='{back}', show_progress=False)",
-    "transformers from_pretrained + save_pretrained": "work = lambda: MistralForCausalLM.from_pretrained("
-    "'{hf}', dtype='auto').save_pretrained('{theirs}', max_shard_size='5GB'); arguments = dict()",
+    "transformers from_pretrained + save_pretrained": "work = lambda: (MistralForCausalLM.from_pretrained("
+    "'{hf}', dtype='auto').save_pretrained('{theirs}', max_shard_size='5GB'), "
+    "[sync_file(path) for path in Path('{theirs}').iterdir()]); arguments = dict()",
 }
-_IMPORTS = "import time; from transformers import MistralConfig, MistralForCausalLM; "
+_IMPORTS = (
+    "import time; from pathlib import Path; from megatron_longpo.files import sync_file; "
+    "from transformers import MistralConfig, MistralForCausalLM; "
+)
 _TIMED = "; start = time.perf_counter(); work(**arguments); print('seconds', time.perf_counter() - start)"
 
 
@@ -64,13 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--gigabytes", type=float, default=8.0, help="least size of the checkpoint (default: 8)")
     parser.add_argument(
-        "--folder", metavar="DIR", help="scratch space, three times the size (default: a temporary one)"
+        "--rounds", type=int, default=2, help="measurements of every step; the fastest counts (default: 2)"
     )
+    parser.add_argument("--folder", metavar="DIR", help="scratch space, four times the size (default: a temporary one)")
     parser.add_argument("--results", metavar="DIR", help="write the result, with machine and versions, to this folder")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark-conversion-") as folder:
-        result = run(Path(folder), int(arguments.gigabytes * 1e9))
+        result = run(Path(folder), int(arguments.gigabytes * 1e9), arguments.rounds)
     print(_table(result))
     if arguments.results:
         path = Path(arguments.results, "conversion.json")
@@ -82,29 +87,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if result["bit_identical"] and result["within_bound"] else 1
 
 
-def run(folder: Path, num_bytes: int) -> dict[str, Any]:
+def run(folder: Path, num_bytes: int, num_rounds: int) -> dict[str, Any]:
     """Make the checkpoint and measure every step.
 
     Args:
-        folder: Empty; holds up to three copies.
+        folder: Empty; holds up to four copies.
         num_bytes: Size of the checkpoint, at least that of one layer and the embeddings.
+        num_rounds: How often every step is measured, one after another.
     """
     places = {name: str(folder / name) for name in ("hf", "megatron", "back", "theirs")}
     specs = write_random_checkpoint(Path(places["hf"]), num_bytes)
     size = sum(spec.num_bytes for spec in specs)
-    steps = []
-    identical = False
-    for name, code in _STEPS.items():
-        steps.append(_measure(name, _IMPORTS + code.format(**places) + _TIMED, size))
-        if name == "megatron-to-hf":
-            identical = _identical(places["hf"], places["back"])
-            shutil.rmtree(places["megatron"])
-            shutil.rmtree(places["back"])
+    rounds: list[list[StepResult]] = []
+    identical = True
+    for _ in range(num_rounds):
+        rounds.append([_measure(name, code.format(**places), size) for name, code in _STEPS.items()])
+        identical = identical and _identical(places["hf"], places["back"])
+        for name in ("megatron", "back", "theirs"):
+            shutil.rmtree(places[name])
+    # A disturbance of the machine only ever adds time.
+    steps = [min(results, key=lambda result: result.seconds) for results in zip(*rounds, strict=True)]
     largest = max(spec.num_bytes for spec in specs)
     bound = 3 * largest + 2 * 10**9
     ours, theirs = steps[:2], steps[2]
     return {
         "checkpoint_gb": size / 1e9,
+        "rounds": num_rounds,
         "largest_tensor_gb": largest / 1e9,
         "bound_gb": bound / 1e9,
         "within_bound": all(step.peak_rss_gb * 1e9 <= bound for step in ours),
@@ -162,9 +170,9 @@ def write_random_checkpoint(folder: Path, num_bytes: int) -> list[TensorSpec]:
 
 
 def _measure(name: str, code: str, size: int) -> StepResult:
-    print(f"{name} …", flush=True)
+    print(name, file=sys.stderr, flush=True)
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stdout=output)
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _IMPORTS + code + _TIMED], stdout=output)
         _, status, usage = os.wait4(process.pid, 0)
         output.seek(0)
         text = output.read()

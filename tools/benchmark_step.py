@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, which is no part of the installed package
 
-from benchmarks.step.run import main  # noqa: E402
+from benchmarks.step.run import main
 
 if __name__ == "__main__":
     sys.exit(main())

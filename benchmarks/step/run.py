@@ -1,7 +1,7 @@
 """The command line of the step benchmark: every variant in processes of its own, taken in turn.
 
     python tools/benchmark_step.py                               # all variants at P 8192
-    python tools/benchmark_step.py --prefix-tokens 4096 8192     # two lengths; the JSON's own keys are of the last
+    python tools/benchmark_step.py --prefix-tokens 4096 8192     # two lengths; the keys of the JSON are of the last
     python tools/benchmark_step.py --variants shared_prefix two_sequences --json
 
 A step is the trainer's whole optimizer step on one document: forward, backward, check of gradients, clipping, Adam. The
@@ -92,8 +92,8 @@ def _run(arguments: argparse.Namespace, cases: Sequence[StepCase]) -> None:
         replace_section(Path(arguments.docs), arguments.device, markdown(summaries, around, machine))
         print(f"wrote the ratios to {arguments.docs}")
     if arguments.json:
-        by_length = {str(summary["case"]["prefix_tokens"]): summary for summary in summaries}
-        print(json.dumps({**summaries[-1], "by_prefix_tokens": by_length, **around}))
+        others = {str(summary["case"]["prefix_tokens"]): summary for summary in summaries[:-1]}
+        print(json.dumps({**summaries[-1], **around, "other_prefix_tokens": others}))
 
 
 def _schedule(arguments: argparse.Namespace, case: StepCase, last: bool) -> list[str]:

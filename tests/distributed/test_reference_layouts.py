@@ -1,0 +1,75 @@
+"""The reference pass under parallel layouts writes what one process writes, and the fingerprint is the same too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from tests.distributed.harness import fresh_world, run_ranks
+from tests.distributed.test_layouts import save_random_model
+from tests.tiny import MODEL_FLAGS, write_tiny_dataset
+
+LAYOUTS = {
+    "TP 2 x CP 2": ["--tensor-model-parallel-size=2", "--context-parallel-size=2", "--sequence-parallel"],
+    "PP 2": ["--pipeline-model-parallel-size=2"],
+    "DP 4": [],
+}
+OBJECTIVES = {"short": ["--objective=longpo"], "long-independent": ["--objective=dpo", "--turns=independent"]}
+
+
+def compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[str]:
+    """Compute the sidecar of every run into a folder of its own; returns the fingerprints."""
+    from megatron_longpo import platform
+    from megatron_longpo.arguments import parse_arguments
+    from megatron_longpo.data.dataset import PreferenceDataset
+    from megatron_longpo.model.build import build_model
+    from megatron_longpo.training.checkpoint import Checkpointer, find_checkpoint
+    from megatron_longpo.training.distributed import initialize, shut_down
+    from megatron_longpo.training.reference import reference_logprobs
+
+    fingerprints, world = [], dist.get_world_size()
+    for number, (flags, place) in enumerate(runs):
+        fresh_world(f"{folder}/rendezvous-{world}-{number}", rank, world)
+        common = [*MODEL_FLAGS, f"--data-path={folder}/tiny", "--seq-length=512", "--progress-bar=off"]
+        config = parse_arguments([*common, f"--reference-dir={place}", *flags])
+        config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+        initialize(config)
+        chunks = build_model(config)
+        start = find_checkpoint(f"{folder}/start")
+        assert start is not None
+        Checkpointer(config, chunks).load(start, weights_only=True)
+        fingerprints.append(reference_logprobs(config, PreferenceDataset(f"{folder}/tiny"), chunks, None)[1])
+        shut_down()
+    return fingerprints
+
+
+@pytest.fixture(scope="module")
+def sidecars(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("reference")
+    # More documents than a group of the pass, and not a multiple of it.
+    write_tiny_dataset(folder / "tiny", num_documents=11)
+    run_ranks(save_random_model, 1, str(folder / "tiny"), str(folder / "start"))
+    singles = [(flags, f"{folder}/one") for flags in OBJECTIVES.values()]
+    layouts = [([*OBJECTIVES[o], *flags], f"{folder}/{name}") for name, flags in LAYOUTS.items() for o in OBJECTIVES]
+    prints = run_ranks(compute, 1, singles, str(folder))[0]
+    prints += [p for rank in run_ranks(compute, 4, layouts, str(folder)) for p in rank]
+    return {"folder": folder, "fingerprints": prints}
+
+
+def test_one_fingerprint_for_all_layouts(sidecars: dict[str, Any]) -> None:
+    assert len(sidecars["fingerprints"]) == 2 + 4 * 6
+    assert len(set(sidecars["fingerprints"])) == 1
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_writes_what_one_process_writes(sidecars: dict[str, Any], layout: str, kind: str) -> None:
+    theirs, ours = (Path(sidecars["folder"], place, f"tiny.reference-{kind}") for place in ("one", layout))
+    assert np.array_equal(np.load(ours / "lengths.npy"), np.load(theirs / "lengths.npy"))
+    expected = np.load(theirs / "logps.npy")
+    np.testing.assert_allclose(np.load(ours / "logps.npy"), expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.5 and (expected < 0).all()
