@@ -7,7 +7,7 @@ python tools/convert_checkpoint.py verify --hf-model DIR --megatron DIR --torchr
 
 import sys
 
-from megatron_longpo.conversion.command import main
+from megatron_longpo.convert_checkpoint import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_longpo.conversion.command import main, parse_size
 from megatron_longpo.conversion.verify import parse_sizes
+from megatron_longpo.convert_checkpoint import main, parse_size
 from tests.conversion.models import assert_same_weights, save_random_model
 
 

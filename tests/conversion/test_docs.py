@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_longpo.arguments import parse_arguments
-from megatron_longpo.conversion.command import parser
+from megatron_longpo.convert_checkpoint import parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["docs/checkpoints.md", "examples/export/README.md"]

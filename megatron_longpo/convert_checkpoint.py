@@ -1,4 +1,7 @@
-"""The command line of ``tools/convert_checkpoint.py``."""
+"""The command line of ``tools/convert_checkpoint.py``.
+
+What does the work is imported when it is needed: ``--help`` and wrong flags do not wait for torch and Megatron.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_longpo.conversion.to_hf import convert_to_hf
-from megatron_longpo.conversion.to_megatron import PARAMS_DTYPES, convert_to_megatron
-from megatron_longpo.conversion.verify import LogitsRow, TensorRow, compare_logits, compare_tensors
+if TYPE_CHECKING:
+    from megatron_longpo.conversion.verify import LogitsRow, TensorRow
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -20,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -62,9 +64,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("hf-to-megatron", help="a checkpoint that loads at any TP, PP and DP size")
     command.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face folder to convert")
     _add_save(command)
-    command.add_argument(
-        "--params-dtype", choices=sorted(PARAMS_DTYPES), help="type of the weights (default: as stored)"
-    )
+    command.add_argument("--params-dtype", choices=("bf16", "fp32"), help="type of the weights (default: as stored)")
     command.add_argument(
         "--rotary-base", type=_positive(float, 1), help="RoPE base to record instead of the model's; no weight changes"
     )
@@ -110,6 +110,8 @@ def _add_save(command: argparse.ArgumentParser) -> None:
 
 
 def _hf_to_megatron(arguments: argparse.Namespace) -> int:
+    from megatron_longpo.conversion.to_megatron import convert_to_megatron
+
     config = convert_to_megatron(
         arguments.hf_model,
         arguments.save,
@@ -124,6 +126,8 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> int:
+    from megatron_longpo.conversion.to_hf import convert_to_hf
+
     checkpoint = convert_to_hf(
         arguments.load,
         arguments.hf_model,
@@ -137,6 +141,10 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from megatron_longpo.conversion.verify import compare_logits, compare_tensors, parse_sizes
+
+    for sizes in arguments.torchrun:
+        parse_sizes(sizes)
     rows = compare_tensors(arguments.hf_model, arguments.megatron)
     print(tensor_table(rows))
     equal = not any(row.num_differing for row in rows)
