@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.harness import run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
-from tests.training.commands import metrics, run_in_one_process, train
+from tests.training.commands import FLAGS, metrics, run_in_one_process, train
 
 POISONED = 3
 LENGTH = ["--train-iters=8", "--lr=1e-3"]
@@ -42,8 +42,9 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(poisoned: Path, tmp_
     assert all(np.isnan(step["grad_norm"]) == (step in broken) for step in steps)
 
 
-def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(poisoned: Path) -> None:
-    output = train(f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0", code=1)
+def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(mistakes: dict[str, tuple[int, str]]) -> None:
+    code, output = mistakes["poisoned"]
+    assert code == 1
     assert f"(--max-skipped-steps 0); samples of the last one: tiny-{POISONED}" in output
     assert "Traceback" not in output
 
@@ -129,13 +130,14 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     commands = [
         ("pretrain_longpo.py", [*COMMON, *SFT, data, f"--save={places['save']}"]),
         ("tools/compute_reference_logprobs.py", foreign),
+        ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0"]),
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
     results = run_in_one_process(commands)
     assert results[0][0] == 0, results[0][1]
     assert not list(folder.glob("*reference*/manifest.json"))
-    return dict(zip(["saved", "foreign reference", *MISTAKES], results, strict=True))
+    return dict(zip(["saved", "foreign reference", "poisoned", *MISTAKES], results, strict=True))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
