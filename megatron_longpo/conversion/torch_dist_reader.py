@@ -28,6 +28,7 @@ class TensorReader:
         self._reader = FileSystemReader(folder)
         self._metadata = _read_metadata(folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: stored
             for key, stored in self._metadata.state_dict_metadata.items()
@@ -46,10 +47,16 @@ class TensorReader:
         """One parameter: the first rows, where the stored one is longer (a vocabulary padded for another TP size)."""
         stored = self.tensors[place.key]
         box = place.box(shape)
-        target = torch.empty(box.sizes, dtype=stored.properties.dtype)
+        target = self._target(box.sizes, stored.properties.dtype)
         items = create_read_items_for_chunk_list(place.key, stored, [box])
         self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()
         return target if place.layer is None else target[0]
+
+    def _target(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        size = shape.numel() * dtype.itemsize
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        return self._buffer[:size].view(dtype).view(shape)
 
 
 class _IntoTensor(DefaultLoadPlanner):
