@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -74,3 +75,24 @@ def file_hash(path: str | Path) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def exclusive_lock(path: str | Path, complaint: str) -> Iterator[None]:
+    """Hold a lock file while the block runs; the kernel releases it when the process ends, however it ends.
+
+    Args:
+        path: The lock file; created, and left behind.
+        complaint: Message of the error.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(complaint) from error
+        yield

@@ -50,8 +50,8 @@ class ChatTokenizer(Protocol):
         Nothing is added: special tokens come from the text alone.
         """
 
-    def decode(self, tokens: Sequence[int] | Tokens) -> str:
-        """The text of tokens, special ones included where the tokenizer can show them."""
+    def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
+        """The text of tokens, special ones included where the tokenizer can show them and ``special`` asks for it."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ class HuggingFaceChatTokenizer:
         encoding = self._backend.encode(text, add_special_tokens=False)
         return _as_arrays(encoding.ids, encoding.offsets)
 
-    def decode(self, tokens: Sequence[int] | Tokens) -> str:
-        return str(self._backend.decode([int(token) for token in tokens], skip_special_tokens=False))
+    def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
+        return str(self._backend.decode([int(token) for token in tokens], skip_special_tokens=not special))
 
 
 class SentencePieceChatTokenizer:
@@ -244,8 +244,8 @@ class SentencePieceChatTokenizer:
         ids, starts, ends = (np.concatenate(column) for column in zip(*parts, strict=True))
         return ids, starts, ends
 
-    def decode(self, tokens: Sequence[int] | Tokens) -> str:
-        return str(self._model.decode([int(token) for token in tokens]))
+    def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
+        return str(self._model.decode([int(token) for token in tokens]))  # never shows control symbols
 
     def _encode_piece(self, text: str, at: int) -> tuple[Tokens, Offsets, Offsets]:
         if not text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ def raw_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
-    with open(file, "rb") as lines:
+    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")

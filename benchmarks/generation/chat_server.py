@@ -1,0 +1,173 @@
+"""A real HTTP server that speaks the chat protocol and answers from the words of the prompt, with faults on demand.
+
+    python -m benchmarks.generation.chat_server --latency-ms 50      # prints its address
+
+Its answers depend on the prompt alone, so that two runs can be compared byte by byte. It stands in for a model in the
+benchmark of the pipeline's own cost and in the tests of what the pipeline survives; it says nothing about quality.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+MODEL = "words"
+FAULTS = ("429", "500", "503", "cut", "garbage", "hang", "refuse")
+"""Statuses; a connection cut within the body; a body that is not JSON; no reply; a connection closed at once."""
+
+_HANG_S = 30.0
+_WORDS = re.compile(r"[A-Za-z]{3,}")
+
+
+@dataclass
+class ChatServer:
+    """What the server does and what it has seen.
+
+    Args:
+        latency_s: Time that every answer takes.
+        faults: Given to the requests in turn, each prompt's first request only, so that asking again helps.
+        fault_every: One request in so many gets a fault.
+        context_chars: Longer prompts get the error of a too long context.
+        retry_after_s: Sent with 429.
+        key: Requests without this key get 401.
+    """
+
+    latency_s: float = 0.0
+    faults: tuple[str, ...] = ()
+    fault_every: int = 3
+    context_chars: int | None = None
+    retry_after_s: float | None = None
+    key: str | None = None
+    seen: Counter[str] = field(default_factory=Counter)
+    answered: Counter[str] = field(default_factory=Counter)
+    prompts: list[str] = field(default_factory=list)
+    retries_after: list[float] = field(default_factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+    keep_prompts: bool = False
+    _first_seen: dict[str, float] = field(default_factory=dict)
+
+    def application(self) -> web.Application:
+        """The routes."""
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        return app
+
+    async def _models(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"object": "list", "data": [{"id": MODEL}]})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        payload = json.loads(await request.read())
+        prompt = payload["messages"][-1]["content"]
+        # A pool of the same chunk is asked for again with another seed.
+        digest = hashlib.sha256(f"{prompt}{payload.get('seed')}".encode()).hexdigest()
+        number = self.seen.total()
+        self.seen[digest] += 1
+        if self.keep_prompts and self.seen[digest] == 1:
+            self.prompts.append(prompt)
+        if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
+            message = f"invalid key {request.headers.get('Authorization')}"
+            return web.json_response({"error": {"message": message}}, status=401)
+        if self.context_chars is not None and len(prompt) > self.context_chars:
+            message = f"This model's maximum context length is {self.context_chars} characters"
+            return web.json_response({"error": {"message": message}}, status=400)
+        now = asyncio.get_running_loop().time()
+        if self.seen[digest] == 1:
+            self._first_seen[digest] = now
+        else:
+            self.retries_after.append(now - self._first_seen[digest])
+        if self.faults and number % self.fault_every == 0 and self.seen[digest] == 1:
+            return await self._fail(request, self.faults[number // self.fault_every % len(self.faults)])
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        await asyncio.sleep(self.latency_s)
+        self.in_flight -= 1
+        self.answered[digest] += 1
+        return web.json_response(_reply(prompt, digest))
+
+    async def _fail(self, request: web.Request, fault: str) -> web.StreamResponse:
+        if fault.isdigit():
+            headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+            return web.json_response({"error": {"message": "too busy"}}, status=int(fault), headers=headers)
+        if fault == "hang":
+            await asyncio.sleep(_HANG_S)
+        if fault == "garbage":
+            return web.Response(text='{"choices": [{"mess', content_type="application/json")
+        assert request.transport is not None
+        if fault == "cut":
+            response = web.StreamResponse(headers={"Content-Length": "1000"})
+            await response.prepare(request)
+            await response.write(b'{"choices": [')
+            await asyncio.sleep(0.01)
+        request.transport.close()
+        return web.Response()
+
+
+def _reply(prompt: str, digest: str) -> dict[str, Any]:
+    """A reply made of the prompt's own words, drawn by its hash."""
+    words = list(dict.fromkeys(_WORDS.findall(prompt[:20000]))) or ["nothing"]
+    chosen = [words[int(digest[i : i + 4], 16) % len(words)] for i in range(0, 48, 4)]
+    if "numbered list" in prompt:
+        topics = (" and ".join(chosen[i : i + 3]) for i in range(0, 12, 3))
+        text = "\n".join(f"{number}. Explain how {topic} belong together." for number, topic in enumerate(topics, 1))
+    else:
+        text = (
+            f"The text speaks of {chosen[0]} and of {chosen[1]}. It says that the {chosen[2]} comes before any "
+            f"{chosen[3]}, while {chosen[4]} is left to the {chosen[5]} of the reader, as the {chosen[6]} shows."
+        )
+    usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}
+    message = {"role": "assistant", "content": text}
+    return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
+
+
+@contextmanager
+def running(server: ChatServer, port: int = 0) -> Iterator[str]:
+    """Serve from a thread while the block runs; gives the address for ``--base-url``."""
+    loop = asyncio.new_event_loop()
+    address: list[str] = []
+    started = threading.Event()
+
+    async def start() -> None:
+        runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", port)
+        await site.start()
+        assert site._server is not None
+        address.append(f"http://127.0.0.1:{runner.addresses[0][1]}/v1")
+        started.set()
+
+    thread = threading.Thread(target=lambda: (loop.run_until_complete(start()), loop.run_forever()), daemon=True)
+    thread.start()
+    started.wait(10)
+    try:
+        yield address[0]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latency-ms", type=float, default=50.0, help="time of every answer (default: 50)")
+    parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    arguments = parser.parse_args()
+    with running(ChatServer(latency_s=arguments.latency_ms / 1000), arguments.port) as address:
+        print(address, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

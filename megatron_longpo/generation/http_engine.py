@@ -1,0 +1,187 @@
+"""Asking a server that speaks OpenAI's chat protocol (vLLM, SGLang, TensorRT-LLM), and surviving what servers do.
+
+    server down, connection cut, answer cut short, timeout, 408, 409, 429, 5xx   asked again, after a growing pause
+    prompt longer than the server's context                                      the document is dropped, and counted
+    401, 403, 404, every other 4xx                                               the run stops: a flag is wrong
+
+A pause grows from half a second to a minute, is spread at random so that requests do not come back in step, and is at
+least what the server asks for with Retry-After. When ``--max-retries`` are used up the run stops, and goes on from
+there when it is started again; with ``--skip-failed-documents`` it drops the document instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import io
+import os
+import random
+import re
+import time
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import orjson
+from datatrove.pipeline.inference.types import ServerError
+from loguru import logger
+
+from megatron_longpo.generation.refusals import refusal
+from megatron_longpo.generation.settings import GenerationSettings
+
+API_KEY = "OPENAI_API_KEY"
+"""The environment variable with the key; no flag takes it, and nothing that is written or printed has it."""
+
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 60.0
+_LONGEST_RETRY_AFTER_S = 600.0
+_CONNECT_TIMEOUT_S = 30.0
+_TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_TOO_LONG = re.compile(r"context[ _-]?(?:length|window)|maximum (?:model|context|input)|too (?:long|many tokens)", re.I)
+_SHOWN_CHARS = 300
+
+
+class HttpEngine:
+    """A connection pool to one server, or to two: one for chunks, one for whole documents."""
+
+    def __init__(self, settings: GenerationSettings) -> None:
+        assert settings.base_url is not None
+        self._settings = settings
+        self._urls = [url.rstrip("/") for url in (settings.base_url, settings.long_base_url or settings.base_url)]
+        self._key = os.environ.get(API_KEY)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> HttpEngine:
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._session = aiohttp.ClientSession(
+            # datatrove's semaphore limits the requests in flight.
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=self._settings.request_timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
+            headers=headers,
+        )
+        try:
+            for url in dict.fromkeys(self._urls):
+                await self._require_model(url)
+        except BaseException:
+            await self._session.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The server's reply to a chat request.
+
+        Raises:
+            InferenceError: The prompt is too long for the server, or failed documents are skipped.
+            ServerError: The server cannot answer anything.
+        """
+        payload = dict(payload)
+        url = f"{self._urls[payload.pop('whole_document', False)]}/chat/completions"
+        reply = await self._persistently("POST", url, orjson.dumps(payload))
+        choices = reply.get("choices")
+        if not choices or not isinstance(choices[0].get("message"), dict):
+            raise ServerError(f"{url}: the reply has no choices[0].message; is it an OpenAI-compatible server?")
+        return reply
+
+    async def _require_model(self, url: str) -> None:
+        """Fail early where the server is not there or does not serve the model."""
+        reply = await self._persistently("GET", f"{url}/models", None)
+        names = [str(model.get("id")) for model in reply.get("data") or [] if isinstance(model, dict)]
+        if names and self._settings.model not in names:
+            raise ServerError(f"{url} does not serve --model {self._settings.model}; it serves {', '.join(names)}")
+
+    async def _persistently(self, method: str, url: str, body: bytes | None) -> dict[str, Any]:
+        for attempt in range(self._settings.max_retries + 1):
+            problem, retry_after_s = "", 0.0
+            try:
+                return await self._once(method, url, body)
+            except _AskAgain as error:
+                problem, retry_after_s = str(error), error.after_s
+            except asyncio.TimeoutError:
+                problem = f"no reply within {self._settings.request_timeout_s:g} s (--request-timeout-s)"
+            except (aiohttp.ClientError, OSError) as error:
+                problem = self._hidden(f"{type(error).__name__}: {error}")
+            if attempt < self._settings.max_retries:
+                spread = random.uniform(0.5, 1.5)  # when a request is sent again changes no answer
+                pause_s = max(min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S) * spread, retry_after_s)
+                logger.warning(f"{url}: {problem}; asking again in {pause_s:.1f} s")
+                await asyncio.sleep(pause_s)
+        tries = f"{url}: {problem}, also after asking {self._settings.max_retries + 1} times"
+        if self._settings.skip_failed_documents and body is not None:
+            raise refusal("request_failed", tries)
+        raise ServerError(
+            f"{tries}; what has been answered is kept: start the same command again when the server is back"
+            + (", or with --skip-failed-documents" if body is not None else "")
+        )
+
+    async def _once(self, method: str, url: str, body: bytes | None) -> dict[str, Any]:
+        assert self._session is not None
+        # As a stream: aiohttp warns of large bodies that are plain bytes, and a document has a megabyte.
+        data = io.BytesIO(body) if body is not None else None
+        async with self._session.request(method, url, data=data) as response:
+            content = await response.read()
+            if response.status == 200:
+                try:
+                    reply = orjson.loads(content)
+                except orjson.JSONDecodeError as error:
+                    raise _AskAgain(f"the reply is not JSON ({error})") from error
+                if not isinstance(reply, dict):
+                    raise ServerError(f"{url}: the reply is not a JSON object; is it an OpenAI-compatible server?")
+                return reply
+            message = self._hidden(_error_text(content))
+            if response.status in _TRY_AGAIN:
+                raise _AskAgain(f"HTTP {response.status}: {message}", _retry_after_s(response.headers))
+            if response.status in (400, 413, 422) and body is not None and _TOO_LONG.search(message):
+                    raise refusal("context_length", message)
+            if response.status == 404 and body is None:
+                return {}  # a server without a list of models
+            raise ServerError(f"{url}: HTTP {response.status}: {message}{_advice(response.status)}")
+
+    def _hidden(self, text: str) -> str:
+        """Without the key, which some servers repeat."""
+        return text.replace(self._key, "…") if self._key else text
+
+
+class _AskAgain(Exception):
+    def __init__(self, message: str, after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
+def _retry_after_s(headers: Any) -> float:
+    """The pause that a server asks for, in seconds: given as such or as a date (RFC 9110, 10.2.3)."""
+    value = headers.get("Retry-After", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_S)
+
+
+def _error_text(content: bytes) -> str:
+    try:
+        reply = orjson.loads(content)
+        error = reply.get("error", reply)
+        text = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+    except (orjson.JSONDecodeError, AttributeError):
+        text = None
+    text = str(text) if text else content.decode("utf-8", "replace")
+    return " ".join(text.split())[:_SHOWN_CHARS]
+
+
+def _advice(status: int) -> str:
+    if status in (401, 403):
+        return f"; set the environment variable {API_KEY}"
+    if status == 404:
+        return "; --base-url must end where /chat/completions follows, mostly in /v1, and --model be served there"
+    return ""

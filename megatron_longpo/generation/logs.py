@@ -1,0 +1,32 @@
+"""Where datatrove's and our messages go: a file, and the terminal where a user should know."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from tqdm import tqdm
+
+_QUIET_S = 10.0
+
+
+def log_to(file: Path) -> None:
+    """Send messages to a file; warnings also to the terminal, above the progress bar, one in ten seconds at most.
+
+    When a server goes down every request in flight warns of it: one line says it all.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    last = -_QUIET_S
+
+    def show(message: Any) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _QUIET_S:
+            last = time.monotonic()
+            tqdm.write(f"[{message.record['time']:HH:mm:ss}] {message.record['message']}", file=sys.stderr)
+
+    logger.remove()
+    logger.add(file, level="INFO", format="{time:YYYY-MM-DD HH:mm:ss} {level} {message}")
+    logger.add(show, level="WARNING")

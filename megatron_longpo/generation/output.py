@@ -1,0 +1,224 @@
+"""The output folder: what it was started with, and the files that all tasks together end in.
+
+    OUTPUT/pairs.jsonl      the pairs, in the order of the documents; the same bytes however the run went
+    OUTPUT/report.json      what became of documents and turns
+    OUTPUT/timings.jsonl    seconds and tokens of every document
+    OUTPUT/work/            settings.json, and a folder of every task with its state, its lock and its log
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_longpo.files import atomic_writer, exclusive_lock, write_json
+from megatron_longpo.generation.corpus import corpus_files, read_corpus
+from megatron_longpo.generation.prompts import prompt_writer
+from megatron_longpo.generation.rollout import Outcome
+from megatron_longpo.generation.settings import GenerationSettings
+from megatron_longpo.generation.store import WORK, finished_mark, read_outcomes, store_file
+from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
+
+PAIRS, REPORT, TIMINGS = "pairs.jsonl", "report.json", "timings.jsonl"
+SCHEMA = 1
+
+
+def prepare_output(settings: GenerationSettings) -> None:
+    """Record what decides the content; a run that goes on must be given the same.
+
+    Raises:
+        ValueError: The folder was started with other flags or documents, or holds something else.
+    """
+    folder = Path(settings.output)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file: give a folder")
+    file = folder / WORK / "settings.json"
+    now = {
+        "schema": SCHEMA,
+        "settings": settings.content(),
+        "prompt_hash": prompt_writer(settings).hash,
+        "documents": [[str(path), path.stat().st_size] for path in corpus_files(settings.documents)],
+    }
+    if not file.exists():
+        others = [path.name for path in folder.iterdir() if path.name != WORK] if folder.exists() else []
+        if others:
+            raise ValueError(f"--output {folder} is not empty ({', '.join(sorted(others)[:3])}): give another folder")
+        write_json(file, now)
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); give another --output") from error
+    different = [
+        f"--{name.replace('_', '-').replace('num-tasks', 'tasks')} was {before['settings'].get(name)!r}, now {value!r}"
+        for name, value in now["settings"].items()
+        if before["settings"].get(name) != value
+    ]
+    if before["prompt_hash"] != now["prompt_hash"] and not different:
+        different.append("the wording of the prompts changed")
+    if before["documents"] != now["documents"] and not different:
+        different.append("the files of --documents were other ones, or had other sizes")
+    if different:
+        raise ValueError(
+            f"--output {folder} was started with something else: {'; '.join(different)}. Give the same to go on, or "
+            "another folder to start anew"
+        )
+
+
+@dataclass
+class Report:
+    """What became of documents and turns."""
+
+    documents_read: int = 0
+    documents_with_pairs: int = 0
+    documents_dropped: Counter[str] = field(default_factory=Counter)
+    turns_planned: int = 0
+    turns_kept: int = 0
+    turns_dropped: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, outcome: Outcome, seconds: float) -> None:
+        """Count a document."""
+        self.documents_read += 1
+        self.documents_with_pairs += bool(outcome.turns)
+        if outcome.dropped:
+            self.documents_dropped[outcome.dropped] += 1
+        self.turns_planned += outcome.num_planned
+        self.turns_kept += len(outcome.turns)
+        self.turns_dropped += outcome.dropped_turns
+        self.prompt_tokens += outcome.prompt_tokens
+        self.completion_tokens += outcome.completion_tokens
+        self.seconds += seconds
+
+    def to_dict(self, settings: GenerationSettings) -> dict[str, Any]:
+        """The content of report.json; ``seconds`` is summed over documents, which overlap in time."""
+        return {
+            "schema": SCHEMA,
+            "settings": settings.content(),
+            "documents": {
+                "read": self.documents_read,
+                "with_pairs": self.documents_with_pairs,
+                "dropped": dict(self.documents_dropped.most_common()),
+            },
+            "turns": {
+                "planned": self.turns_planned,
+                "kept": self.turns_kept,
+                "dropped": dict(self.turns_dropped.most_common()),
+            },
+            "tokens": {"prompt": self.prompt_tokens, "completion": self.completion_tokens},
+            "seconds": round(self.seconds, 3),
+        }
+
+    def table(self) -> str:
+        """For the terminal."""
+        rows: list[tuple[str, int]] = [
+            ("documents read", self.documents_read),
+            ("documents with pairs", self.documents_with_pairs),
+            *((f"  dropped: {name.replace('_', ' ')}", n) for name, n in self.documents_dropped.most_common()),
+            ("turns tried", self.turns_planned),
+            ("turns kept", self.turns_kept),
+            *((f"  dropped: {name.replace('_', ' ')}", n) for name, n in self.turns_dropped.most_common()),
+            ("tokens of prompts", self.prompt_tokens),
+            ("tokens of answers", self.completion_tokens),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value:>16,}" for name, value in rows)
+
+
+def write_results(settings: GenerationSettings) -> Report:
+    """Write the three files, once every task is finished.
+
+    Raises:
+        ValueError: A task is not finished, another process writes, or no document gave a pair.
+    """
+    folder = Path(settings.output)
+    complaint = f"--output {folder}: another process is writing the results there; wait for it"
+    report = Report()
+    with exclusive_lock(folder / WORK / "results.lock", complaint), ExitStack() as opened:
+        timings = opened.enter_context(atomic_writer(folder / TIMINGS))
+        write_pairs(folder / PAIRS, _documents(settings, report, timings))
+        write_json(folder / REPORT, report.to_dict(settings))
+    return report
+
+
+def _documents(settings: GenerationSettings, report: Report, timings: Any) -> Iterator[PreferenceDocument]:
+    outcomes = [_outcomes(settings, task) for task in range(settings.num_tasks)]
+    bar = tqdm(read_corpus(settings), desc="writing", unit="document", disable=not settings.progress, delay=5)
+    for document in bar:
+        task = document.index % settings.num_tasks
+        outcome, seconds = next(outcomes[task], (None, 0.0))
+        if outcome is None or (outcome.index, outcome.id) != (document.index, document.id):
+            raise ValueError(
+                f"document {document.id!r} has not been answered yet: task {task} of {settings.num_tasks} is not "
+                f"finished; run it again with --task {task}"
+            )
+        report.add(outcome, seconds)
+        cost = {"prompt_tokens": outcome.prompt_tokens, "completion_tokens": outcome.completion_tokens}
+        timings.write(json.dumps({"id": outcome.id, "seconds": round(seconds, 3), **cost}, ensure_ascii=False) + "\n")
+        if outcome.turns:
+            yield _as_pairs(document.text, outcome, settings)
+    if report.documents_with_pairs == 0:
+        raise ValueError(f"no document gave a pair, so there is no {PAIRS} in --output:\n{report.table()}")
+
+
+def all_finished(settings: GenerationSettings) -> bool:
+    """Whether every task has come to its end."""
+    tasks = range(settings.num_tasks)
+    return all(finished_mark(Path(settings.output, WORK), task).exists() for task in tasks)
+
+
+def _outcomes(settings: GenerationSettings, task: int) -> Iterator[tuple[Outcome, float]]:
+    file = store_file(Path(settings.output, WORK), task)
+    if not file.exists():
+        raise ValueError(
+            f"--output {settings.output}: task {task} of {settings.num_tasks} has not run; start it with --task {task}"
+        )
+    return read_outcomes(file)
+
+
+def _as_pairs(text: str, outcome: Outcome, settings: GenerationSettings) -> PreferenceDocument:
+    turns = tuple(
+        Turn(
+            turn.instruction,
+            turn.chosen,
+            turn.rejected,
+            text[slice(*turn.chunk_span)],
+            turn.chunk_span,
+            {
+                "tokens": {
+                    "chunk": turn.chunk_tokens,
+                    "chosen": turn.chosen_tokens,
+                    "rejected": turn.rejected_tokens,
+                }
+            },
+        )
+        for turn in outcome.turns
+    )
+    # Nothing here may differ between two runs: no time, no machine, no order.
+    provenance = {
+        "model": settings.model,
+        "revision": settings.model_revision,
+        "engine": settings.engine,
+        "sampling": {
+            "instructions": {"temperature": settings.temperature, "top_p": settings.top_p},
+            "answers": {"temperature": 0, "max_tokens": settings.max_answer_tokens},
+        },
+        "long_rotary_base": settings.long_rotary_base,
+        "seed": settings.seed,
+        "prompt_hash": prompt_writer(settings).hash,
+        "tokens": {
+            "document": outcome.document_tokens,
+            "prompts": outcome.prompt_tokens,
+            "answers": outcome.completion_tokens,
+        },
+    }
+    return PreferenceDocument(outcome.id, text, turns, provenance)

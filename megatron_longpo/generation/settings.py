@@ -1,0 +1,207 @@
+"""The flags of tools/generate_pairs.py: what decides the content of the pairs, and how the work is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
+
+TRANSFORMERS, OPENAI = "transformers", "openai"
+ENGINES = (TRANSFORMERS, OPENAI)
+
+FILTERS = {
+    "refusal": "the answer declines to answer",
+    "repetition": "too many of the answer's word 4-grams occurred in it before",
+    "length": "the answer was cut at --max-answer-tokens",
+    "language": "the answer is in another language or script than its chunk",
+}
+"""What ``--filters`` can name; answers that are empty, or equal to their twin, are always dropped."""
+
+HOW_NOT_WHAT = frozenset(
+    {
+        "output",
+        "base_url",
+        "long_base_url",
+        "concurrency",
+        "request_timeout_s",
+        "max_retries",
+        "skip_failed_documents",
+        "batch_size",
+        "prefill_tokens",
+        "device",
+        "progress",
+    }
+)
+"""Fields that decide how the work is done; a run may go on with others. All the rest decides the content."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What a run of the pipeline is made with.
+
+    Args:
+        documents: ``--documents``: files, folders or patterns.
+        output: ``--output``: folder of the results.
+        engine: ``--engine``: ``transformers`` runs the model in this process, ``openai`` asks a server.
+        model: ``--model``: a Hugging Face folder, or the name that the server knows the model by.
+        tokenizer_model: ``--tokenizer-model``: counts tokens; the embedded engine's default is the model's folder.
+        model_revision: ``--model-revision``: recorded in the provenance, never interpreted.
+        text_field, id_field: ``--text-field``, ``--id-field``: columns of tables and keys of JSON lines.
+        max_documents: ``--max-documents``: read only so many; None reads all.
+        min_document_tokens, target_length: Documents outside of these lengths are dropped.
+        min_chunk_tokens, max_chunk_tokens: Length of a chunk.
+        max_chunks_per_document: Chunks, and so turns, of a document.
+        instructions_per_chunk: How many instructions the model is asked for; one is drawn.
+        instruction_attempts: How often it is asked before a chunk is given up.
+        temperature, top_p: Sampling of instructions; answers are greedy.
+        max_instruction_tokens: Longest reply with a pool of instructions.
+        max_answer_tokens: Longest answer.
+        prompt_template: ``--prompt-template``: the same as in preprocessing.
+        instruction_template: ``--instruction-template``: file with the request for instructions; None has our own.
+        filters: ``--filters``: names in `FILTERS`.
+        max_repetition: ``--max-repetition``: highest share of repeated word 4-grams.
+        long_rotary_base: RoPE base of the model when it reads whole documents; embedded engine only.
+        dtype: Type of the embedded engine's weights; None is the files'.
+        seed: ``--seed``.
+        num_tasks: ``--tasks``: parts that the documents are divided into, one process each.
+        base_url, long_base_url: ``--base-url``: the server's ``…/v1``; another one for whole documents.
+        concurrency: ``--concurrency``: requests in flight.
+        request_timeout_s: ``--request-timeout-s``.
+        max_retries: ``--max-retries``.
+        skip_failed_documents: ``--skip-failed-documents``: drop what cannot be answered instead of stopping.
+        batch_size: ``--batch-size``: rows that the embedded engine decodes together.
+        prefill_tokens: ``--prefill-tokens``: tokens of a prompt that it computes at once.
+        device: ``--device`` of the embedded engine; None chooses.
+        progress: Show a progress bar.
+    """
+
+    documents: tuple[str, ...]
+    output: str
+    engine: str
+    model: str
+    tokenizer_model: str | None = None
+    model_revision: str | None = None
+    text_field: str = "text"
+    id_field: str = "id"
+    max_documents: int | None = None
+    min_document_tokens: int = 65536
+    target_length: int = 131072
+    min_chunk_tokens: int = 16384
+    max_chunk_tokens: int = 30000
+    max_chunks_per_document: int = 4
+    instructions_per_chunk: int = 4
+    instruction_attempts: int = 3
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_instruction_tokens: int = 1024
+    max_answer_tokens: int = 2048
+    prompt_template: str = DEFAULT_PROMPT_TEMPLATE
+    instruction_template: str | None = None
+    filters: tuple[str, ...] = tuple(FILTERS)
+    max_repetition: float = 0.4
+    long_rotary_base: float | None = None
+    dtype: str | None = None
+    seed: int = 0
+    num_tasks: int = 1
+    base_url: str | None = None
+    long_base_url: str | None = None
+    concurrency: int = 64
+    request_timeout_s: float = 1800.0
+    max_retries: int = 8
+    skip_failed_documents: bool = False
+    batch_size: int = 4
+    prefill_tokens: int = 4096
+    device: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_engine()
+        self._check_ranges()
+        PromptTemplate(self.prompt_template)
+        unknown = [name for name in self.filters if name not in FILTERS]
+        if unknown:
+            raise ValueError(f"--filters {' '.join(unknown)}: unknown; choose among {', '.join(FILTERS)}, or give none")
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The tokenizer that counts tokens."""
+        return self.tokenizer_model or self.model
+
+    def content(self) -> dict[str, Any]:
+        """The fields that decide the content of the pairs, as JSON values."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in HOW_NOT_WHAT}
+        return dict(json.loads(json.dumps(fields)))
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"--engine {self.engine} is unknown: choose {' or '.join(ENGINES)}")
+        if self.engine == TRANSFORMERS:
+            for flag, value in (("--base-url", self.base_url), ("--long-base-url", self.long_base_url)):
+                if value is not None:
+                    raise ValueError(f"{flag} has no effect with --engine transformers: leave it out")
+            return
+        if self.base_url is None:
+            raise ValueError("--engine openai needs --base-url, such as http://127.0.0.1:8000/v1")
+        for flag, value in (("--base-url", self.base_url), ("--long-base-url", self.long_base_url)):
+            if value is not None:
+                _check_url(flag, value)
+        if self.tokenizer_model is None:
+            raise ValueError(
+                "--engine openai needs --tokenizer-model DIR, the model's tokenizer: documents and chunks are measured "
+                "in its tokens"
+            )
+        if self.long_rotary_base is not None:
+            raise ValueError(
+                "--long-rotary-base needs --engine transformers: a server has one RoPE base for all requests. Start a "
+                "second server with the other base (vllm serve … --hf-overrides '{\"rope_theta\": 1e7}') and give "
+                "its address as --long-base-url"
+            )
+        if self.dtype is not None or self.device is not None:
+            raise ValueError("--dtype and --device have no effect with --engine openai: leave them out")
+
+    def _check_ranges(self) -> None:
+        at_least = {
+            "--min-document-tokens": (self.min_document_tokens, 1),
+            "--min-chunk-tokens": (self.min_chunk_tokens, 1),
+            "--max-chunks-per-document": (self.max_chunks_per_document, 1),
+            "--instructions-per-chunk": (self.instructions_per_chunk, 1),
+            "--instruction-attempts": (self.instruction_attempts, 1),
+            "--max-instruction-tokens": (self.max_instruction_tokens, 1),
+            "--max-answer-tokens": (self.max_answer_tokens, 1),
+            "--tasks": (self.num_tasks, 1),
+            "--concurrency": (self.concurrency, 1),
+            "--max-retries": (self.max_retries, 0),
+            "--batch-size": (self.batch_size, 1),
+            "--prefill-tokens": (self.prefill_tokens, 1),
+            "--temperature": (self.temperature, 0),
+            "--max-repetition": (self.max_repetition, 0),
+        }
+        if self.max_documents is not None:
+            at_least["--max-documents"] = (self.max_documents, 1)
+        for flag, (value, low) in at_least.items():
+            if value < low:
+                raise ValueError(f"{flag} {value} must be at least {low}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top-p {self.top_p} must be in (0, 1]")
+        if self.request_timeout_s <= 0:
+            raise ValueError(f"--request-timeout-s {self.request_timeout_s} must be greater than 0")
+        for low_flag, low_value, high_flag, high_value in (
+            ("--min-document-tokens", self.min_document_tokens, "--target-length", self.target_length),
+            ("--min-chunk-tokens", self.min_chunk_tokens, "--max-chunk-tokens", self.max_chunk_tokens),
+            ("--min-chunk-tokens", self.min_chunk_tokens, "--target-length", self.target_length),
+        ):
+            if low_value > high_value:
+                raise ValueError(f"{low_flag} {low_value} is greater than {high_flag} {high_value}: exchange them")
+
+
+def _check_url(flag: str, url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{flag} {url!r} must be an address such as http://127.0.0.1:8000/v1")
+    if parts.username or parts.password or parts.query:
+        # The address is not repeated: it would put the key into logs.
+        raise ValueError(f"{flag} carries a user name, password or query: give keys by the environment, OPENAI_API_KEY")

@@ -1,0 +1,149 @@
+"""What a task has done so far: answers of unfinished documents, outcomes of finished ones, in one SQLite file.
+
+It is datatrove's request cache with two changes. Commits are shared by all that is waiting, so that the disk's latency
+does not limit the requests per second. And the outcome of a document enters in the transaction that removes its
+requests: a process that is killed at any moment leaves a document either finished or with the answers it had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import orjson
+from datatrove.pipeline.inference.checkpointing import RequestCache
+
+from megatron_longpo.generation.rollout import Outcome
+
+WORK = "work"
+"""Folder inside of ``--output`` with the state of a run."""
+
+_OUTCOMES = """
+CREATE TABLE IF NOT EXISTS outcomes (
+    doc_index INTEGER PRIMARY KEY, doc_id TEXT NOT NULL, outcome BLOB NOT NULL, seconds REAL NOT NULL
+)
+"""
+_ADD_REQUEST = (
+    "INSERT OR REPLACE INTO request_cache (chunk_index, doc_id, rollout_idx, payload_hash, result, error_message) "
+    "VALUES (?, ?, ?, ?, ?, ?)"
+)
+
+
+def store_file(work: Path, task: int) -> Path:
+    """The database of a task; datatrove's name."""
+    return work / f"{task:05d}" / "replay.sqlite3"
+
+
+def finished_mark(work: Path, task: int) -> Path:
+    """An empty file that says that a task has come to its end."""
+    return work / f"{task:05d}" / "finished"
+
+
+class TaskStore(RequestCache):
+    """The state of one task."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__(str(work))
+        self.finished: set[str] = set()
+
+    async def initialize(self, rank: int) -> None:
+        """Open the database, or make it; `finished` then holds the ids of finished documents."""
+        await super().initialize(rank)
+        assert self._conn is not None
+        await self._conn.execute(_OUTCOMES)
+        await self._conn.commit()
+        async with self._conn.execute("SELECT doc_id FROM outcomes") as rows:
+            self.finished = {row[0] async for row in rows}
+
+    async def close(self, delete_file: bool = False) -> None:
+        """Write what is waiting and close the database, which stays: it holds the outcomes."""
+        await super().close(delete_file=False)
+
+    async def store_outcome(self, outcome: Outcome, seconds: float) -> None:
+        """Returns when the outcome is on disk.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        assert self._queue is not None
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        row = (outcome.index, outcome.id, orjson.dumps(outcome.to_dict()), seconds)
+        await self._queue.put(("outcome", (row, written)))
+        await written
+
+    async def _writer_loop(self) -> None:
+        assert self._queue is not None
+        closing = False
+        while not closing:
+            operations = [await self._queue.get()]
+            while not self._queue.empty():
+                operations.append(self._queue.get_nowait())
+            closing = None in operations
+            waiting = [data[1] for kind, data in filter(None, operations) if kind == "outcome"]
+            try:
+                await self._write(operations)
+            except sqlite3.Error as error:
+                # Answers that are not kept cost time after an interruption. An outcome that is not kept would be lost.
+                for future in waiting:
+                    future.set_exception(OSError(f"{self.db_path} cannot be written: {error}"))
+            else:
+                for future in waiting:
+                    if not future.done():
+                        future.set_result(None)
+            for _ in operations:
+                self._queue.task_done()
+
+    async def _write(self, operations: list[Any]) -> None:
+        assert self._conn is not None
+        requests: list[tuple[Any, ...]] = []
+        outcomes: list[tuple[Any, ...]] = []
+        for kind, data in filter(None, operations):
+            if kind == "outcome":
+                outcomes.append(data[0])
+            elif kind == "result":
+                *key, result = data
+                requests.append((*key, orjson.dumps(result), None))
+            else:
+                *key, message = data
+                requests.append((*key, None, message))
+        if requests:
+            await self._conn.executemany(_ADD_REQUEST, requests)
+        if outcomes:
+            await self._conn.executemany("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?)", outcomes)
+            ids = [(row[1],) for row in outcomes]
+            await self._conn.executemany("DELETE FROM request_cache WHERE doc_id = ?", ids)
+        await self._conn.commit()
+
+
+class StoredOutcomes:
+    """Takes the place of datatrove's checkpoint manager, whose files a kill can tear in the middle of a line.
+
+    Documents count as one chunk that is never complete; `PairsRunner` leaves finished ones out itself.
+    """
+
+    def __init__(self, store: TaskStore) -> None:
+        self._store = store
+
+    async def parse_existing_checkpoints(self, rank: int, writer: Any) -> tuple[int, set[str]]:
+        """Nothing to skip by number, nothing to copy."""
+        return 0, set()
+
+    def chunk_index_gen(self) -> Iterator[int]:
+        """Every document belongs to chunk 0."""
+        while True:
+            yield 0
+
+    async def cleanup_last_chunk(self, rank: int, chunk_index: int) -> None:
+        """Nothing is left to clean up."""
+
+
+def read_outcomes(file: Path) -> Iterator[tuple[Outcome, float]]:
+    """The outcomes of a task by rising index, with the seconds that each took."""
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as connection:
+        for blob, seconds in connection.execute("SELECT outcome, seconds FROM outcomes ORDER BY doc_index"):
+            yield Outcome.from_dict(json.loads(blob)), seconds

@@ -1,0 +1,136 @@
+"""The embedded engine: a Hugging Face model in this process, on a GPU or a CPU.
+
+It answers the requests of one document and step in one call, so that its answers depend on the document alone, not on
+which documents happen to be in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_longpo.data.encoding import SharedPrefixEncoder
+from megatron_longpo.data.tokenizer import load_tokenizer
+from megatron_longpo.generation.engine import Answer, Request
+from megatron_longpo.generation.refusals import refusal
+from megatron_longpo.generation.settings import GenerationSettings
+from megatron_longpo.generation.shared_prefill import Sampling, generate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TransformersEngine:
+    """Loads the model when it is entered."""
+
+    def __init__(self, settings: GenerationSettings) -> None:
+        self._settings = settings
+        self._model: PreTrainedModel | None = None
+        self._rotary: dict[bool, torch.nn.Module] = {}
+
+    async def __aenter__(self) -> TransformersEngine:
+        await asyncio.to_thread(self._load)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._model = None
+
+    async def make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Answers the requests of a document, in the form of a server's reply.
+
+        Raises:
+            InferenceError: A prompt is longer than the model's positions.
+        """
+        requests = [Request(**request) for request in payload["requests"]]
+        answers = await asyncio.to_thread(self.answer, requests)
+        usage = {
+            "answers": [asdict(answer) for answer in answers],
+            "prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
+            "completion_tokens": sum(answer.num_completion_tokens for answer in answers),
+        }
+        return {"choices": [{"message": {"content": ""}, "finish_reason": "stop"}], "usage": usage}
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers; all requests are about chunks or all about a whole document."""
+        assert self._model is not None
+        prompts = [self._encode(request.prompt) for request in requests]
+        self._require_positions(prompts, requests)
+        self._model.model.rotary_emb = self._rotary[requests[0].whole_document]
+        replies = generate(
+            self._model,
+            prompts,
+            [Sampling(request.temperature, request.top_p, request.seed) for request in requests],
+            [request.max_tokens for request in requests],
+            self._stop_ids,
+            batch_size=self._settings.batch_size,
+            prefill_tokens=self._settings.prefill_tokens,
+        )
+        return [
+            Answer(self._tokenizer.decode(reply, special=False), len(reply) == request.max_tokens, len(prompt), len(reply))
+            for request, prompt, reply in zip(requests, prompts, replies, strict=True)
+        ]
+
+    def _load(self) -> None:
+        settings = self._settings
+        folder = Path(settings.model)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--model {folder} is no folder of a Hugging Face model: it has no config.json")
+        tokenizer = load_tokenizer(settings.tokenizer_path)
+        self._tokenizer = tokenizer
+        self._encoder = SharedPrefixEncoder(tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES[settings.dtype] if settings.dtype else "auto", local_files_only=True
+        )
+        self._model = model.to(_device(settings.device)).eval()
+        stop = model.generation_config.eos_token_id
+        self._stop_ids = frozenset([tokenizer.eos_id, *(stop if isinstance(stop, list) else [stop])]) - {None}
+        self._rotary = {False: _rotary(self._model), True: _rotary(self._model, settings.long_rotary_base)}
+
+    def _encode(self, prompt: str) -> list[int]:
+        text = self._tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        return [int(token) for token in self._encoder.encode(text)[0]]
+
+    def _require_positions(self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]) -> None:
+        assert self._model is not None
+        limit = self._model.config.max_position_embeddings
+        longest = max(len(prompt) for prompt in prompts)
+        # A model is asked about whole documents beyond its length too: that it is worse there is the point.
+        if longest > limit and not requests[0].whole_document:
+            raise refusal("context_length", f"a prompt has {longest} tokens, the model {limit} positions")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is not None:
+        return torch.device(name)
+    from megatron_longpo.platform import device
+
+    return device()
+
+
+def _rotary(model: PreTrainedModel, base: float | None = None) -> torch.nn.Module:
+    """The model's rotary embedding, or one with another base.
+
+    Raises:
+        ValueError: The model has none of the usual form.
+    """
+    own = getattr(model.model, "rotary_emb", None)
+    if base is None and own is not None:
+        return own
+    if own is None:
+        raise ValueError(f"--engine transformers does not know the rotary embedding of {type(model).__name__}")
+    config = copy.deepcopy(model.config)
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is not None:
+        parameters["rope_theta"] = base
+    else:  # transformers 4
+        config.rope_theta = base
+    return type(own)(config=config).to(model.device)
