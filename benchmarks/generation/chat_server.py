@@ -41,6 +41,7 @@ class ChatServer:
         context_chars: Longer prompts get the error of a too long context.
         retry_after_s: Sent with 429.
         key: Requests without this key get 401.
+        down_after: After so many answers every connection is closed at once, until it is None again.
     """
 
     latency_s: float = 0.0
@@ -49,6 +50,7 @@ class ChatServer:
     context_chars: int | None = None
     retry_after_s: float | None = None
     key: str | None = None
+    down_after: int | None = None
     seen: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
     prompts: list[str] = field(default_factory=list)
@@ -73,6 +75,8 @@ class ChatServer:
         prompt = payload["messages"][-1]["content"]
         # A pool of the same chunk is asked for again with another seed.
         digest = hashlib.sha256(f"{prompt}{payload.get('seed')}".encode()).hexdigest()
+        if self.down_after is not None and self.answered.total() >= self.down_after:
+            return await self._fail(request, "refuse")
         number = self.seen.total()
         self.seen[digest] += 1
         if self.keep_prompts and self.seen[digest] == 1:
@@ -136,26 +140,29 @@ def _reply(prompt: str, digest: str) -> dict[str, Any]:
 def running(server: ChatServer, port: int = 0) -> Iterator[str]:
     """Serve from a thread while the block runs; gives the address for ``--base-url``."""
     loop = asyncio.new_event_loop()
-    address: list[str] = []
-    started = threading.Event()
+    runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=0.1)
 
-    async def start() -> None:
-        runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=0.1)
+    async def start() -> str:
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", port)
-        await site.start()
-        assert site._server is not None
-        address.append(f"http://127.0.0.1:{runner.addresses[0][1]}/v1")
-        started.set()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        return f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
 
-    thread = threading.Thread(target=lambda: (loop.run_until_complete(start()), loop.run_forever()), daemon=True)
+    async def stop() -> None:
+        await runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    started.wait(10)
     try:
-        yield address[0]
+        yield asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     finally:
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
+        loop.close()
 
 
 def main() -> None:

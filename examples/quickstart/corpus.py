@@ -6,7 +6,6 @@ pre-training: they become the long documents of the preference pairs.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sysconfig
@@ -16,6 +15,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from tqdm import tqdm
+
+from megatron_longpo.files import atomic_writer
+from megatron_longpo.generation.draw import draw
 
 MODULES = """
 abc bisect calendar cmd code codeop collections/__init__ configparser contextlib copy csv difflib fileinput fnmatch
@@ -49,8 +51,8 @@ class Document:
     held: bool
 
 
-def write_corpus(path: Path, settings: CorpusSettings) -> None:
-    """Write the corpus as JSON lines, one `Document` a line."""
+def write_corpus(path: Path, held_path: Path, settings: CorpusSettings) -> None:
+    """Write the corpus as JSON lines, one `Document` a line, and the held documents alone to a second file."""
     documents = list(_documents(settings))
     held: set[str] = set()
     for kind in KINDS:
@@ -58,12 +60,10 @@ def write_corpus(path: Path, settings: CorpusSettings) -> None:
         # Ordered by hash, not shuffled: what is drawn for a document depends on (seed, id) alone.
         eligible.sort(key=lambda d: draw(settings.seed, d.id))
         held.update(d.id for d in eligible[: settings.num_held_documents // len(KINDS)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps(asdict(document) | {"held": document.id in held}, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    rows = [asdict(document) | {"held": document.id in held} for document in documents]
+    for file_path, written in ((path, rows), (held_path, [row for row in rows if row["held"]])):
+        with atomic_writer(file_path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
     num_chars = sum(len(d.text) for d in documents)
     print(f"      {len(documents)} documents, {num_chars / 1e6:.1f} million characters, {len(held)} held for pairs")
 
@@ -71,11 +71,6 @@ def write_corpus(path: Path, settings: CorpusSettings) -> None:
 def read_corpus(path: Path) -> list[Document]:
     """The documents that `write_corpus` wrote."""
     return [Document(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def draw(seed: int, *what: object) -> int:
-    """A 64-bit number that depends on the seed and the names given, and on nothing else."""
-    return int.from_bytes(hashlib.sha256(repr((seed, *what)).encode()).digest()[:8], "big")
 
 
 def _documents(settings: CorpusSettings) -> Iterator[Document]:

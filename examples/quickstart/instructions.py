@@ -1,59 +1,60 @@
-"""Chunks of a document and instructions about them, drawn by (seed, document id).
+"""Chunks of a document and exercises about them, drawn by (seed, document id).
 
-Every instruction has a mechanical answer. The answers teach the small model, during pre-training, what an instruction
-is; the preference pairs never contain them: there the model answers by itself.
+Exercises teach the small model, during pre-training, what its part in the making of pairs is: to write instructions
+about a chunk, and to follow them. Every one has a mechanical answer; the preference pairs never contain it: there the
+model answers by itself.
 """
 
 from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from examples.quickstart.corpus import Document, draw
+from examples.quickstart.corpus import Document
+from megatron_longpo.generation.draw import draw, draw_between
+from megatron_longpo.generation.prompts import PromptWriter
 
 MIN_CHUNK_CHARS, MAX_CHUNK_CHARS = 250, 600
 MAX_LISTED = 5
 
 
+INSTRUCTION_TEMPLATE = Path(__file__).with_name("instruction_template.txt")
+NUM_INSTRUCTIONS = 2
+
+
 @dataclass(frozen=True)
 class Exercise:
-    """An instruction about a chunk of a document, and its mechanical answer."""
+    """What the user says, a chunk included, and the mechanical answer."""
 
-    chunk_span: tuple[int, int]  # character offsets in the document
-    instruction: str
+    message: str
     answer: str
 
 
-def draw_exercise(document: Document, seed: int, number: int, bounds: tuple[int, int] | None = None) -> Exercise | None:
-    """Draw a chunk and an instruction that fits it.
-
-    Args:
-        document: Where the chunk is cut from.
-        seed: With the document's id and `number`, decides everything.
-        number: Which of the document's exercises this is.
-        bounds: Character offsets within which the chunk must lie; None for the whole document.
-
-    Returns:
-        None when no instruction fits the chunk.
-    """
-    start, stop = _draw_chunk(document, seed, number, *(bounds or (0, len(document.text))))
-    chunk = document.text[start:stop]
-    fitting = [(instruction, answer) for instruction, answer in _exercises(document, chunk) if answer]
-    if not fitting:
-        return None
-    # The drawn instruction first, then the others in turn, so that a document is not asked the same twice in a row.
-    instruction, answer = fitting[(draw(seed, document.id, "instruction") + number) % len(fitting)]
-    return Exercise((start, stop), instruction, answer)
+def draw_exercises(document: Document, seed: int, num_chunks: int) -> Iterator[Exercise]:
+    """For each of some drawn chunks: to write instructions about it, and to follow one of them."""
+    prompts = PromptWriter(INSTRUCTION_TEMPLATE.read_text(encoding="utf-8"), NUM_INSTRUCTIONS, seed)
+    for number in range(num_chunks):
+        start, stop = _draw_chunk(document, seed, number)
+        chunk = document.text[start:stop]
+        exercises = _exercises(document, chunk)
+        listed = "\n".join(f"{place}. {instruction}" for place, (instruction, _) in enumerate(exercises, 1))
+        yield Exercise(prompts.pool_request(chunk, document.id, number), listed)
+        fitting = [(instruction, answer) for instruction, answer in exercises if answer]
+        # The drawn instruction first, then the others in turn, so that a document is not asked the same twice in a row.
+        instruction, answer = fitting[(draw(seed, document.id, "instruction") + number) % len(fitting)]
+        yield Exercise(f"{chunk}\n\n{prompts.phrase(document.id, number)}{instruction}", answer)
 
 
-def _draw_chunk(document: Document, seed: int, number: int, lower: int, upper: int) -> tuple[int, int]:
-    """A span of whole lines of MIN_CHUNK_CHARS..MAX_CHUNK_CHARS characters, shorter where the bounds are narrower."""
-    length = MIN_CHUNK_CHARS + draw(seed, document.id, number, "length") % (MAX_CHUNK_CHARS - MIN_CHUNK_CHARS)
-    start = lower + draw(seed, document.id, number, "start") % max(1, upper - lower - length)
-    start = document.text.rfind("\n", lower, start) + 1 or lower
-    stop = min(upper, start + length)
-    if stop < upper and (line_end := document.text.rfind("\n", start, stop)) > start:
+def _draw_chunk(document: Document, seed: int, number: int) -> tuple[int, int]:
+    """A span of whole lines of MIN_CHUNK_CHARS..MAX_CHUNK_CHARS characters, shorter where the document is."""
+    length = draw_between(MIN_CHUNK_CHARS, MAX_CHUNK_CHARS, seed, document.id, number, "length")
+    start = draw(seed, document.id, number, "start") % max(1, len(document.text) - length)
+    start = document.text.rfind("\n", 0, start) + 1
+    stop = min(len(document.text), start + length)
+    if stop < len(document.text) and (line_end := document.text.rfind("\n", start, stop)) > start:
         stop = line_end
     return start, stop
 

@@ -18,8 +18,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-from examples.quickstart.corpus import Document, draw, read_corpus
-from examples.quickstart.instructions import draw_exercise
+from examples.quickstart.corpus import Document, read_corpus
+from examples.quickstart.instructions import draw_exercises
+from megatron_longpo.generation.draw import draw
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ModelSettings:
     num_steps: int = 1000
     max_seconds: float = 120.0  # a slow machine makes fewer steps; the learning rate still ends at 0
     peak_lr: float = 3e-3
-    exercises_per_document: int = 4
+    chunks_per_document: int = 4  # two exercises each
     answer_weight: float = 10.0  # of an answer's token in the loss; answers are few beside the text
     seed: int = 0
 
@@ -84,14 +85,11 @@ def token_stream(
     for document in documents:
         plain = f"{tokenizer.bos_token}{document.text}{tokenizer.eos_token}"
         pieces.append((draw(settings.seed, document.id, "order"), plain, ""))
-        for number in range(settings.exercises_per_document):
-            exercise = draw_exercise(document, settings.seed, number)
-            if exercise is not None:
-                chunk = document.text[slice(*exercise.chunk_span)]
-                question = [{"role": "user", "content": f"{chunk}\n\n{exercise.instruction}"}]
-                prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-                order = draw(settings.seed, document.id, number, "order")
-                pieces.append((order, prompt, exercise.answer + tokenizer.eos_token))
+        for number, exercise in enumerate(draw_exercises(document, settings.seed, settings.chunks_per_document)):
+            question = [{"role": "user", "content": exercise.message}]
+            prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+            order = draw(settings.seed, document.id, number, "order")
+            pieces.append((order, prompt, exercise.answer + tokenizer.eos_token))
     tokens: list[int] = []
     weights: list[float] = []
     for _, *texts in sorted(pieces):

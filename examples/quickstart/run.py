@@ -30,26 +30,26 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
     # Imported here, so that a skipped stage and `--help` do not wait for torch and transformers.
     from examples.quickstart.corpus import CorpusSettings, write_corpus
     from examples.quickstart.model import ModelSettings, pretrain_model
-    from examples.quickstart.pairs import PairsSettings, make_pairs
     from examples.quickstart.tokenizer import TokenizerSettings, train_tokenizer
-    from examples.quickstart.training import TrainingSettings, preprocess, train
+    from examples.quickstart.commands import PairsSettings, TrainingSettings, generate_pairs, preprocess, train
     from megatron_longpo.report import plot_runs
 
-    corpus, tokenizer, model = folder / "documents.jsonl", folder / "tokenizer", folder / "model"
-    pairs, prefix, report = folder / "pairs.jsonl", folder / "tokens" / "pairs", folder / "report.png"
+    corpus, held, tokenizer, model = (folder / name for name in ("documents.jsonl", "held.jsonl", "tokenizer", "model"))
+    pairs, prefix, report = folder / "pairs", folder / "tokens" / "pairs", folder / "report.png"
     tokens = tuple(prefix.with_suffix(suffix) for suffix in (".bin", ".idx", ".manifest.json"))
     runs = {name: folder / name.lower().replace(" ", "") for name in LAYOUTS}
     metrics = {name: run / "metrics.jsonl" for name, run in runs.items()}
     package = REPOSITORY / "megatron_longpo"
-    sources, exercises = HERE / "corpus.py", HERE / "instructions.py"
+    sources = HERE / "corpus.py"
+    exercises = (HERE / "instructions.py", HERE / "instruction_template.txt", package / "generation")
 
     making = [
         Stage(
             "corpus",
             "documents from the language reference and the standard library",
-            lambda: write_corpus(corpus, CorpusSettings()),
+            lambda: write_corpus(corpus, held, CorpusSettings()),
             inputs=(sources,),
-            outputs=(corpus,),
+            outputs=(corpus, held),
             settings=asdict(CorpusSettings()) | {"python": sys.version},
         ),
         Stage(
@@ -64,23 +64,23 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
             "model",
             "a small Mistral-shaped model, pre-trained on short rows of the corpus for about a minute",
             lambda: pretrain_model(corpus, tokenizer, model, ModelSettings()),
-            inputs=(HERE / "model.py", exercises, corpus, tokenizer),
+            inputs=(HERE / "model.py", *exercises, corpus, tokenizer),
             outputs=(model / "model.safetensors", model / "config.json"),
             settings=asdict(ModelSettings()),
         ),
         Stage(
             "pairs",
-            "the model's greedy answers from a chunk (chosen) and from the whole document (rejected)",
-            lambda: make_pairs(corpus, model, pairs, PairsSettings()),
-            inputs=(HERE / "pairs.py", exercises, corpus, model),
-            outputs=(pairs,),
+            "the model's own instructions, and its answers from a chunk (chosen) and the whole document (rejected)",
+            lambda: generate_pairs(held, model, pairs, PairsSettings()),
+            inputs=(HERE / "commands.py", *exercises, REPOSITORY / "tools/generate_pairs.py", held, model),
+            outputs=(pairs / "pairs.jsonl",),
             settings=asdict(PairsSettings()),
         ),
         Stage(
             "preprocess",
             "pairs to tokens",
-            lambda: preprocess(pairs, model, prefix),
-            inputs=(HERE / "training.py", package, REPOSITORY / "tools/preprocess_pairs.py", pairs, tokenizer),
+            lambda: preprocess(pairs / "pairs.jsonl", model, prefix),
+            inputs=(HERE / "commands.py", package, REPOSITORY / "tools/preprocess_pairs.py", pairs / "pairs.jsonl", tokenizer),
             outputs=tokens,
         ),
     ]
@@ -89,7 +89,7 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
             f"train-{runs[name].name}",
             f"LongPO on two processes with {name}: reference pass, {TrainingSettings().train_iters} steps, checkpoint",
             partial(train, model, prefix, runs[name], layout, TrainingSettings()),
-            inputs=(HERE / "training.py", package, REPOSITORY / "pretrain_longpo.py", model, *tokens),
+            inputs=(HERE / "commands.py", package, REPOSITORY / "pretrain_longpo.py", model, *tokens),
             outputs=(metrics[name], runs[name] / "checkpoint"),
             settings=asdict(TrainingSettings()) | {"layout": layout},
         )

@@ -79,9 +79,7 @@ def draw_chunks(
     Returns:
         None of them where the document is shorter than a chunk.
     """
-    tiles = list(_tiles(text, token_starts, document_id, min_tokens, max_tokens, seed))
-    if len(tiles) == 1 and tiles[0].num_tokens == len(token_starts):
-        return []
+    tiles = _tiles(text, token_starts, document_id, min_tokens, max_tokens, seed)
     return shuffled(tiles, seed, document_id, "chunks")[:max_chunks]
 
 
@@ -89,30 +87,33 @@ def _tiles(
     text: str, starts: NDArray[np.int64], document_id: str, min_tokens: int, max_tokens: int, seed: int
 ) -> Iterator[Chunk]:
     first = 0
-    number = 0
-    while len(starts) - first >= min_tokens:
-        target = draw_between(min_tokens, max_tokens, seed, document_id, "length", number)
+    for number in range(len(starts)):
         remaining = len(starts) - first
-        if remaining <= max_tokens and (first > 0 or remaining < len(starts)):
+        # A chunk is never the whole document.
+        longest = min(max_tokens, len(starts) - 1)
+        if remaining < min_tokens or longest < min_tokens:
+            return
+        if remaining <= longest:
             stop = len(starts)
         else:
-            stop = first + _best_length(text, starts[first : first + max_tokens + 1], min_tokens, target)
+            target = draw_between(min_tokens, longest, seed, document_id, "length", number)
+            stop = first + _best_length(text, starts[first : first + longest + 1], min_tokens, target)
         chunk = _trimmed(text, starts, first, stop)
         if chunk is not None:
             yield chunk
-        first, number = stop, number + 1
+        first = stop
 
 
 def _best_length(text: str, starts: NDArray[np.int64], min_tokens: int, target: int) -> int:
-    """Tokens of a chunk that begins with the first of ``starts``: up to the best boundary nearest to the target."""
-    longest = len(starts) - 1
-    low, high = int(starts[min(min_tokens, longest)]), int(starts[longest])
-    wanted = int(starts[min(target, longest)])
+    """Tokens of a chunk that begins with the first of ``starts`` and ends before the last of them at the latest: up to
+    the best boundary, the one nearest to the target."""
+    low, high, wanted = int(starts[min_tokens]), int(starts[-1]), int(starts[target])
     for cuts in _boundaries(text, low, high):
         if cuts:
             cut = min(cuts, key=lambda place: (abs(place - wanted), place))
-            return min(max(int(np.searchsorted(starts, cut)), min(min_tokens, longest)), longest)
-    return min(target, longest)
+            # The token that a boundary lies in goes to the next chunk.
+            return min(max(int(np.searchsorted(starts, cut)), min_tokens), len(starts) - 1)
+    return target
 
 
 def _boundaries(text: str, low: int, high: int) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ _MIN_NGRAMS = 20
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i[’']?m|i am|we[’']?re|we are|my apologies|i apologi[sz]e)?\W*(?:very |so |really |terribly )?"
     r"(?:sorry|afraid|apologies|i apologi[sz]e|unfortunately|regrettably)\b[^.!?\n]{0,60}?\b)?\s*(?:but |that |,\s*)*"
-    r"(?:(?:as|being) an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"(?:(?:as|being) an? (?:ai|artificial intelligence|(?:large )?language model)(?: \w+){0,2},? (?:i|we)\b"
     r"|(?:i|we)(?: am|[’']m| are|[’']re)? (?:can(?:not|[’']?t)|could(?: not|n[’']?t)|won[’']?t|will not|unable to"
     r"|not able to|not allowed to|not comfortable|do(?: not|n[’']?t) (?:have access|feel comfortable))\b"
     r"|(?:i|we) (?:must|have to) (?:decline|refuse)"

@@ -15,46 +15,50 @@ MIN_WORDS = 12
 """Below, a language is not guessed."""
 
 MIN_PROBABILITY = 0.99
-_SAMPLE_CHARS = 4000
+_SAMPLE_CHARS = 400
 _MIN_LETTERS = 20
 
-_SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "HANGUL": "HANGUL", "FULLWIDTH": "LATIN"}
+_SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "FULLWIDTH": "LATIN"}
 
 
 def same_language(answer: str, *references: str) -> bool:
-    """Whether an answer is in the language and script of one of the references, or no difference can be told.
+    """Whether an answer is in the script and language of one of the references, or no difference can be told.
 
     Args:
-        answer: Its first characters decide.
+        answer: Its beginning decides.
         references: Texts that it may follow: the chunk, the instruction.
     """
-    script = _script(answer)
-    scripts = {_script(text) for text in references}
-    if script is not None and scripts and None not in scripts and script not in scripts:
-        return False
-    language = _language(answer)
-    languages = {_language(text) for text in references}
-    return language is None or None in languages or language in languages
+    own = _script_and_language(answer[:_SAMPLE_CHARS])
+    return any(_may_be_same(own, _script_and_language(text[:_SAMPLE_CHARS])) for text in references)
 
 
-def _script(text: str) -> str | None:
+def _may_be_same(one: tuple[str | None, str | None], other: tuple[str | None, str | None]) -> bool:
+    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
+
+
+# A chunk is the reference of its chosen and of its rejected answer.
+@lru_cache(maxsize=4096)
+def _script_and_language(sample: str) -> tuple[str | None, str | None]:
+    language = None
+    if len(sample.split()) >= MIN_WORDS:
+        name, probability = _identifier().classify(sample)
+        language = str(name) if probability >= MIN_PROBABILITY else None
+    return _script(sample), language
+
+
+def _script(sample: str) -> str | None:
     """The script of most letters, by the first word of their Unicode names."""
+    letters = "".join(filter(str.isalpha, sample))
+    if len(letters) < _MIN_LETTERS:
+        return None
+    if letters.isascii():
+        return "LATIN"
+    names = Counter(unicodedata.name(letter, "UNKNOWN").split(" ")[0] for letter in letters)
     counts: Counter[str] = Counter()
-    for letter in filter(str.isalpha, text[:_SAMPLE_CHARS]):
-        name = "LATIN" if letter.isascii() else unicodedata.name(letter, "UNKNOWN").split(" ")[0]
-        counts[_SAME_SCRIPT.get(name, name)] += 1
-    if sum(counts.values()) < _MIN_LETTERS:
-        return None
+    for name, count in names.items():
+        counts[_SAME_SCRIPT.get(name, name)] += count
     script, count = counts.most_common(1)[0]
-    return script if count > 0.7 * sum(counts.values()) else None
-
-
-def _language(text: str) -> str | None:
-    sample = text[:_SAMPLE_CHARS]
-    if len(sample.split()) < MIN_WORDS:
-        return None
-    language, probability = _identifier().classify(sample)
-    return str(language) if probability >= MIN_PROBABILITY else None
+    return script if count > 0.7 * len(letters) else None
 
 
 @lru_cache(maxsize=1)

@@ -54,9 +54,10 @@ class Progress:
 
     def was_finished(self) -> None:
         """A document was finished by an earlier run."""
-        # Not work of this run, so that it does not make the time left look short.
-        self._bar.initial += 1
-        self._bar.update()
+        if not self._bar.disable:
+            # Not work of this run, so that it does not make the time left look short.
+            self._bar.initial += 1
+            self._bar.update()
 
     def finished(self, outcome: Outcome) -> None:
         """A document is finished."""

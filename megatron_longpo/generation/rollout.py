@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_longpo.data.tokenize import PromptTemplate
@@ -77,7 +77,8 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return asdict(self)
+        # asdict rebuilds a Counter from its items, which would count them.
+        return {**asdict(replace(self, dropped_turns=Counter())), "dropped_turns": dict(self.dropped_turns)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Outcome:

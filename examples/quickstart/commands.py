@@ -1,4 +1,4 @@
-"""The commands that a user types, run as they stand: preprocessing, and the trainer under torchrun."""
+"""The commands that a user types, run as they stand: pairs, preprocessing, and the trainer under torchrun."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from examples.quickstart.instructions import INSTRUCTION_TEMPLATE, NUM_INSTRUCTIONS
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,6 +28,31 @@ class TrainingSettings:
     seq_length: int = 2048
     split: str = "87,13"
     eval_interval: int = 8
+
+
+@dataclass(frozen=True)
+class PairsSettings:
+    """Flags of the making of pairs: everything is a hundred times shorter than in real life."""
+
+    min_document_tokens: int = 400
+    target_length: int = 1500
+    min_chunk_tokens: int = 90
+    max_chunk_tokens: int = 200
+    max_chunks_per_document: int = 2
+    instructions_per_chunk: int = NUM_INSTRUCTIONS
+    max_instruction_tokens: int = 64
+    max_answer_tokens: int = 48
+    instruction_template: str = str(INSTRUCTION_TEMPLATE.relative_to(REPOSITORY))
+
+
+def generate_pairs(documents: Path, model: Path, folder: Path, settings: PairsSettings) -> None:
+    """Let the model make its own pairs from the held documents; an earlier result is removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "tools/generate_pairs.py", "--documents", str(documents), "--output", str(folder)]
+    command += ["--engine", "transformers", "--model", str(model)]
+    for name, value in asdict(settings).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    _run(command, folder.with_suffix(".log"))
 
 
 def preprocess(pairs: Path, tokenizer: Path, prefix: Path) -> None:
