@@ -10,13 +10,14 @@ import sentencepiece
 import torch
 from transformers import AutoTokenizer
 
+from examples.quickstart.commands import PairsSettings, generate_pairs
 from examples.quickstart.corpus import CorpusSettings, Document, read_corpus, write_corpus
-from examples.quickstart.instructions import draw_exercise
+from examples.quickstart.instructions import NUM_INSTRUCTIONS, draw_exercises
 from examples.quickstart.model import ModelSettings, pretrain_model, token_stream
-from examples.quickstart.pairs import PairsSettings, make_pairs
 from examples.quickstart.stages import Stage, run_stages
 from examples.quickstart.tokenizer import TokenizerSettings, train_tokenizer
-from megatron_longpo.pairs import PreferenceDocument, read_pairs
+from megatron_longpo.generation.instructions import parse_pool
+from megatron_longpo.generation.prompts import PHRASES
 
 SMALL = CorpusSettings(num_held_documents=6)
 
@@ -25,7 +26,7 @@ SMALL = CorpusSettings(num_held_documents=6)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, and a tokenizer trained on a part of it."""
     folder = tmp_path_factory.mktemp("quickstart")
-    write_corpus(folder / "documents.jsonl", SMALL)
+    write_corpus(folder / "documents.jsonl", folder / "held.jsonl", SMALL)
     lines = (folder / "documents.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "part.jsonl").write_text("".join(lines[::8]), encoding="utf-8")
     train_tokenizer(folder / "part.jsonl", folder / "tokenizer", TokenizerSettings(vocab_size=1024))
@@ -95,7 +96,8 @@ def test_the_corpus_is_real_bounded_and_the_same_every_time(folder: Path, tmp_pa
     held = [d for d in texts if d.held]
     assert sorted(d.kind for d in held) == ["reference"] * 3 + ["source"] * 3
     assert all(len(d.text) >= SMALL.min_document_chars for d in held)
-    write_corpus(tmp_path / "again.jsonl", SMALL)
+    assert read_corpus(folder / "held.jsonl") == held
+    write_corpus(tmp_path / "again.jsonl", tmp_path / "held.jsonl", SMALL)
     assert (tmp_path / "again.jsonl").read_bytes() == (folder / "documents.jsonl").read_bytes()
 
 
@@ -129,48 +131,45 @@ def test_the_chat_template_only_ever_appends(folder: Path) -> None:
         assert answered == prompt + "assistant text<|end|>"
 
 
-def test_an_exercise_asks_about_what_stands_in_its_chunk(folder: Path) -> None:
+def test_exercises_teach_to_write_instructions_and_to_follow_them(folder: Path) -> None:
     asked = set()
     for document in documents(folder):
-        for number in range(2):
-            exercise = draw_exercise(document, seed=0, number=number)
-            assert exercise == draw_exercise(document, seed=0, number=number)
-            if exercise is None:
-                continue
-            start, stop = exercise.chunk_span
-            assert 0 <= start < stop <= len(document.text)
-            verb, _, words = exercise.answer.rstrip(".").partition(" ")[2].partition(" ")
+        exercises = list(draw_exercises(document, seed=0, num_chunks=2))
+        assert exercises == list(draw_exercises(document, seed=0, num_chunks=2))
+        for listing, following in zip(exercises[::2], exercises[1::2], strict=True):
+            chunk = listing.message.partition("\n\nWrite")[0]
+            assert chunk in document.text
+            instructions = parse_pool(listing.answer)
+            assert len(instructions) == NUM_INSTRUCTIONS
+            instruction = following.message.removeprefix(chunk + "\n\n")
+            assert any(instruction == phrase + text for phrase in PHRASES for text in instructions)
+            verb, _, words = following.answer.rstrip(".").partition(" ")[2].partition(" ")
             if verb in ("uses", "mentions"):
-                chunk = document.text[start:stop]
                 assert set(re.findall(r"\w+", words)) - {"and"} <= set(re.findall(r"\w+", chunk))
-            asked.add(exercise.instruction)
+            asked.update(instructions)
     assert len(asked) == 4
 
 
 def test_answers_weigh_more_than_text(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    settings = ModelSettings(exercises_per_document=1, answer_weight=7.0)
+    settings = ModelSettings(chunks_per_document=1, answer_weight=7.0)
     texts = [d for d in documents(folder) if not d.held][:12]
     tokens, weights = token_stream(texts, tokenizer, settings)
     assert tokens.shape == weights.shape
     heavy = tokenizer.decode(tokens[weights == 7.0])
-    answers = [exercise.answer for d in texts if (exercise := draw_exercise(d, settings.seed, 0))]
+    answers = [exercise.answer for d in texts for exercise in draw_exercises(d, settings.seed, 1)]
     assert sorted(heavy.split("<|end|>")[:-1]) == sorted(answers)
 
 
-def test_pairs_hold_two_different_answers_of_the_model_to_the_drawn_instruction(folder: Path) -> None:
+def test_the_model_is_asked_for_pairs_with_the_command_of_the_user(folder: Path, capfd: pytest.CaptureFixture) -> None:
     settings = ModelSettings(hidden_size=32, ffn_hidden_size=32, row_tokens=32, rows_per_step=1, num_steps=5)
     torch.manual_seed(0)
     pretrain_model(folder / "documents.jsonl", folder / "tokenizer", folder / "model", settings)
-    make_pairs(folder / "documents.jsonl", folder / "model", folder / "pairs.jsonl", PairsSettings(max_new_tokens=4))
-    rows = list(read_pairs(folder / "pairs.jsonl"))
-    held = {d.id: d for d in documents(folder) if d.held}
-    assert rows
-    for row in rows:
-        assert isinstance(row, PreferenceDocument)
-        assert row.document == held[row.id].text
-        assert row.provenance["sampling"]["method"] == "greedy"
-        for turn in row.turns:
-            assert turn.chunk_span is not None
-            assert turn.chunk == row.document[slice(*turn.chunk_span)]
-            assert turn.chosen != turn.rejected
+    # What so small a model says is no list of instructions.
+    with pytest.raises(SystemExit):
+        generate_pairs(
+            folder / "held.jsonl", folder / "model", folder / "pairs", PairsSettings(max_instruction_tokens=4)
+        )
+    assert "no document gave a pair" in capfd.readouterr().err
+    log = (folder / "pairs" / "work" / "00000" / "log").read_text()
+    assert "no_usable_turn" in log

@@ -35,13 +35,15 @@ class PairsSettings:
     """Flags of the making of pairs: everything is a hundred times shorter than in real life."""
 
     min_document_tokens: int = 400
-    target_length: int = 1500
+    target_length: int = 1800
     min_chunk_tokens: int = 90
     max_chunk_tokens: int = 200
     max_chunks_per_document: int = 2
     instructions_per_chunk: int = NUM_INSTRUCTIONS
     max_instruction_tokens: int = 64
     max_answer_tokens: int = 48
+    # The tiny model often finds no end to an answer about a whole document, which here is all the better for a pair.
+    filters: str = "refusal repetition language"
     instruction_template: str = str(INSTRUCTION_TEMPLATE.relative_to(REPOSITORY))
 
 
@@ -51,7 +53,7 @@ def generate_pairs(documents: Path, model: Path, folder: Path, settings: PairsSe
     command = [sys.executable, "tools/generate_pairs.py", "--documents", str(documents), "--output", str(folder)]
     command += ["--engine", "transformers", "--model", str(model)]
     for name, value in asdict(settings).items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
+        command += [f"--{name.replace('_', '-')}", *str(value).split()]
     _run(command, folder.with_suffix(".log"))
 
 

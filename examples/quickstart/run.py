@@ -28,10 +28,10 @@ LAYOUTS = {
 def stages(folder: Path = FOLDER) -> list[Stage]:
     """All stages in order, with every file below `folder`."""
     # Imported here, so that a skipped stage and `--help` do not wait for torch and transformers.
+    from examples.quickstart.commands import PairsSettings, TrainingSettings, generate_pairs, preprocess, train
     from examples.quickstart.corpus import CorpusSettings, write_corpus
     from examples.quickstart.model import ModelSettings, pretrain_model
     from examples.quickstart.tokenizer import TokenizerSettings, train_tokenizer
-    from examples.quickstart.commands import PairsSettings, TrainingSettings, generate_pairs, preprocess, train
     from megatron_longpo.report import plot_runs
 
     corpus, held, tokenizer, model = (folder / name for name in ("documents.jsonl", "held.jsonl", "tokenizer", "model"))
@@ -80,7 +80,13 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
             "preprocess",
             "pairs to tokens",
             lambda: preprocess(pairs / "pairs.jsonl", model, prefix),
-            inputs=(HERE / "commands.py", package, REPOSITORY / "tools/preprocess_pairs.py", pairs / "pairs.jsonl", tokenizer),
+            inputs=(
+                HERE / "commands.py",
+                package,
+                REPOSITORY / "tools/preprocess_pairs.py",
+                pairs / "pairs.jsonl",
+                tokenizer,
+            ),
             outputs=tokens,
         ),
     ]

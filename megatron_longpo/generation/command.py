@@ -158,7 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TEXT",
     )
     flag(
-        group, "--instruction-template", "file with another request, with {chunk} and {num_instructions}", metavar="FILE"
+        group,
+        "--instruction-template",
+        "file with another request, with {chunk} and {num_instructions}",
+        metavar="FILE",
     )
     flag(
         group,

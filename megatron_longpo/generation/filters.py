@@ -25,8 +25,8 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _REFUSAL_OTHER = re.compile(
-    r"^\W*(?:很?抱歉|对不起|作为一?个?(?:人工智能|AI|语言模型)|我无法|我不能|es tut mir leid|als ki\b|je suis désolé|lo siento"
-    r"|申し訳|죄송)",
+    r"^\W*(?:很?抱歉|对不起|作为一?个?(?:人工智能|AI|语言模型)|我无法|我不能|申し訳|죄송"
+    r"|es tut mir leid|als ki\b|je suis désolé|lo siento)",
     re.IGNORECASE,
 )
 

@@ -104,7 +104,7 @@ class HttpEngine:
                 return await self._once(method, url, body)
             except _AskAgain as error:
                 problem, retry_after_s = str(error), error.after_s
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 problem = f"no reply within {self._settings.request_timeout_s:g} s (--request-timeout-s)"
             except (aiohttp.ClientError, OSError) as error:
                 problem = self._hidden(f"{type(error).__name__}: {error}")
@@ -139,7 +139,7 @@ class HttpEngine:
             if response.status in _TRY_AGAIN:
                 raise _AskAgain(f"HTTP {response.status}: {message}", _retry_after_s(response.headers))
             if response.status in (400, 413, 422) and body is not None and _TOO_LONG.search(message):
-                    raise refusal("context_length", message)
+                raise refusal("context_length", message)
             if response.status == 404 and body is None:
                 return {}  # a server without a list of models
             raise ServerError(f"{url}: HTTP {response.status}: {message}{_advice(response.status)}")

@@ -27,8 +27,8 @@ def parse_pool(reply: str) -> list[str]:
     """The instructions of a reply, in their order; empty where it holds no list of two or more.
 
     Understands lists numbered in any common manner (``1.``, ``1)``, ``(1)``, ``**1.**``, ``Instruction 1:``, ``a)``,
-    ``①``, ``1、``), bullets, and JSON; an instruction may go over several lines. What stands before the list and after a
-    blank line behind it is left out.
+    ``①``, ``1、``), bullets, and JSON; an instruction may go over several lines. What stands before the list, and after
+    a blank line behind it, is left out.
     """
     reply = reply.strip()
     for items in (_json_items(reply), _listed(reply, _MARKED), _listed(reply, _BULLET)):

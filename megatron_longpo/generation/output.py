@@ -1,9 +1,9 @@
 """The output folder: what it was started with, and the files that all tasks together end in.
 
-    OUTPUT/pairs.jsonl      the pairs, in the order of the documents; the same bytes however the run went
-    OUTPUT/report.json      what became of documents and turns
-    OUTPUT/timings.jsonl    seconds and tokens of every document
-    OUTPUT/work/            settings.json, and a folder of every task with its state, its lock and its log
+OUTPUT/pairs.jsonl      the pairs, in the order of the documents; the same bytes however the run went
+OUTPUT/report.json      what became of documents and turns
+OUTPUT/timings.jsonl    seconds and tokens of every document
+OUTPUT/work/            settings.json, and a folder of every task with its state, its lock and its log
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def prepare_output(settings: GenerationSettings) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: give a folder")
     file = folder / WORK / "settings.json"
-    now = {
+    now: dict[str, Any] = {
         "schema": SCHEMA,
         "settings": settings.content(),
         "prompt_hash": prompt_writer(settings).hash,

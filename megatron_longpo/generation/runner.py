@@ -10,6 +10,7 @@ datatrove's `InferenceRunner` gives the loop over documents, the requests in fli
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,16 +23,18 @@ from datatrove.pipeline.inference.run_inference import InferenceConfig, Inferenc
 from datatrove.pipeline.inference.types import InferenceError, InferenceResult, ServerError
 from loguru import logger
 
-from megatron_longpo.data.tokenizer import load_tokenizer
+from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_longpo.files import exclusive_lock
 from megatron_longpo.generation.corpus import CorpusDocument, plan_document, read_corpus
 from megatron_longpo.generation.engine import Answer, EngineError, Request
+from megatron_longpo.generation.language import load_model
 from megatron_longpo.generation.progress import Progress
 from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.refusals import document_error
 from megatron_longpo.generation.rollout import Outcome, Rollout
 from megatron_longpo.generation.settings import OPENAI, GenerationSettings
 from megatron_longpo.generation.store import WORK, StoredOutcomes, TaskStore, finished_mark
+
 
 def generation_pipeline(settings: GenerationSettings) -> list[PipelineStep]:
     """The steps, for an executor with ``tasks=settings.num_tasks``; `output.write_results` comes after all tasks."""
@@ -90,6 +93,7 @@ class PairsRunner(InferenceRunner):
         self.request_cache = TaskStore(work)
         self.checkpoint_manager = StoredOutcomes(self.request_cache)
         self._rollout = Rollout(settings, prompt_writer(settings))
+        self._tokenizer: ChatTokenizer | None = None
         self._progress: Progress | None = None
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
@@ -98,6 +102,11 @@ class PairsRunner(InferenceRunner):
             f"--output {self.settings.output}: another process is working on task {rank} of {world_size} there; wait "
             "for it, stop it, or give another folder"
         )
+        self._tokenizer = load_tokenizer(self.settings.tokenizer_path)
+        if "language" in self.settings.filters:
+            load_model()
+        # What is loaded stays: the collector need not look through it again while requests wait.
+        gc.freeze()
         with exclusive_lock(folder / "lock", complaint), Progress(self.settings, rank) as self._progress:
             try:
                 super().run(data, rank, world_size)
@@ -124,14 +133,14 @@ class PairsRunner(InferenceRunner):
 
     def _unfinished(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Documents without an outcome, measured and cut into chunks; runs in a thread beside the requests."""
-        tokenizer = load_tokenizer(self.settings.tokenizer_path)
+        assert self._tokenizer is not None
         for document in documents:
             if document.id in self.request_cache.finished:
                 assert self._progress is not None
                 self._progress.was_finished()
                 continue
             source = CorpusDocument(document.metadata["index"], document.id, document.text)
-            document.metadata["plan"] = plan_document(source, tokenizer, self.settings)
+            document.metadata["plan"] = plan_document(source, self._tokenizer, self.settings)
             yield document
 
     async def _roll_out(self, document: Document, generate: Any) -> Outcome:

@@ -4,15 +4,14 @@
     attention mask     1 1 1 1 1 1 1 1 1 1 1 1 | 0 0 1 1 1
     positions          0 1 2 … P-1            |     P P+1 …
 
-For the turns of one document the prefix is the document, a hundred times as long as what follows it. The keys and values
-of the prefix are computed in pieces, then repeated for the rows that are decoded together.
+For the turns of one document the prefix is the document, a hundred times as long as what follows it. The keys and
+values of the prefix are computed in pieces, then repeated for the rows that are decoded together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -53,8 +52,9 @@ def generate(
     """
     shared = shared_tokens(prompts)
     prefix = _prefill(model, prompts[0][:shared], prefill_tokens)
-    # A window counts places in the cache: padding between the prefix and a row's end would shift it.
-    rows_together = 1 if _has_window(model) else batch_size
+    # A window counts places in the cache, and padding between the prefix and a row's end would shift it. Without a
+    # prefix there is nothing that padding could attend to.
+    rows_together = 1 if _has_window(model) or shared == 0 else batch_size
     replies: list[list[int]] = []
     for first in range(0, len(prompts), rows_together):
         rows = slice(first, first + rows_together)
@@ -139,7 +139,7 @@ def _decode(
 
 
 def _next_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Greedy, or drawn from the fewest tokens whose probabilities add up to ``top_p``. ``logits``: fp32 ``[V]``, CPU."""
+    """Greedy, or drawn from the fewest tokens whose probabilities add up to ``top_p``; fp32 logits ``[V]`` on the CPU."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities, tokens = (logits / sampling.temperature).softmax(0).sort(descending=True)

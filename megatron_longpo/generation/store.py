@@ -29,8 +29,8 @@ CREATE TABLE IF NOT EXISTS outcomes (
 )
 """
 _PRAGMAS = ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = NORMAL")
-"""A commit is safe from a kill without waiting for the disk, and from a power cut when the log has been synced. With the
-lock held for good the log needs no shared memory, which network file systems lack."""
+"""A commit is safe from a kill without waiting for the disk, and from a power cut once the log has been synced. With
+the lock held for good the log needs no shared memory, which network file systems lack."""
 
 _ADD_REQUEST = (
     "INSERT OR REPLACE INTO request_cache (chunk_index, doc_id, rollout_idx, payload_hash, result, error_message) "

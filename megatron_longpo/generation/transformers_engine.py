@@ -75,7 +75,9 @@ class TransformersEngine:
             prefill_tokens=self._settings.prefill_tokens,
         )
         return [
-            Answer(self._tokenizer.decode(reply, special=False), len(reply) == request.max_tokens, len(prompt), len(reply))
+            Answer(
+                self._tokenizer.decode(reply, special=False), len(reply) == request.max_tokens, len(prompt), len(reply)
+            )
             for request, prompt, reply in zip(requests, prompts, replies, strict=True)
         ]
 

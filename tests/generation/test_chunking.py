@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ def word_starts(text: str) -> np.ndarray:
 
 
 def chunks(text: str, low: int, high: int, most: int = 100, seed: int = 0, id: str = "a") -> list[Chunk]:
-    return draw_chunks(
-        text, word_starts(text), id, min_tokens=low, max_tokens=high, max_chunks=most, seed=seed
-    )
+    return draw_chunks(text, word_starts(text), id, min_tokens=low, max_tokens=high, max_chunks=most, seed=seed)
 
 
-TEXTS = st.lists(st.sampled_from(["word", "longer words", "\n", "\n\n", "# Title\n", "def f():\n", "end.", " "]), max_size=200)
+TEXTS = st.lists(
+    st.sampled_from(["word", "longer words", "\n", "\n\n", "# Title\n", "def f():\n", "end.", " "]), max_size=200
+)
 
 
 @given(TEXTS.map(" ".join), st.integers(1, 20), st.integers(0, 20), st.integers(1, 5), st.integers(0, 9))
@@ -32,7 +33,7 @@ def test_chunks_lie_apart_within_their_limits(text: str, low: int, more: int, mo
     found = chunks(text, low, low + more, most, seed)
     assert len(found) <= most
     ordered = sorted(found, key=lambda chunk: chunk.start)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         assert one.end <= other.start
     for chunk in found:
         assert 0 <= chunk.start < chunk.end <= len(text)
@@ -49,7 +50,7 @@ def test_all_tiles_cover_the_document() -> None:
     found = sorted(chunks(text, 50, 90), key=lambda chunk: chunk.start)
     assert found[0].start == 0
     assert sum(chunk.num_tokens for chunk in found) > 1000 - 50
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         assert text[one.end : other.start].strip() == ""
 
 

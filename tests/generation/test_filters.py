@@ -9,7 +9,9 @@ from megatron_longpo.generation.filters import AnswerFilter, is_refusal, repetit
 from megatron_longpo.generation.settings import FILTERS
 
 ENGLISH = "The author compares two methods and finds that the second is faster, though it needs more memory."
-GERMAN = "Der Autor vergleicht zwei Verfahren und stellt fest, dass das zweite schneller ist, aber mehr Speicher braucht."
+GERMAN = (
+    "Der Autor vergleicht zwei Verfahren und stellt fest, dass das zweite schneller ist, aber mehr Speicher braucht."
+)
 CHINESE = "作者比较了两种方法，发现第二种更快，但是需要更多的内存，并且在长文本上表现得更好。"
 
 REFUSALS = [
@@ -56,7 +58,9 @@ def test_repetition() -> None:
     assert 0.4 < repetition(twice * 2) < 0.6
 
 
-def problem(text: str, reference: str = ENGLISH, cut_off: bool = False, names: tuple[str, ...] = tuple(FILTERS)) -> str | None:
+def problem(
+    text: str, reference: str = ENGLISH, cut_off: bool = False, names: tuple[str, ...] = tuple(FILTERS)
+) -> str | None:
     return AnswerFilter(names, 0.4).problem(Answer(text, cut_off), reference)
 
 

@@ -7,7 +7,11 @@ import pytest
 from megatron_longpo.generation.instructions import asks_for_the_same, parse_pool
 from megatron_longpo.generation.prompts import INSTRUCTION_TEMPLATE, PromptWriter
 
-ONE, TWO, THREE = "Explain why the king left.", "Compare both treaties in one sentence.", "Which river is crossed 3 times?"
+ONE, TWO, THREE = (
+    "Explain why the king left.",
+    "Compare both treaties in one sentence.",
+    "Which river is crossed 3 times?",
+)
 
 SHAPES = {
     "dots": f"1. {ONE}\n2. {TWO}\n3. {THREE}",
@@ -24,7 +28,7 @@ SHAPES = {
     "questions": f"Q1: {ONE}\nQ2: {TWO}\nQ3: {THREE}",
     "headings": f"### 1. {ONE}\n\n### 2. {TWO}\n\n### 3. {THREE}",
     "headings apart": f"Instruction 1:\n{ONE}\n\nInstruction 2:\n{TWO}\n\nInstruction 3:\n{THREE}",
-    "headings far apart": f"**Instruction 1:**\n\n{ONE}\n\n**Instruction 2:**\n\n{TWO}\n\n**Instruction 3:**\n\n{THREE}",
+    "headings far apart": f"**Question 1:**\n\n{ONE}\n\n**Question 2:**\n\n{TWO}\n\n**Question 3:**\n\n{THREE}",
     "letters": f"a) {ONE}\nb) {TWO}\nc) {THREE}",
     "roman": f"i. {ONE}\nii. {TWO}\niii. {THREE}",
     "circles": f"①{ONE}\n②{TWO}\n③{THREE}",

@@ -120,9 +120,7 @@ def test_content_depends_on_neither_tasks_nor_concurrency(clean: Clean, settings
     assert found == clean.pairs
 
 
-def test_datatroves_executor_runs_the_same_pipeline(
-    clean: Clean, settings: Settings, tmp_path: Path
-) -> None:
+def test_datatroves_executor_runs_the_same_pipeline(clean: Clean, settings: Settings, tmp_path: Path) -> None:
     with running(ChatServer()) as url:
         chosen = settings(base_url=url, num_tasks=2)
         prepare_output(chosen)
@@ -138,9 +136,7 @@ def test_another_seed_makes_other_pairs(clean: Clean, settings: Settings) -> Non
         assert run(settings(base_url=url, seed=1, max_documents=4)) != clean.pairs
 
 
-def test_every_fault_is_survived(
-    clean: Clean, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_fault_is_survived(clean: Clean, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_engine, "_FIRST_PAUSE_S", 0.02)
     faults = ("429", "500", "503", "cut", "garbage", "refuse", "hang")
     server = ChatServer(latency_s=0.001, faults=faults, fault_every=4)
@@ -213,7 +209,9 @@ def test_the_key_is_sent_and_never_shown(
         run(chosen)
         monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
         wrong = settings(base_url=url, max_documents=2, output=chosen.output + "-wrong")
-        with pytest.raises(EngineError, match=r"HTTP 401: invalid key Bearer …; set the environment variable OPENAI_API"):
+        with pytest.raises(
+            EngineError, match=r"HTTP 401: invalid key Bearer …; set the environment variable OPENAI_API"
+        ):
             run(wrong)
     written = [path.read_bytes() for path in Path(chosen.output).parent.rglob("*") if path.is_file()]
     assert not any(b"sk-" in content for content in written)
@@ -221,7 +219,10 @@ def test_the_key_is_sent_and_never_shown(
 
 
 def test_a_model_that_is_not_served(settings: Settings) -> None:
-    with running(ChatServer()) as url, pytest.raises(EngineError, match=r"does not serve --model other; it serves words"):
+    with (
+        running(ChatServer()) as url,
+        pytest.raises(EngineError, match=r"does not serve --model other; it serves words"),
+    ):
         run(settings(base_url=url, model="other"))
 
 
@@ -264,15 +265,19 @@ def test_results_wait_for_every_task(settings: Settings) -> None:
 def command(settings: GenerationSettings) -> list[str]:
     flags = ["--documents", *settings.documents, "--output", settings.output, "--engine", settings.engine]
     flags += ["--model", settings.model, "--base-url", str(settings.base_url)]
-    flags += ["--tokenizer-model", str(settings.tokenizer_model), "--no-progress", "--concurrency", str(settings.concurrency)]
+    flags += [
+        "--tokenizer-model",
+        str(settings.tokenizer_model),
+        "--no-progress",
+        "--concurrency",
+        str(settings.concurrency),
+    ]
     for name, value in LENGTHS.items():
         flags += [f"--{name.replace('_', '-')}", str(value)]
     return [sys.executable, "tools/generate_pairs.py", *flags]
 
 
-def test_interrupted_and_killed_it_goes_on_and_ends_in_the_same_bytes(
-    clean: Clean, settings: Settings
-) -> None:
+def test_interrupted_and_killed_it_goes_on_and_ends_in_the_same_bytes(clean: Clean, settings: Settings) -> None:
     server = ChatServer(latency_s=0.01)
     with running(server) as url:
         chosen = settings(base_url=url, concurrency=4)
@@ -286,7 +291,9 @@ def test_interrupted_and_killed_it_goes_on_and_ends_in_the_same_bytes(
             _, stderr = process.communicate(timeout=30)
             if signal_number == signal.SIGINT:
                 assert process.returncode == 130
-                assert stderr == "generate_pairs.py: stopped; what has been answered is kept, the same command goes on\n"
+                assert (
+                    stderr == "generate_pairs.py: stopped; what has been answered is kept, the same command goes on\n"
+                )
         finished = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True)
         assert finished.returncode == 0, finished.stderr
         assert "documents with pairs" in finished.stdout

@@ -1,0 +1,70 @@
+"""The command line: what it refuses, and how it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_longpo.generation.command import main
+
+OPENAI = ["--engine", "openai", "--model", "m", "--base-url", "http://127.0.0.1:9/v1", "--tokenizer-model", "DIR"]
+EMBEDDED = ["--engine", "transformers", "--model", "m"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--engine", "openai", "--model", "m"], "--engine openai needs --base-url, such as http://127.0.0.1:8000/v1"),
+        ([*OPENAI[:-2]], "needs --tokenizer-model DIR, the model's tokenizer"),
+        ([*OPENAI, "--base-url", "127.0.0.1:8000"], "--base-url '127.0.0.1:8000' must be an address such as http://"),
+        (
+            [*OPENAI, "--base-url", "http://me:secret@host/v1"],
+            "--base-url carries a user name, password or query: give",
+        ),
+        ([*OPENAI, "--long-rotary-base", "1e7"], "--long-base-url"),
+        ([*OPENAI, "--dtype", "bf16"], "--dtype and --device have no effect with --engine openai"),
+        ([*EMBEDDED, "--base-url", "http://h/v1"], "--base-url has no effect with --engine transformers: leave it out"),
+        (
+            [*EMBEDDED, "--min-chunk-tokens", "9", "--max-chunk-tokens", "8"],
+            "--min-chunk-tokens 9 is greater than --max-",
+        ),
+        ([*EMBEDDED, "--target-length", "100"], "--min-document-tokens 65536 is greater than --target-length 100"),
+        ([*EMBEDDED, "--top-p", "0"], "--top-p 0.0 must be in (0, 1]"),
+        ([*EMBEDDED, "--concurrency", "0"], "--concurrency 0 must be at least 1"),
+        ([*EMBEDDED, "--filters", "refusals"], "--filters refusals: unknown; choose among refusal, repetition, length"),
+        ([*EMBEDDED, "--prompt-template", "{document}"], "--prompt-template '{document}' must contain {instruction}"),
+        ([*EMBEDDED, "--tasks", "2", "--task", "2"], "--task 2 must be at least 0 and less than --tasks 2"),
+    ],
+)
+def test_flags_that_cannot_work(flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = tmp_path / "out"
+    assert main(["--documents", "x.jsonl", "--output", str(output), *flags]) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("generate_pairs.py: error: ")
+    assert message in stderr
+    assert "secret" not in stderr
+    assert not output.exists()
+
+
+def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    documents = tmp_path / "documents.jsonl"
+    flags = ["--documents", str(documents), "--output", str(tmp_path / "out"), *EMBEDDED]
+    assert main(flags) == 1
+    assert f"--documents {documents}: there is no such file or folder" in capsys.readouterr().err
+    documents.write_text('{"text": "words"}\n')
+    assert main([*flags, "--instruction-template", str(tmp_path / "none")]) == 1
+    assert "--instruction-template" in capsys.readouterr().err
+    template = tmp_path / "template.txt"
+    template.write_text("Say something about {chunk}.")
+    assert main([*flags, "--instruction-template", str(template)]) == 1
+    assert "template.txt must contain {num_instructions}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_shows_defaults(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "--concurrency N" in text and "(default: 64)" in text
+    assert "OPENAI_API_KEY" in text

@@ -1,0 +1,129 @@
+"""Documents in every form they come in, and what is wrong with those that are not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from megatron_longpo.data.tokenizer import ChatTokenizer
+from megatron_longpo.generation.corpus import CorpusDocument, count_documents, plan_document, read_corpus
+from tests.generation.conftest import Settings
+
+ROWS = [{"id": "a", "text": "first"}, {"id": "b", "text": "second"}]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(settings: Settings, *documents: Path | str, **changes: object) -> list[tuple[str, str]]:
+    chosen = settings(documents=tuple(map(str, documents)), **changes)
+    found = list(read_corpus(chosen))
+    assert [document.index for document in found] == list(range(len(found)))
+    count = count_documents(chosen)
+    assert count is None or count == len(found)
+    return [(document.id, document.text) for document in found]
+
+
+def test_json_lines_tables_and_datasets_folders(settings: Settings, tmp_path: Path) -> None:
+    expected = [("a", "first"), ("b", "second")]
+    plain = write_jsonl(tmp_path / "plain.jsonl", ROWS)
+    assert read(settings, plain) == expected
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read(settings, packed) == expected
+    table = datasets.Dataset.from_list(ROWS)
+    table.to_parquet(tmp_path / "table.parquet")
+    assert read(settings, tmp_path / "table.parquet") == expected
+    table.save_to_disk(tmp_path / "folder")
+    assert read(settings, tmp_path / "folder") == expected
+
+
+def test_text_files_are_documents_of_their_own(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.md", "a.txt", "deep/c.py", "ignored.png"):
+        (tmp_path / name).write_text(name)
+    names = [str(tmp_path / name) for name in ("a.txt", "b.md", "deep/c.py")]
+    assert read(settings, tmp_path) == [(name, Path(name).relative_to(tmp_path).as_posix()) for name in names]
+    assert read(settings, tmp_path / "ignored.png") == [(str(tmp_path / "ignored.png"), "ignored.png")]
+
+
+def test_patterns_are_expanded_in_order_and_files_taken_once(settings: Settings, tmp_path: Path) -> None:
+    for name in ("2.jsonl", "1.jsonl"):
+        write_jsonl(tmp_path / name, [{"id": name, "text": name}])
+    found = [id for id, _ in read(settings, tmp_path / "*.jsonl", tmp_path / "2.jsonl")]
+    assert found == ["1.jsonl", "2.jsonl"]
+    odd = write_jsonl(tmp_path / "[odd].jsonl", ROWS)
+    assert len(read(settings, odd)) == 2
+
+
+def test_other_fields_and_missing_ids(settings: Settings, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"body": "first", "key": 7}, {"body": "second"}])
+    assert read(settings, path, text_field="body", id_field="key") == [("7", "first"), ("rows.jsonl:2", "second")]
+    assert read(settings, path, text_field="body", max_documents=1) == [("rows.jsonl:1", "first")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"there is not a single document in it"),
+        (b'{"id": "a"}\n', r"bad.jsonl:1: there is no field 'text', the fields are: 'id'; .* --text-field"),
+        (b'{"text": "fine"}\n{"text": 3}\n', r"bad.jsonl:2: field 'text' is a number, not a string"),
+        (b'{"text": "cut', r"bad.jsonl:1: is not JSON"),
+        (b'{"text": "\xff"}\n', r"bad.jsonl:1: is not UTF-8 at byte 10"),
+        (
+            b'{"id": "a", "text": "x"}\n{"id": "a", "text": "y"}\n',
+            r"bad.jsonl:2: the id 'a' occurs a second time; .* --id-",
+        ),
+    ],
+)
+def test_bad_files(content: bytes, message: str, settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(read_corpus(settings(documents=(str(path),))))
+
+
+def test_bad_paths(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--documents .*none.jsonl: there is no such file or folder, and no file match"
+    ):
+        list(read_corpus(settings(documents=(str(tmp_path / "none.jsonl"),))))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"--documents .*empty: the folder holds no document; it may hold \.jsonl"):
+        list(read_corpus(settings(documents=(str(tmp_path / "empty"),))))
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt: is not UTF-8 at byte 3"):
+        list(read_corpus(settings(documents=(str(tmp_path / "latin.txt"),))))
+
+
+def test_documents_outside_of_the_lengths_are_dropped(settings: Settings, huggingface_tokenizer: ChatTokenizer) -> None:
+    def reason(text: str, **changes: int) -> str:
+        return plan_document(CorpusDocument(0, "d", text), huggingface_tokenizer, settings(**changes)).dropped
+
+    words = " ".join(f"word{i}" for i in range(400))
+    num_tokens = len(huggingface_tokenizer.encode(words)[0])
+    limits = {"min_chunk_tokens": 50, "max_chunk_tokens": 90}
+    assert reason(words, min_document_tokens=num_tokens, target_length=num_tokens, **limits) == ""
+    assert reason(words, min_document_tokens=num_tokens + 1, target_length=10**6, **limits) == "document_too_short"
+    assert reason(words, min_document_tokens=1, target_length=num_tokens - 1, **limits) == "document_too_long"
+    assert reason(" \n\t ") == "no_text"
+    assert reason("half a pair \ud800 " * 400) == "no_text"
+    assert reason("few words", min_document_tokens=1, **limits) == "no_chunk"
+
+
+def test_chunks_measure_in_the_models_tokens(
+    settings: Settings, corpus: Path, huggingface_tokenizer: ChatTokenizer
+) -> None:
+    chosen = settings(documents=(str(corpus),))
+    for document in read_corpus(chosen):
+        plan = plan_document(document, huggingface_tokenizer, chosen)
+        for chunk in plan.chunks:
+            assert chosen.min_chunk_tokens <= chunk.num_tokens <= chosen.max_chunk_tokens
+            alone = len(huggingface_tokenizer.encode(document.text[slice(*chunk.span)])[0])
+            assert abs(alone - chunk.num_tokens) <= 12  # blanks trimmed, tokens at the edges

@@ -1,0 +1,124 @@
+"""The embedded engine with a tokenizer, and the pipeline with it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from megatron_longpo.data.tokenizer import load_tokenizer
+from megatron_longpo.generation.engine import Answer, Request
+from megatron_longpo.generation.output import PAIRS, prepare_output, write_results
+from megatron_longpo.generation.runner import run_task
+from megatron_longpo.generation.settings import GenerationSettings
+from megatron_longpo.generation.transformers_engine import TransformersEngine
+from megatron_longpo.pairs import PreferenceDocument, read_pairs
+from tests.generation.conftest import Settings
+
+
+@pytest.fixture(scope="module")
+def model_folder(huggingface_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of random weights whose words are real tokens: it babbles, and never the same about two texts."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=900,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        sliding_window=None,
+        initializer_range=0.3,
+        eos_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    MistralForCausalLM(config).save_pretrained(folder)
+    for path in huggingface_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def embedded(settings: Settings, model: Path, **changes: object) -> GenerationSettings:
+    values = {"engine": "transformers", "model": str(model), "base_url": None, "tokenizer_model": None, "device": "cpu"}
+    limits = {"max_answer_tokens": 8, "max_instruction_tokens": 8, "filters": (), "max_documents": 4}
+    return settings(**{**values, **limits, **changes})
+
+
+async def answers(settings: GenerationSettings, requests: list[Request]) -> list[Answer]:
+    async with TransformersEngine(settings) as engine:
+        return engine.answer(requests)
+
+
+def test_answers_are_those_of_transformers(settings: Settings, model_folder: Path) -> None:
+    chosen = embedded(settings, model_folder)
+    tokenizer = load_tokenizer(model_folder)
+    model = MistralForCausalLM.from_pretrained(model_folder).eval()
+    prompts = ["Name the first word of the text.", "And the second?"]
+    found = asyncio.run(answers(chosen, [Request(prompt, 8) for prompt in prompts]))
+    for prompt, answer in zip(prompts, found, strict=True):
+        text = tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        inputs = torch.tensor(tokenizer.encode(text)[0])[None].long()
+        with torch.inference_mode():
+            expected = model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=8, do_sample=False)
+        new = expected[0, inputs.shape[1] :].tolist()
+        assert answer.text == tokenizer.decode([t for t in new if t != 2], special=False)
+        assert answer.num_prompt_tokens == inputs.shape[1]
+        assert answer.cut_off == (2 not in new)
+
+
+def test_another_rope_base_for_whole_documents_only(settings: Settings, model_folder: Path) -> None:
+    prompt = "Say something about " + "the long and winding road " * 20
+    requests = [[Request(prompt, 8)], [Request(prompt, 8, whole_document=True)]]
+
+    def both(base: float | None) -> list[str]:
+        chosen = embedded(settings, model_folder, long_rotary_base=base)
+        return [asyncio.run(answers(chosen, request))[0].text for request in requests]
+
+    plain, raised = both(None), both(100.0)
+    assert plain[0] == plain[1] == raised[0] != raised[1]
+
+
+def test_a_chunk_beyond_the_models_positions_drops_its_document(settings: Settings, model_folder: Path) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    short = model_folder.parent / "short"
+    short.mkdir(exist_ok=True)
+    for path in model_folder.iterdir():
+        (short / path.name).write_bytes(path.read_bytes())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    chosen = embedded(settings, short)
+    prepare_output(chosen)
+    run_task(chosen)
+    with pytest.raises(ValueError, match=r"context length +4\n"):
+        write_results(chosen)
+
+
+def test_the_pipeline_with_the_embedded_engine(
+    settings: Settings, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model writes no lists, so every reply is taken for one; all else is the real thing."""
+    monkeypatch.setattr("megatron_longpo.generation.rollout.parse_pool", lambda reply: [f"Explain {reply!r}."])
+    content = []
+    for number, tasks in enumerate((1, 2)):
+        chosen = embedded(settings, model_folder, num_tasks=tasks, output=f"{settings().output}-{number}")
+        prepare_output(chosen)
+        for task in range(tasks):
+            run_task(chosen, task)
+        write_results(chosen)
+        content.append(Path(chosen.output, PAIRS).read_bytes())
+    assert content[0] == content[1]
+    rows = list(read_pairs(Path(chosen.output, PAIRS)))
+    assert len(rows) == 4
+    turns = [turn for row in rows if isinstance(row, PreferenceDocument) for turn in row.turns]
+    assert len(turns) > 8
+    assert len({turn.chosen for turn in turns}) > len(turns) // 2
+
+
+def test_no_model(settings: Settings, tmp_path: Path, model_folder: Path) -> None:
+    chosen = embedded(settings, tmp_path, tokenizer_model=str(model_folder))
+    with pytest.raises(ValueError, match=r"--model .* is no folder of a Hugging Face model: it has no config.json"):
+        run_task(chosen)
