@@ -35,6 +35,7 @@ class ChatServer:
     """What the server does and what it has seen.
 
     Args:
+        model: The name that it is served under.
         latency_s: Time that every answer takes.
         faults: Given to the requests in turn, each prompt's first request only, so that asking again helps.
         fault_every: One request in so many gets a fault.
@@ -44,6 +45,7 @@ class ChatServer:
         down_after: After so many answers every connection is closed at once, until it is None again.
     """
 
+    model: str = MODEL
     latency_s: float = 0.0
     faults: tuple[str, ...] = ()
     fault_every: int = 3
@@ -68,7 +70,7 @@ class ChatServer:
         return app
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        return web.json_response({"object": "list", "data": [{"id": MODEL}]})
+        return web.json_response({"object": "list", "data": [{"id": self.model}]})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         payload = json.loads(await request.read())
@@ -170,8 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency-ms", type=float, default=50.0, help="time of every answer (default: 50)")
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--model", default=MODEL, help=f"name of the model (default: {MODEL})")
     arguments = parser.parse_args()
-    with running(ChatServer(latency_s=arguments.latency_ms / 1000), arguments.port) as address:
+    with running(ChatServer(arguments.model, arguments.latency_ms / 1000), arguments.port) as address:
         print(address, flush=True)
         threading.Event().wait()
 

@@ -176,5 +176,6 @@ def _parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("many processes")
     flag(group, "--tasks", "parts of the documents", dest="num_tasks", type=int, metavar="N")
     flag(group, "--task", "run only this part; by default all, one after another", type=int, default=None, metavar="I")
+    flag(group, "--workers", "processes that measure and cut documents", dest="num_workers", type=int, metavar="N")
     flag(group, "--no-progress", "no progress bar", dest="progress", action="store_false")
     return parser

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import glob
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_longpo.data.tokenizer import ChatTokenizer
+from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_longpo.generation.chunking import draw_chunks
 from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
@@ -132,6 +132,12 @@ def _read_text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+
+
+def make_planner(settings: GenerationSettings) -> Callable[[CorpusDocument], DocumentPlan]:
+    """What a worker does with a document: `plan_document`."""
+    tokenizer = load_tokenizer(settings.tokenizer_path)
+    return lambda document: plan_document(document, tokenizer, settings)
 
 
 def plan_document(document: CorpusDocument, tokenizer: ChatTokenizer, settings: GenerationSettings) -> DocumentPlan:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ from datatrove.pipeline.inference.run_inference import InferenceConfig, Inferenc
 from datatrove.pipeline.inference.types import InferenceError, InferenceResult, ServerError
 from loguru import logger
 
-from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.parallel import ordered_map
 from megatron_longpo.files import exclusive_lock
-from megatron_longpo.generation.corpus import CorpusDocument, plan_document, read_corpus
+from megatron_longpo.generation.corpus import CorpusDocument, make_planner, read_corpus
 from megatron_longpo.generation.engine import Answer, EngineError, Request
 from megatron_longpo.generation.language import load_model
 from megatron_longpo.generation.progress import Progress
 from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.refusals import document_error
-from megatron_longpo.generation.rollout import Outcome, Rollout
+from megatron_longpo.generation.rollout import DocumentPlan, Outcome, Rollout
 from megatron_longpo.generation.settings import OPENAI, GenerationSettings
 from megatron_longpo.generation.store import WORK, StoredOutcomes, TaskStore, finished_mark
 
@@ -93,7 +93,7 @@ class PairsRunner(InferenceRunner):
         self.request_cache = TaskStore(work)
         self.checkpoint_manager = StoredOutcomes(self.request_cache)
         self._rollout = Rollout(settings, prompt_writer(settings))
-        self._tokenizer: ChatTokenizer | None = None
+        self._planner: Callable[[CorpusDocument], DocumentPlan] | None = None
         self._progress: Progress | None = None
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
@@ -102,7 +102,8 @@ class PairsRunner(InferenceRunner):
             f"--output {self.settings.output}: another process is working on task {rank} of {world_size} there; wait "
             "for it, stop it, or give another folder"
         )
-        self._tokenizer = load_tokenizer(self.settings.tokenizer_path)
+        if self.settings.num_workers == 1:
+            self._planner = make_planner(self.settings)
         if "language" in self.settings.filters:
             load_model()
         # What is loaded stays: the collector need not look through it again while requests wait.
@@ -129,19 +130,25 @@ class PairsRunner(InferenceRunner):
         return TransformersEngine(self.settings)
 
     def _async_data_gen(self, sync_gen: Iterable[Document]) -> AsyncIterator[Document]:
-        return super()._async_data_gen(self._unfinished(sync_gen))
+        return super()._async_data_gen(self._planned(sync_gen))
 
-    def _unfinished(self, documents: Iterable[Document]) -> Iterator[Document]:
+    def _planned(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Documents without an outcome, measured and cut into chunks; runs in a thread beside the requests."""
-        assert self._tokenizer is not None
+        unfinished = self._unfinished(documents)
+        if self._planner is not None:
+            plans = map(self._planner, unfinished)
+        else:
+            plans = ordered_map(make_planner, (self.settings,), unfinished, self.settings.num_workers)
+        for plan in plans:
+            yield Document(plan.text, plan.id, metadata={"plan": plan})
+
+    def _unfinished(self, documents: Iterable[Document]) -> Iterator[CorpusDocument]:
+        assert self._progress is not None
         for document in documents:
             if document.id in self.request_cache.finished:
-                assert self._progress is not None
                 self._progress.was_finished()
-                continue
-            source = CorpusDocument(document.metadata["index"], document.id, document.text)
-            document.metadata["plan"] = plan_document(source, self._tokenizer, self.settings)
-            yield document
+            else:
+                yield CorpusDocument(document.metadata["index"], document.id, document.text)
 
     async def _roll_out(self, document: Document, generate: Any) -> Outcome:
         async def single(request: Request) -> Answer:

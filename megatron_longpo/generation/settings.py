@@ -24,6 +24,7 @@ FILTERS = {
 HOW_NOT_WHAT = frozenset(
     {
         "output",
+        "num_workers",
         "base_url",
         "long_base_url",
         "concurrency",
@@ -68,6 +69,7 @@ class GenerationSettings:
         dtype: Type of the embedded engine's weights; None is the files'.
         seed: ``--seed``.
         num_tasks: ``--tasks``: parts that the documents are divided into, one process each.
+        num_workers: ``--workers``: processes of a task that measure and cut documents; 1 works in its own.
         base_url, long_base_url: ``--base-url``: the server's ``…/v1``; another one for whole documents.
         concurrency: ``--concurrency``: requests in flight.
         request_timeout_s: ``--request-timeout-s``.
@@ -107,6 +109,7 @@ class GenerationSettings:
     dtype: str | None = None
     seed: int = 0
     num_tasks: int = 1
+    num_workers: int = 1
     base_url: str | None = None
     long_base_url: str | None = None
     concurrency: int = 64
@@ -173,6 +176,7 @@ class GenerationSettings:
             "--max-instruction-tokens": (self.max_instruction_tokens, 1),
             "--max-answer-tokens": (self.max_answer_tokens, 1),
             "--tasks": (self.num_tasks, 1),
+            "--workers": (self.num_workers, 1),
             "--concurrency": (self.concurrency, 1),
             "--max-retries": (self.max_retries, 0),
             "--batch-size": (self.batch_size, 1),

@@ -139,7 +139,7 @@ def _decode(
 
 
 def _next_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Greedy, or drawn from the fewest tokens whose probabilities add up to ``top_p``; fp32 logits ``[V]`` on the CPU."""
+    """Greedy, or drawn from the fewest tokens whose probabilities add up to ``top_p``; ``logits`` is fp32 ``[V]``."""
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities, tokens = (logits / sampling.temperature).softmax(0).sort(descending=True)
