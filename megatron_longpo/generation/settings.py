@@ -21,6 +21,8 @@ FILTERS = {
 }
 """What ``--filters`` can name; answers that are empty, or equal to their twin, are always dropped."""
 
+LONGEST_CHUNK_TOKENS = 32768
+
 HOW_NOT_WHAT = frozenset(
     {
         "output",
@@ -193,6 +195,11 @@ class GenerationSettings:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1]")
         if self.request_timeout_s <= 0:
             raise ValueError(f"--request-timeout-s {self.request_timeout_s} must be greater than 0")
+        if self.max_chunk_tokens > LONGEST_CHUNK_TOKENS:
+            raise ValueError(
+                f"--max-chunk-tokens {self.max_chunk_tokens} must be at most {LONGEST_CHUNK_TOKENS}: a chunk is what a "
+                "short-context model reads well (LongPO, section 3)"
+            )
         for low_flag, low_value, high_flag, high_value in (
             ("--min-document-tokens", self.min_document_tokens, "--target-length", self.target_length),
             ("--min-chunk-tokens", self.min_chunk_tokens, "--max-chunk-tokens", self.max_chunk_tokens),

@@ -29,6 +29,7 @@ EMBEDDED = ["--engine", "transformers", "--model", "m"]
             [*EMBEDDED, "--min-chunk-tokens", "9", "--max-chunk-tokens", "8"],
             "--min-chunk-tokens 9 is greater than --max-",
         ),
+        ([*EMBEDDED, "--max-chunk-tokens", "40000"], "--max-chunk-tokens 40000 must be at most 32768"),
         ([*EMBEDDED, "--target-length", "100"], "--min-document-tokens 65536 is greater than --target-length 100"),
         ([*EMBEDDED, "--top-p", "0"], "--top-p 0.0 must be in (0, 1]"),
         ([*EMBEDDED, "--concurrency", "0"], "--concurrency 0 must be at least 1"),
