@@ -10,12 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_longpo.data.document import CHOSEN, REJECTED, TokenizedDocument
 from megatron_longpo.data.tokenize import DocumentTokenizer, PromptTemplate
 from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
 from megatron_longpo.import_pairs.convert import ImportCounts, ImportOptions, import_pairs, summary_table
@@ -31,44 +29,9 @@ from tests.data.conftest import (  # noqa: F401  (fixtures)
     text,
     tokenizer,
 )
+from tests.tokenized_rows import NO, text_document, token_row
 
 SCRIPT = Path(__file__).parents[1] / "tools" / "import_pairs.py"
-NO = -100
-
-
-def document(text: str, number: int, num_turns: int, *, chunk_end: int = 900) -> PreferenceDocument:  # noqa: F811
-    """Real text with one to four turns; instructions have two paragraphs in every second turn."""
-    content = text[number * 9_000 :][: 1_500 + 700 * number].strip()
-    turns = []
-    for turn in range(num_turns):
-        span = (chunk_end - 400 - 50 * turn, chunk_end - 50 * turn)
-        instruction = f"What is part {turn}?" if turn % 2 else f"Look at part {turn}.\n\nWhat does it say?"
-        turns.append(Turn(instruction, f"It is {turn} ✓, of {number}.", f"Not\n{turn}.", content[slice(*span)], span))
-    return PreferenceDocument(f"document {number}", content, tuple(turns))
-
-
-def token_row(tokenized: TokenizedDocument) -> dict[str, Any]:
-    """A tokenized document in the authors' layout; short prompts are padded to one length."""
-
-    def sequence(prefix: np.ndarray, branch: Any) -> tuple[list[int], list[int]]:
-        ids = [*prefix.tolist(), *branch.tokens.tolist()]
-        labels = [NO] * len(ids)
-        for _, start, end in branch.spans:
-            labels[len(prefix) + start : len(prefix) + end] = ids[len(prefix) + start : len(prefix) + end]
-        return ids, labels
-
-    assert tokenized.joint is not None
-    row: dict[str, Any] = {"id": tokenized.id}
-    for role, name in ((CHOSEN, "chosen"), (REJECTED, "rejected")):
-        ids, labels = sequence(tokenized.document_tokens, tokenized.joint[role])
-        row |= {f"{name}_input_ids": ids, f"{name}_labels": labels}
-        shorts = [sequence(s.prefix_tokens, (s.chosen, s.rejected)[role]) for s in tokenized.short]
-        if shorts:
-            longest = max(len(ids) for ids, _ in shorts)
-            row[f"ref_{name}_input_ids"] = [ids + [0] * (longest - len(ids)) for ids, _ in shorts]
-            row[f"ref_{name}_labels"] = [labels + [NO] * (longest - len(ids)) for ids, labels in shorts]
-            row[f"ref_{name}_attention_mask"] = [[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in shorts]
-    return row
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -103,7 +66,7 @@ def test_tokenized_rows_come_back_as_the_text_they_were_made_of(
     text: str,  # noqa: F811
     run: Importer,
 ) -> None:
-    documents = [document(text, number, 1 + number % 4) for number in range(6)]
+    documents = [text_document(text, number, 1 + number % 4) for number in range(6)]
     tokenize = DocumentTokenizer(tokenizer)
     imported, counts = run([token_row(tokenize(d)) for d in documents], specs[tokenizer.path])
     for ours, theirs in zip(imported, documents, strict=True):
@@ -130,7 +93,7 @@ def test_a_tokenizer_that_puts_a_blank_before_every_piece(tmp_path: Path, text: 
     fast.save_pretrained(tmp_path / "blanks")
     spec = TokenizerSpec(str(tmp_path / "blanks"))
     tokenizer = spec.load()  # noqa: F811
-    whole = document(text, 1, 3)
+    whole = text_document(text, 1, 3)
     tokenized = DocumentTokenizer(tokenizer)(whole)
     assert (
         tokenizer.encode(tokenizer.decode(tokenized.document_tokens))[0].tolist() != tokenized.document_tokens.tolist()
@@ -145,7 +108,7 @@ def test_an_instruction_that_may_begin_earlier_is_reported(
     text: str,  # noqa: F811
     run: Importer,
 ) -> None:
-    whole = document(text, 3, 1)
+    whole = text_document(text, 3, 1)
     end = len(whole.document)
     assert "\n\n" in whole.document[end - 1000 :]
     (turn,) = whole.turns
@@ -165,7 +128,7 @@ def test_without_short_prompts_the_first_instruction_stays_in_the_document(
     text: str,  # noqa: F811
     run: Importer,
 ) -> None:
-    whole = document(text, 1, 2)
+    whole = text_document(text, 1, 2)
     row = token_row(DocumentTokenizer(huggingface_tokenizer)(whole))
     row = {key: value for key, value in row.items() if not key.startswith("ref_")}
     (imported,), counts = run([row], specs[huggingface_tokenizer.path])
@@ -222,8 +185,8 @@ def test_rows_that_cannot_be_had_exactly_are_left_out_and_counted(
     run: Importer,
 ) -> None:
     tokenize = DocumentTokenizer(huggingface_tokenizer)
-    good = token_row(tokenize(document(text, 1, 1)))
-    bad = break_row(token_row(tokenize(document(text, 2, 1))), reason, huggingface_tokenizer)
+    good = token_row(tokenize(text_document(text, 1, 1)))
+    bad = break_row(token_row(tokenize(text_document(text, 2, 1))), reason, huggingface_tokenizer)
     imported, counts = run([bad, good], specs[huggingface_tokenizer.path])
     assert [d.id for d in imported] == ["document 1"]
     assert counts.dropped == {reason: 1}
@@ -239,7 +202,7 @@ def test_tokenized_rows_of_another_tokenizer_are_not_guessed(
     text: str,  # noqa: F811
     run: Importer,
 ) -> None:
-    rows = [token_row(DocumentTokenizer(sentencepiece_tokenizer)(document(text, n, 2))) for n in range(2)]
+    rows = [token_row(DocumentTokenizer(sentencepiece_tokenizer)(text_document(text, n, 2))) for n in range(2)]
     with pytest.raises(ValueError, match="none of 2 rows could be converted"):
         run(rows, specs[str(huggingface_folder)])
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: the row holds tokens.*--tokenizer-model"):
@@ -284,7 +247,7 @@ def read_back(row: dict[str, Any]) -> list[Any]:
 def test_schema_1_passes_unchanged(tmp_path: Path, text: str) -> None:  # noqa: F811
     source = tmp_path / "pairs.jsonl"
     whole = PreferenceDocument("whole", "A.\n\nWhy?", (Turn("", "a", "b", "A.\n\nWhy?"),), {"x": [1]})
-    write_pairs(source, [document(text, 0, 2), whole])
+    write_pairs(source, [text_document(text, 0, 2), whole])
     output = tmp_path / "out.jsonl"
     counts = import_pairs(ImportOptions((str(source),), str(output)), progress=False)
     assert output.read_bytes() == source.read_bytes()

@@ -24,7 +24,13 @@ def main() -> None:
     )
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="pairs: .jsonl, .parquet, .arrow, folders of them, or of generation")
-    add("--num-pairs", type=int, default=5, metavar="N", help="pairs to show, drawn from all (default: 5; 0: report only)")
+    add(
+        "--num-pairs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="pairs to show, drawn from all (default: 5; 0: report only)",
+    )
     add("--id", help="show all pairs of this document instead; without --html, reads no further and reports nothing")
     add("--seed", type=int, default=0, metavar="N", help="another seed draws other pairs (default: 0)")
     add("--html", metavar="FILE", help="also write pairs and report as one HTML page")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_longpo.data.tokenizer import TokenizerSpec
@@ -12,6 +13,7 @@ from megatron_longpo.inspection.inspect import InspectOptions, inspect
 from megatron_longpo.inspection.page import html_page
 from megatron_longpo.inspection.pair_text import pair_lines
 from megatron_longpo.inspection.report_text import report_lines
+from megatron_longpo.inspection.source import find_sources
 from megatron_longpo.inspection.terminal import Terminal
 
 
@@ -35,7 +37,7 @@ def run(arguments: argparse.Namespace, terminal_chars: int, html_chars: int) -> 
         needs_report=arguments.id is None or arguments.html is not None,
     )
     if arguments.html is not None:
-        _check_writable(arguments.html)
+        _check_writable(arguments.html, options.paths)
     inspection = inspect(options)
     # Before anything is printed: `head` may end the printing early.
     if arguments.html is not None:
@@ -54,9 +56,11 @@ def run(arguments: argparse.Namespace, terminal_chars: int, html_chars: int) -> 
         print(f"\nwritten: {arguments.html}")
 
 
-def _check_writable(html: str) -> None:
+def _check_writable(html: str, paths: Sequence[str]) -> None:
     """Find out before hours of reading that a page cannot be written."""
     path = Path(html)
+    if path.is_file() and any(path.samefile(file) for file in find_sources(paths).pairs):
+        raise ValueError(f"--html {html} is one of the pairs files: give another name")
     if path.is_dir():
         raise ValueError(f"--html {html} is a folder: give a file's name, such as {path / 'report.html'}")
     probe = temporary_name(path)

@@ -56,7 +56,7 @@ def read_reports(files: Sequence[Path]) -> GenerationReport | None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{file}: is not what tools/generate_pairs.py writes ({reason}); move it away to inspect the pairs alone"
+                f"{file}: is not what tools/generate_pairs.py writes ({reason}); move it to inspect the pairs alone"
             ) from error
     return total if files else None
 

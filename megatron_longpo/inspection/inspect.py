@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,7 +88,7 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
         leave=False,
     )
     with rows:
-        for name, row in _told_apart(rows):
+        for name, row in map(_told_apart, rows):
             if options.document_id is None:
                 for turn, make_view in enumerate(viewer.views(row)):
                     sample.offer(row.id, turn, make_view)
@@ -108,10 +107,9 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     return Inspection(sources.pairs, views, statistics, generation, options.document_id)
 
 
-def _told_apart(rows: Iterator[tuple[str, PairsRow]]) -> Iterator[tuple[str, PairsRow]]:
-    """Rows whose prompts hold their instruction, with document and instruction told apart where that can be done."""
-    template = PromptTemplate()
-    for name, row in rows:
-        if name == TRL and isinstance(row, PreferenceDocument):
-            row, _ = split_document(row, template)
-        yield name, row
+def _told_apart(named: tuple[str, PairsRow]) -> tuple[str, PairsRow]:
+    """A row with document and instruction told apart, where its prompts hold both and show where one ends."""
+    name, row = named
+    if name == TRL and isinstance(row, PreferenceDocument):
+        row, _ = split_document(row, PromptTemplate())
+    return name, row

@@ -6,6 +6,7 @@ Everything from the pairs goes through a template with automatic escaping: docum
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import PurePath
 from typing import Any
 
 import jinja2
@@ -17,14 +18,22 @@ from megatron_longpo.inspection.inspect import Inspection
 from megatron_longpo.inspection.numbers import Histogram, histogram
 from megatron_longpo.inspection.page_template import TEMPLATE
 from megatron_longpo.inspection.plain_text import printable, shortened
-from megatron_longpo.inspection.plots import bars, distribution, shares_over, two_distributions
+from megatron_longpo.inspection.plots import bars, distribution, shares_over, short_number, two_distributions
 from megatron_longpo.inspection.report_text import duration
-from megatron_longpo.inspection.statistics import CHOSEN, DOCUMENTS, LONG_PROMPTS, REJECTED, PairStatistics
+from megatron_longpo.inspection.statistics import (
+    CHOSEN,
+    CHUNKS,
+    DOCUMENTS,
+    LONG_PROMPTS,
+    REJECTED,
+    SHORT_PROMPTS,
+    PairStatistics,
+)
 from megatron_longpo.inspection.style import CSS
 from megatron_longpo.inspection.view import PairView, Text
 from megatron_longpo.inspection.words import marked_differences
 
-MIN_MARKED_SIMILARITY = 0.4
+MIN_MARKED_SIMILARITY = 0.5
 """Where answers share less, nearly every word would be marked, which shows nothing."""
 
 
@@ -39,7 +48,7 @@ def html_page(inspection: Inspection, max_chars: int) -> str:
     pairs = [_pair(view, max_chars) for view in inspection.views]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(
-        css=Markup(CSS),  # noqa: S704  (a constant of this package)
+        css=Markup(CSS),
         files=[str(file) for file in inspection.files],
         tiles=_tiles(statistics) if statistics else [],
         plots=_plots(statistics) if statistics else [],
@@ -67,17 +76,13 @@ def _tiles(statistics: PairStatistics) -> list[tuple[str, str]]:
         (f"{statistics.num_pairs:,}", _plural(statistics.num_pairs, "pair")),
         (f"{numbers.quantiles()[1]:,.0f}", f"{unit} in the median {one}"),
         (f"{statistics.similarity.quantiles()[1]:.2f}", "median similarity of the answers"),
-        (f"{statistics.num_chosen_longer / statistics.num_pairs:.0%}", "of chosen are the longer answer"),
+        (f"{statistics.num_chosen_longer / statistics.num_pairs * 100:.0f} %", "of chosen are the longer answer"),
     ]
 
 
 def _plots(statistics: PairStatistics) -> list[dict[str, Any]]:
-    plots = []
-    for what in (DOCUMENTS, LONG_PROMPTS):
-        unit = next((unit for unit in ("tokens", "characters") if (what, unit) in statistics.lengths), None)
-        if unit is not None:
-            values = statistics.lengths[what, unit].values()
-            plots.append({"title": what.capitalize(), "about": f"Length in {unit}", "svg": distribution(histogram(values))})
+    plots = [_length_plot(statistics, what) for what in (DOCUMENTS, LONG_PROMPTS, CHUNKS, SHORT_PROMPTS)]
+    plots = [plot for plot in plots if plot]
     unit = next(unit for unit in ("tokens", "words") if (CHOSEN, unit) in statistics.lengths)
     names = Markup('<span class="chosen-name">chosen</span> and <span class="rejected-name">rejected</span>')
     plots.append({"title": "Answers", "about": names + f", length in {unit}", "svg": _answers(statistics, unit)})
@@ -101,6 +106,15 @@ def _plots(statistics: PairStatistics) -> list[dict[str, Any]]:
             }
         )
     return plots
+
+
+def _length_plot(statistics: PairStatistics, what: str) -> dict[str, Any]:
+    """How long documents or chunks are; nothing if there are none."""
+    unit = next((unit for unit in ("tokens", "characters") if (what, unit) in statistics.lengths), None)
+    if unit is None:
+        return {}
+    svg = distribution(histogram(statistics.lengths[what, unit].values()))
+    return {"title": what.capitalize(), "about": f"Length in {unit}", "svg": svg}
 
 
 def _answers(statistics: PairStatistics, unit: str) -> Markup:
@@ -131,8 +145,8 @@ def _generation(report: GenerationReport) -> dict[str, Any]:
         ("documents with pairs", f"{report.documents_with_pairs:,}"),
         ("pairs planned", f"{report.turns_planned:,}"),
         ("pairs kept", f"{report.turns_kept:,}"),
-        ("tokens read by the model", f"{report.prompt_tokens:,}"),
-        ("tokens written by the model", f"{report.completion_tokens:,}"),
+        ("tokens read", short_number(report.prompt_tokens)),
+        ("tokens written", short_number(report.completion_tokens)),
         ("time", duration(report.seconds)),
     ]
     dropped = []
@@ -147,6 +161,7 @@ def _pair(view: PairView, max_chars: int) -> dict[str, Any]:
     chosen, rejected = _answer_runs(view, max_chars)
     return {
         "view": view,
+        "location": PurePath(view.location).name,
         "document_name": "long prompt" if view.whole_prompts else "document",
         "chunk_name": "Short prompt" if view.whole_prompts else "Chunk",
         "chunk": _cut(view.chunk, max_chars) if view.chunk else None,

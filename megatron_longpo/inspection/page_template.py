@@ -39,14 +39,6 @@ TEMPLATE = """\
 {% for plot in plots %}
 <div class="card"><h3>{{ plot.title }}</h3><p class="about">{{ plot.about }}</p>{{ plot.svg }}</div>
 {% endfor %}
-{% for dropped in generation.dropped if dropped.rows %}
-<div class="card"><h3>{{ dropped.title }}</h3><p class="about">By generation, and why</p>
-<div class="reasons">
-{% for name, count, percent in dropped.rows %}
-<span>{{ name }}</span><i style="width: {{ '%.1f' | format(percent) }}%"></i><span class="number">{{ count }}</span>
-{% endfor %}
-</div></div>
-{% endfor %}
 </div>
 <h2>Lengths</h2>
 <div class="card scroll"><table>
@@ -57,30 +49,41 @@ TEMPLATE = """\
 </table></div>
 {% if generation %}
 <h2>Generation</h2>
-<div class="tiles">
+<div class="tiles generation">
 {% for name, number in generation.numbers %}
 <div class="card"><b class="number">{{ number }}</b><span>{{ name }}</span></div>
+{% endfor %}
+</div>
+<div class="plots">
+{% for dropped in generation.dropped if dropped.rows %}
+<div class="card"><h3>{{ dropped.title }}</h3><p class="about">By reason</p>
+<div class="reasons">
+{% for name, count, percent in dropped.rows %}
+<span>{{ name }}</span><i style="width: {{ '%.1f' | format(percent) }}%"></i><span class="number">{{ count }}</span>
+{% endfor %}
+</div></div>
 {% endfor %}
 </div>
 {% endif %}
 {% endif %}
 
 {% if pairs %}
-<h2>{% if asked_for is not none %}The pairs of {{ asked_for }}{% else %}{{ pairs | length }} of {{ "{:,}".format(num_pairs) }} \
-{{ "pair" if num_pairs == 1 else "pairs" }}{% endif %}</h2>
+<h2>{% if asked_for is not none %}The pairs of {{ asked_for }}{% else %}{{ pairs | length }} of \
+{{ "{:,}".format(num_pairs) }} {{ "pair" if num_pairs == 1 else "pairs" }}{% endif %}</h2>
 {% if marks_differences %}
-<p class="about">Words that stand in one answer alone are <span class="chosen"><mark>marked</mark></span> where the answers \
-are alike.</p>
+<p class="about before-pairs">Words that stand in one answer alone are <span class="chosen"><mark>marked</mark></span> \
+where the answers are alike.</p>
 {% endif %}
 {% for pair in pairs %}
 {% set view = pair.view %}
 <article class="card pair" id="pair-{{ loop.index }}">
 <header><h3>{{ view.id }}</h3><span class="muted">pair {{ view.turn }} of {{ view.num_turns }}</span>
 <span class="muted">{{ pair.document_name }}: {{ view.document.length }}</span>
-<span class="muted end">similarity {{ "%.2f" | format(view.similarity) }} · {{ view.location }}</span></header>
+<span class="muted end">similarity {{ "%.2f" | format(view.similarity) }} · {{ pair.location }}</span></header>
 {% if view.note %}<section class="note">{{ view.note }}</section>{% endif %}
 {% for role, content in pair.context %}
-<section class="context"><div class="name"><b>{{ role }}</b></div><div class="text" dir="auto">{{ content }}</div></section>
+<section class="context"><div class="name"><b>{{ role }}</b></div>
+<div class="text" dir="auto">{{ content }}</div></section>
 {% endfor %}
 <section>
 <div class="name"><b>{{ pair.chunk_name }}</b>{% if pair.chunk %}<span>{{ pair.chunk.length }}</span>\
@@ -102,7 +105,8 @@ are alike.</p>
 <div class="answers">
 <div class="chosen"><div class="name"><b class="chosen-name">Chosen</b><span>{{ pair.chosen.length }}</span></div>
 {{ text(pair.chosen) }}</div>
-<div class="rejected"><div class="name"><b class="rejected-name">Rejected</b><span>{{ pair.rejected.length }}</span></div>
+<div class="rejected">\
+<div class="name"><b class="rejected-name">Rejected</b><span>{{ pair.rejected.length }}</span></div>
 {{ text(pair.rejected) }}</div>
 </div>
 </article>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_longpo.inspection.lengths import Length
 from megatron_longpo.inspection.plain_text import num_cells, padded, printable, shortened, wrap
 from megatron_longpo.inspection.terminal import Terminal, place
 from megatron_longpo.inspection.view import PairView, Text
@@ -27,7 +28,8 @@ def pair_lines(view: PairView, terminal: Terminal, max_chars: int) -> Iterator[s
     prompt, short = ("long prompt", "short prompt") if view.whole_prompts else ("document", "chunk")
     yield _label(prompt, terminal) + terminal.paint(str(view.document.length), "dim")
     for message in view.context:
-        yield from _block(f"{message.role}", Text(message.content, view.document.length), terminal, max_chars, length="")
+        length = Length(characters=len(message.content))
+        yield from _block(printable(message.role), Text(message.content, length), terminal, max_chars)
     if view.chunk is None:
         yield _label(short, terminal) + terminal.paint("none: the row has no short prompt", "dim")
     else:
@@ -35,8 +37,8 @@ def pair_lines(view: PairView, terminal: Terminal, max_chars: int) -> Iterator[s
         if view.chunk_share is not None:
             start, end = view.chunk_share
             drawn = terminal.paint(place(start, end, _PLACE_WIDTH), "accent")
-            where = f"{drawn} {start:.0%} to {end:.0%} of the document"
-        yield from _block(short, view.chunk, terminal, max_chars, before_length=where)
+            where = f"{drawn} {start * 100:.0f} to {end * 100:.0f} % of the document"
+        yield from _block(short, view.chunk, terminal, max_chars, where)
     name = "instruction" if view.has_instruction else "prompt's end"
     yield from _block(name, view.instruction, terminal, max_chars)
     yield ""
@@ -44,7 +46,7 @@ def pair_lines(view: PairView, terminal: Terminal, max_chars: int) -> Iterator[s
         for answer, style in (("chosen", "chosen"), ("rejected", "rejected")):
             text = view.chosen if answer == "chosen" else view.rejected
             yield terminal.paint(padded(answer, _LABEL), style) + terminal.paint(str(text.length), "dim")
-            yield from (f"  {line}" for line in _text_lines(text, terminal.width - 2, max_chars))
+            yield from (f"  {line}".rstrip() for line in _text_lines(text, terminal.width - 2, max_chars))
     else:
         yield from _side_by_side(view, terminal, max_chars)
     yield terminal.paint(f"similarity {view.similarity:.2f}", "dim")
@@ -62,12 +64,15 @@ def _label(name: str, terminal: Terminal) -> str:
     return terminal.paint(padded(name, _LABEL), "bold")
 
 
-def _block(
-    name: str, text: Text, terminal: Terminal, max_chars: int, before_length: str = "", length: str | None = None
-) -> Iterator[str]:
-    about = [part for part in (before_length, str(text.length) if length is None else length) if part]
-    yield _label(name, terminal) + "  ".join([*about[:-1], terminal.paint(about[-1], "dim")] if about else [])
-    yield from (f"  {line}" for line in _text_lines(text, terminal.width - 2, max_chars))
+def _block(name: str, text: Text, terminal: Terminal, max_chars: int, where: str = "") -> Iterator[str]:
+    shown = terminal.paint(str(text.length), "dim")
+    fits = _LABEL + _PLACE_WIDTH + 30 + num_cells(str(text.length)) <= terminal.width
+    if where and not fits:
+        yield _label(name, terminal) + where
+        yield " " * _LABEL + shown
+    else:
+        yield _label(name, terminal) + (f"{where}  {shown}" if where else shown)
+    yield from (f"  {line}".rstrip() for line in _text_lines(text, terminal.width - 2, max_chars))
 
 
 def _text_lines(text: Text, width: int, max_chars: int) -> list[str]:

@@ -11,7 +11,7 @@ _VISIBLE = {
     **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
     0x09: "    ",
     0x7F: "\u2421",
-    **{code: "\ufffd" for code in range(0x80, 0xA0)},
+    **dict.fromkeys(range(128, 160), "�"),
     **{ord(character): "\ufffd" for character in _BIDIRECTIONAL},
     0x2028: "\n",
     0x2029: "\n",

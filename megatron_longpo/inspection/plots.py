@@ -31,7 +31,7 @@ def distribution(shown: Histogram, style: str = "bar") -> Markup:
     for number, count in enumerate(shown.counts):
         low, high = shown.edges[number], shown.edges[number + 1]
         above = " and more" if shown.has_more_above and number == len(shown.counts) - 1 else ""
-        title = f"{_number(low)} to {_number(high)}{above}: {count:,}"
+        title = f"{short_number(low)} to {short_number(high)}{above}: {count:,}"
         plot.rectangle(plot.left + number * step + 0.5, step - 1, count, style, title)
     plot.scale(shown.edges[-1], shown.has_more_above)
     return plot.svg()
@@ -58,7 +58,7 @@ def shares_over(values: Sequence[float], ends: tuple[str, str]) -> Markup:
     plot = _Plot(max(values, default=0.0), is_share=True)
     step = (plot.right - plot.left) / len(values)
     for number, value in enumerate(values):
-        title = f"{number * 100 // len(values)} to {(number + 1) * 100 // len(values)} %: {value:.1%}"
+        title = f"{number * 100 // len(values)} to {(number + 1) * 100 // len(values)} %: {value * 100:.1f} %"
         plot.rectangle(plot.left + number * step + 0.5, step - 1, value, "accent", title)
     plot.text(plot.left, _HEIGHT - 7, ends[0], "start")
     plot.text(plot.right, _HEIGHT - 7, ends[1], "end")
@@ -80,11 +80,7 @@ class _Plot:
             y = self.y(value)
             style = "axis" if number == 0 else "grid"
             self.add(f'<line class="{style}" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            self.text(self.left - 6, y + 3.5, f"{value:.3g}".rstrip() if not is_share else f"{value:.3%}", "end")
-            if is_share:
-                self._parts[-1] = self._parts[-1].replace(f"{value:.3%}", f"{value * 100:.3g} %")
-            elif value >= 1000:
-                self._parts[-1] = self._parts[-1].replace(f"{value:.3g}", _number(value))
+            self.text(self.left - 6, y + 3.5, f"{value * 100:.3g} %" if is_share else short_number(value), "end")
 
     def y(self, value: float) -> float:
         """Where a value lies, in units of the picture from its top."""
@@ -114,7 +110,7 @@ class _Plot:
             x = self.left + number * step / top * (self.right - self.left)
             is_last = number * step > top * 0.93
             more = "+" if has_more_above and is_last else ""
-            self.text(x, _HEIGHT - 7, _number(number * step) + more, "end" if is_last else "middle")
+            self.text(x, _HEIGHT - 7, short_number(number * step) + more, "end" if is_last else "middle")
             number += 1
 
     def svg(self) -> Markup:
@@ -122,7 +118,7 @@ class _Plot:
         return Markup(f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(self._parts)}</svg>')
 
 
-def _number(value: float) -> str:
+def short_number(value: float) -> str:
     """A number in few characters: 250, 1.5k, 40k, 2M."""
     for size, name in ((1e6, "M"), (1e3, "k")):
         if value >= size:

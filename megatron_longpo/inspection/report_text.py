@@ -40,7 +40,7 @@ def _counts(statistics: PairStatistics) -> Iterator[str]:
         ("pairs", f"{statistics.num_pairs:,}"),
         ("with a short prompt", f"{statistics.num_with_chunk:,}"),
         ("with the chunk's place known", f"{statistics.num_with_span:,}"),
-        ("chosen longer than rejected", f"{longer:.0%}"),
+        ("chosen longer than rejected", f"{longer * 100:.0f} %"),
     ]
     yield from (f"{name:<30}{value}" for name, value in rows)
 
@@ -77,7 +77,7 @@ def _positions(statistics: PairStatistics, terminal: Terminal) -> Iterator[str]:
     rows = []
     for part in range(0, NUM_PARTS, 2):
         share = (shares[part] + shares[part + 1]) / 2
-        rows.append((f"{part * 100 // NUM_PARTS} to {(part + 2) * 100 // NUM_PARTS} %", share, f"{share:.1%}"))
+        rows.append((f"{part * 100 // NUM_PARTS} to {(part + 2) * 100 // NUM_PARTS} %", share, f"{share * 100:.1f} %"))
     yield from _bars("place of chunks: how many cover each tenth of their document", rows, terminal)
 
 

@@ -30,12 +30,14 @@ p { margin: 0; }
 .about { font-size: 12.5px; line-height: 1.4; margin: 1px 0 8px; }
 .files { overflow-wrap: anywhere; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+.plots .card { display: flex; flex-direction: column; } .plots svg { margin-top: auto; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; min-width: 0; }
 
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 22px 0 0; }
 .tiles .card { padding: 12px 16px; }
 .tiles b { display: block; font-size: 23px; line-height: 1.25; font-weight: 600; }
-.tiles span { font-size: 12.5px; color: var(--muted); }
+.tiles .number { white-space: normal; }
+.tiles span { display: block; line-height: 1.4;  font-size: 12.5px; color: var(--muted); }
 
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 svg { display: block; width: 100%; height: auto; }
@@ -53,6 +55,8 @@ th, td { padding: 6px 0 6px 18px; text-align: right; border-top: 1px solid var(-
 th { font-weight: 500; color: var(--muted); font-size: 12.5px; border-top: 0; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 
+.generation { margin: 0 0 12px; } .generation b { font-size: 19px; }
+.before-pairs { margin-bottom: 14px; }
 .reasons { display: grid; grid-template-columns: max-content 1fr max-content; gap: 5px 12px; font-size: 13px;
   align-items: center; }
 .reasons i { display: block; height: 9px; border-radius: 2px; background: var(--bar); min-width: 2px; }

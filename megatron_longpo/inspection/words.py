@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -13,6 +14,10 @@ _PIECE = re.compile(rf"(?:[{_SINGLE}]|[^\W{_SINGLE}]+|[^\w\s])\s*|\s+")
 
 MAX_COMPARED_WORDS = 2_000
 """Aligning two texts takes time with the product of their lengths; longer ones are not marked."""
+
+
+MIN_COMMON_WORDS = 3
+"""Shorter runs of common words between others are not told apart from these."""
 
 
 def words(text: str) -> list[str]:
@@ -41,17 +46,25 @@ def marked_differences(first: str, second: str) -> tuple[list[tuple[str, bool]],
     if max(len(one), len(two)) > MAX_COMPARED_WORDS:
         return [(first, False)], [(second, False)]
     keys = [[piece.strip() for piece in pieces] for pieces in (one, two)]
-    codes = difflib.SequenceMatcher(None, *keys).get_opcodes()
+    codes = difflib.SequenceMatcher(None, keys[0], keys[1]).get_opcodes()
+    # A word or two in common between words that differ are chance mostly, and make the rest harder to read.
+    equal = [
+        tag == "equal" and (b - a >= MIN_COMMON_WORDS or number in (0, len(codes) - 1))
+        for number, (tag, a, b, _, _) in enumerate(codes)
+    ]
     return (
-        _runs([("".join(one[a:b]), tag != "equal") for tag, a, b, _, _ in codes]),
-        _runs([("".join(two[c:d]), tag != "equal") for tag, _, _, c, d in codes]),
+        _runs([("".join(one[a:b]), not same) for (_, a, b, _, _), same in zip(codes, equal, strict=True)]),
+        _runs([("".join(two[c:d]), not same) for (_, _, _, c, d), same in zip(codes, equal, strict=True)]),
     )
 
 
 def _runs(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
     """Without empty ones, and without blanks at the end of what differs."""
+    merged = [
+        ("".join(text for text, _ in group), differs) for differs, group in itertools.groupby(pieces, lambda p: p[1])
+    ]
     runs = []
-    for text, differs in pieces:
+    for text, differs in merged:
         kept = len(text.rstrip()) if differs else len(text)
         runs += [(text[:kept], differs), (text[kept:], False)]
     return [(text, differs) for text, differs in runs if text]
