@@ -12,6 +12,7 @@ from megatron_longpo.inspection.view import PairView, Text
 _LABEL = 13
 _MIN_SIDE_BY_SIDE = 72
 _PLACE_WIDTH = 30
+_PERCENT_WIDTH = len(" 100 to 100 %")
 
 
 def pair_lines(view: PairView, terminal: Terminal, max_chars: int) -> Iterator[str]:
@@ -36,8 +37,9 @@ def pair_lines(view: PairView, terminal: Terminal, max_chars: int) -> Iterator[s
         where = ""
         if view.chunk_share is not None:
             start, end = view.chunk_share
-            drawn = terminal.paint(place(start, end, _PLACE_WIDTH), "accent")
-            where = f"{drawn} {start * 100:.0f} to {end * 100:.0f} % of the document"
+            room = terminal.width - _LABEL - _PERCENT_WIDTH
+            drawn = terminal.paint(place(start, end, max(8, min(_PLACE_WIDTH, room))), "accent")
+            where = f"{drawn} {start * 100:.0f} to {end * 100:.0f} %"
         yield from _block(short, view.chunk, terminal, max_chars, where)
     name = "instruction" if view.has_instruction else "prompt's end"
     yield from _block(name, view.instruction, terminal, max_chars)
@@ -66,7 +68,7 @@ def _label(name: str, terminal: Terminal) -> str:
 
 def _block(name: str, text: Text, terminal: Terminal, max_chars: int, where: str = "") -> Iterator[str]:
     shown = terminal.paint(str(text.length), "dim")
-    fits = _LABEL + _PLACE_WIDTH + 30 + num_cells(str(text.length)) <= terminal.width
+    fits = _LABEL + _PLACE_WIDTH + _PERCENT_WIDTH + 2 + num_cells(str(text.length)) <= terminal.width
     if where and not fits:
         yield _label(name, terminal) + where
         yield " " * _LABEL + shown

@@ -63,7 +63,7 @@ def _runs(pieces: Sequence[tuple[str, bool]]) -> list[tuple[str, bool]]:
     merged = [
         ("".join(text for text, _ in group), differs) for differs, group in itertools.groupby(pieces, lambda p: p[1])
     ]
-    runs = []
+    runs: list[tuple[str, bool]] = []
     for text, differs in merged:
         kept = len(text.rstrip()) if differs else len(text)
         runs += [(text[:kept], differs), (text[kept:], False)]
