@@ -66,7 +66,9 @@ def _check_writable(html: str, paths: Sequence[str]) -> None:
     probe = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"--html {html} cannot be written: {error.strerror or error}") from error

@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 
 from megatron_longpo.data.tokenize import DocumentTokenizer
-from megatron_longpo.data.tokenizer import ChatTokenizer
+from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
 from megatron_longpo.pairs import write_pairs
-from tests.data.conftest import huggingface_folder, huggingface_tokenizer, text  # noqa: F401  (fixtures)
+from tests.data.conftest import (  # noqa: F401  (fixtures)
+    INST_TEMPLATE,
+    inst_template_file,
+    sentencepiece_file,
+    sentencepiece_tokenizer,
+    text,
+)
 from tests.tokenized_rows import text_document, token_row
 
 REPORT: dict[str, Any] = {
@@ -39,9 +45,15 @@ def generated(tmp_path: Path, text: str) -> Path:  # noqa: F811
 
 
 @pytest.fixture
-def tokenized(tmp_path: Path, text: str, huggingface_tokenizer: ChatTokenizer) -> Path:  # noqa: F811
+def spec(sentencepiece_file: Path) -> TokenizerSpec:  # noqa: F811
+    """The tokenizer of `tokenized`. Not a Hugging Face one: importing transformers takes seconds."""
+    return TokenizerSpec(str(sentencepiece_file), chat_template=INST_TEMPLATE)
+
+
+@pytest.fixture
+def tokenized(tmp_path: Path, text: str, sentencepiece_tokenizer: ChatTokenizer) -> Path:  # noqa: F811
     """Two tokenized rows, of two and three turns."""
-    tokenize = DocumentTokenizer(huggingface_tokenizer)
+    tokenize = DocumentTokenizer(sentencepiece_tokenizer)
     rows = [token_row(tokenize(text_document(text, number, 1 + number))) for number in (1, 2)]
     path = tmp_path / "tokens.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

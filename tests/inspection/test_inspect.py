@@ -54,8 +54,7 @@ def test_coverage_counts_how_many_chunks_cover_each_part(tmp_path: Path) -> None
     assert statistics.coverage() == pytest.approx(expected)
 
 
-def test_tokens_are_counted_with_a_tokenizer(generated: Path, huggingface_folder: Path) -> None:
-    spec = TokenizerSpec(str(huggingface_folder))
+def test_tokens_are_counted_with_a_tokenizer(generated: Path, spec: TokenizerSpec) -> None:
     inspection = look(generated, tokenizer=spec)
     tokenizer = spec.load()
     documents = [row for row in read_pairs(generated / "pairs.jsonl") if isinstance(row, PreferenceDocument)]
@@ -161,19 +160,18 @@ def test_tokenized_rows_without_a_tokenizer_have_lengths_only(tokenized: Path) -
         assert 0 <= view.similarity < 1 and view.chunk is not None
 
 
-def test_tokenized_rows_are_text_with_a_tokenizer(tokenized: Path, text: str, huggingface_folder: Path) -> None:
-    views = look(tokenized, tokenizer=TokenizerSpec(str(huggingface_folder))).views
+def test_tokenized_rows_are_text_with_a_tokenizer(tokenized: Path, text: str, spec: TokenizerSpec) -> None:
+    views = look(tokenized, tokenizer=spec).views
     assert len(views) == 5
     for view in views:
         number, turn = int(view.id.split()[1]), view.turn - 1
         assert view.chosen.text == f"It is {turn} ✓, of {number}." and view.has_instruction and view.chunk_share
-    other_separator = tokenized.read_text()
-    row = json.loads(other_separator.splitlines()[0])
+    row = json.loads(tokenized.read_text().splitlines()[0])
     for key in row:
         if key.endswith("labels") and not key.startswith("ref"):
-            row[key][-1] = -100  # the template's line break is no response here: not exact, but it can be read
+            row[key][-1] = -100  # the template's end token is no response here: not exact, but it can be read
     tokenized.write_text(json.dumps(row) + "\n")
-    for view in look(tokenized, tokenizer=TokenizerSpec(str(huggingface_folder))).views:
+    for view in look(tokenized, tokenizer=spec).views:
         assert view.note.startswith("Decoded as it is") and "✓" in str(view.chosen.text)
         assert view.chunk is not None and text[9_600:9_700] in str(view.chunk.text)
         assert "part" in str(view.instruction.text)
