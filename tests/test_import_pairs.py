@@ -20,6 +20,7 @@ from megatron_longpo.import_pairs.convert import ImportCounts, ImportOptions, im
 from megatron_longpo.import_pairs.split import chunk_span, split_prompts
 from megatron_longpo.pairs import Message, PreferenceDocument, Turn, read_pairs, write_pairs
 from tests.data.conftest import (  # noqa: F401  (fixtures)
+    CHATML_TEMPLATE,
     INST_TEMPLATE,
     huggingface_folder,
     huggingface_tokenizer,
@@ -303,3 +304,18 @@ def test_a_bad_row_leaves_nothing(tmp_path: Path, run: Importer) -> None:
     assert not list((tmp_path / "out").iterdir())
     with pytest.raises(ValueError, match=r"--output .* is a folder"):
         import_pairs(ImportOptions((str(tmp_path / "rows.jsonl"),), str(tmp_path / "out")), progress=False)
+
+
+def test_only_the_proof_finds_a_template_that_trims(
+    huggingface_tokenizer: ChatTokenizer,  # noqa: F811
+    huggingface_folder: Path,  # noqa: F811
+    text: str,  # noqa: F811
+    run: Importer,
+) -> None:
+    """All markers are in place, and yet another text would be trained on."""
+    whole = text_document(text, 1, 1)
+    blank = replace(whole, id="blank", turns=(replace(whole.turns[0], instruction="What is it?  "),))
+    rows = [token_row(DocumentTokenizer(huggingface_tokenizer)(d)) for d in (whole, blank)]
+    trimming = CHATML_TEMPLATE.replace("message.content", "message.content | trim")
+    imported, counts = run(rows, TokenizerSpec(str(huggingface_folder), chat_template=trimming))
+    assert [d.id for d in imported] == ["document 1"] and counts.dropped == {"other_tokens": 1}

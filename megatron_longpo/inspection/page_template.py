@@ -26,6 +26,11 @@ TEMPLATE = """\
 <h1>Preference pairs</h1>
 <p class="muted files">{{ files[:4] | join(", ") }}{% if files | length > 4 %} and {{ files | length - 4 }} more\
 {% endif %}</p>
+{% if tiles and pairs %}
+<nav><a href="#numbers">all pairs</a><a href="#lengths">lengths</a>{% if generation %}<a href="#generation">generation\
+</a>{% endif %}<a href="#pairs">{% if asked_for is not none %}the pairs of {{ asked_for }}{% else %}{{ pairs | length }} \
+to read{% endif %}</a></nav>
+{% endif %}
 {% if tiles %}
 <div class="tiles">
 {% for number, name in tiles %}<div class="card"><b class="number">{{ number }}</b><span>{{ name }}</span></div>
@@ -34,13 +39,13 @@ TEMPLATE = """\
 {% endif %}
 
 {% if plots %}
-<h2>All pairs</h2>
+<h2 id="numbers">All pairs</h2>
 <div class="plots">
 {% for plot in plots %}
 <div class="card"><h3>{{ plot.title }}</h3><p class="about">{{ plot.about }}</p>{{ plot.svg }}</div>
 {% endfor %}
 </div>
-<h2>Lengths</h2>
+<h2 id="lengths">Lengths</h2>
 <div class="card scroll"><table>
 <tr><th></th><th>count</th><th>minimum</th><th>median</th><th>95 % up to</th><th>maximum</th></tr>
 {% for name, cells in lengths %}
@@ -48,7 +53,7 @@ TEMPLATE = """\
 {% endfor %}
 </table></div>
 {% if generation %}
-<h2>Generation</h2>
+<h2 id="generation">Generation</h2>
 <div class="tiles generation">
 {% for name, number in generation.numbers %}
 <div class="card"><b class="number">{{ number }}</b><span>{{ name }}</span></div>
@@ -68,7 +73,7 @@ TEMPLATE = """\
 {% endif %}
 
 {% if pairs %}
-<h2>{% if asked_for is not none %}The pairs of {{ asked_for }}{% else %}{{ pairs | length }} of \
+<h2 id="pairs">{% if asked_for is not none %}The pairs of {{ asked_for }}{% else %}{{ pairs | length }} of \
 {{ "{:,}".format(num_pairs) }} {{ "pair" if num_pairs == 1 else "pairs" }}{% endif %}</h2>
 {% if marks_differences %}
 <p class="about before-pairs">Words that stand in one answer alone are <span class="chosen"><mark>marked</mark></span> \

@@ -45,4 +45,6 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
         pairs += [path / PAIRS_NAME] if path.is_dir() and (path / PAIRS_NAME).is_file() else input_files([path])
         if is_generated:
             reports.append(folder / REPORT_NAME)
-    return Sources(tuple(input_files(pairs)), tuple(dict.fromkeys(reports)))
+    # `out out/pairs.jsonl`, say: a file is read once, however often it is named.
+    files = {file.resolve(): file for file in reversed(input_files(pairs))}
+    return Sources(tuple(reversed(files.values())), tuple({file.resolve(): file for file in reports}.values()))

@@ -29,6 +29,8 @@ p { margin: 0; }
 .muted, .about { color: var(--muted); }
 .about { font-size: 12.5px; line-height: 1.4; margin: 1px 0 8px; }
 .files { overflow-wrap: anywhere; }
+nav { display: flex; flex-wrap: wrap; gap: 2px 18px; margin-top: 10px; font-size: 13.5px; overflow-wrap: anywhere; }
+a { color: var(--chosen); text-underline-offset: 3px; text-decoration-thickness: 1px; }
 .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .plots .card { display: flex; flex-direction: column; } .plots svg { margin-top: auto; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; min-width: 0; }
@@ -37,7 +39,7 @@ p { margin: 0; }
 .tiles .card { padding: 12px 16px; }
 .tiles b { display: block; font-size: 23px; line-height: 1.25; font-weight: 600; }
 .tiles .number { white-space: normal; }
-.tiles span { display: block; line-height: 1.4;  font-size: 12.5px; color: var(--muted); }
+.tiles span { display: block; line-height: 1.4; font-size: 12.5px; color: var(--muted); }
 
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 12px; }
 svg { display: block; width: 100%; height: auto; }
@@ -94,6 +96,7 @@ footer { margin-top: 40px; font-size: 12.5px; color: var(--muted); }
   body { padding: 22px 14px 48px; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .answers { grid-template-columns: 1fr; }
+  th, td { padding-left: 10px; } table { font-size: 12.5px; }
   .answers > div + div { border-left: 0; }
   .pair header .end { margin-left: 0; }
 }
