@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from megatron_longpo.data.tokenize import DocumentTokenizer, PromptTemplate
 from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
 from megatron_longpo.import_pairs.convert import ImportCounts, ImportOptions, import_pairs, summary_table
 from megatron_longpo.import_pairs.split import chunk_span, split_prompts
+from megatron_longpo.import_pairs.tokenized import REASONS
 from megatron_longpo.pairs import Message, PreferenceDocument, Turn, read_pairs, write_pairs
 from tests.data.conftest import (  # noqa: F401  (fixtures)
     CHATML_TEMPLATE,
@@ -196,6 +198,30 @@ def test_rows_that_cannot_be_had_exactly_are_left_out_and_counted(
         run([bad], specs[huggingface_tokenizer.path])
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("message.content | trim", "other_tokens"),
+        ("raise_exception('no lines') if '\\n' in message.content else message.content", "refused_by_template"),
+    ],
+)
+def test_text_that_the_template_would_not_write_again_is_left_out(
+    content: str,
+    reason: str,
+    sentencepiece_tokenizer: ChatTokenizer,  # noqa: F811
+    sentencepiece_file: Path,  # noqa: F811
+    text: str,  # noqa: F811
+    run: Importer,
+) -> None:
+    """Markers and texts are found, and yet this template makes other tokens of them than the row's."""
+    template = INST_TEMPLATE.replace("message.content", content)
+    (turn,) = text_document(text, 1, 1).turns
+    document = replace(text_document(text, 1, 1), turns=(replace(turn, rejected="Not \n0. "),))
+    row = token_row(DocumentTokenizer(sentencepiece_tokenizer)(document))
+    with pytest.raises(ValueError, match=re.escape(REASONS[reason])):
+        run([row], TokenizerSpec(str(sentencepiece_file), chat_template=template))
+
+
 def test_tokenized_rows_of_another_tokenizer_are_not_guessed(
     sentencepiece_tokenizer: ChatTokenizer,  # noqa: F811
     specs: dict[str, TokenizerSpec],
@@ -302,8 +328,10 @@ def test_a_bad_row_leaves_nothing(tmp_path: Path, run: Importer) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: field 'rejected' is identical"):
         run([good, good | {"rejected": "So."}])
     assert not list((tmp_path / "out").iterdir())
-    with pytest.raises(ValueError, match=r"--output .* is a folder"):
-        import_pairs(ImportOptions((str(tmp_path / "rows.jsonl"),), str(tmp_path / "out")), progress=False)
+    rows = str(tmp_path / "rows.jsonl")
+    for output, message in (("out", r"--output .* is a folder"), ("rows.jsonl/x", r"--output .* cannot be written")):
+        with pytest.raises(ValueError, match=message):
+            import_pairs(ImportOptions((rows,), str(tmp_path / output)), progress=False)
 
 
 def test_only_the_proof_finds_a_template_that_trims(

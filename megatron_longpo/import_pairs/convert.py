@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
 from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
+from megatron_longpo.files import check_writable
 from megatron_longpo.import_pairs.text import SPLIT, SPLIT_UNSURE, WHOLE, split_document
 from megatron_longpo.import_pairs.tokenized import REASONS, NotConvertible, TokenizedConverter
 from megatron_longpo.pair_formats.counting import count_rows
@@ -73,10 +74,7 @@ def import_pairs(options: ImportOptions, progress: bool = True) -> ImportCounts:
     files = input_files(options.inputs)
     if any(file.exists() and Path(options.output).exists() and file.samefile(options.output) for file in files):
         raise ValueError(f"--output {options.output} is one of the files of --input: give another name")
-    if Path(options.output).is_dir():
-        raise ValueError(
-            f"--output {options.output} is a folder: give a file's name, such as {options.output}/pairs.jsonl"
-        )
+    check_writable(options.output, "--output", "pairs.jsonl")
     template = PromptTemplate(options.prompt_template)
     tokenizer = options.tokenizer.load() if options.tokenizer else None
     counts = ImportCounts()

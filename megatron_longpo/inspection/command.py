@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_longpo.data.tokenizer import TokenizerSpec
-from megatron_longpo.files import atomic_writer, temporary_name
+from megatron_longpo.files import atomic_writer, check_writable
 from megatron_longpo.inspection.inspect import InspectOptions, inspect
 from megatron_longpo.inspection.page import html_page
 from megatron_longpo.inspection.pair_text import pair_lines
@@ -37,7 +36,10 @@ def run(arguments: argparse.Namespace, terminal_chars: int, html_chars: int) -> 
         needs_report=arguments.id is None or arguments.html is not None,
     )
     if arguments.html is not None:
-        _check_writable(arguments.html, options.paths)
+        files = find_sources(options.paths).pairs
+        if any(Path(arguments.html).exists() and file.samefile(arguments.html) for file in files):
+            raise ValueError(f"--html {arguments.html} is one of the pairs files: give another name")
+        check_writable(arguments.html, "--html", "report.html")
     inspection = inspect(options)
     # Before anything is printed: `head` may end the printing early.
     if arguments.html is not None:
@@ -54,21 +56,3 @@ def run(arguments: argparse.Namespace, terminal_chars: int, html_chars: int) -> 
         print(line)
     if arguments.html is not None:
         print(f"\nwritten: {arguments.html}")
-
-
-def _check_writable(html: str, paths: Sequence[str]) -> None:
-    """Find out before hours of reading that a page cannot be written."""
-    path = Path(html)
-    if path.is_file() and any(path.samefile(file) for file in find_sources(paths).pairs):
-        raise ValueError(f"--html {html} is one of the pairs files: give another name")
-    if path.is_dir():
-        raise ValueError(f"--html {html} is a folder: give a file's name, such as {path / 'report.html'}")
-    probe = temporary_name(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.touch()
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"--html {html} cannot be written: {error.strerror or error}") from error

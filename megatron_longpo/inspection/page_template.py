@@ -28,8 +28,8 @@ TEMPLATE = """\
 {% endif %}</p>
 {% if tiles and pairs %}
 <nav><a href="#numbers">all pairs</a><a href="#lengths">lengths</a>{% if generation %}<a href="#generation">generation\
-</a>{% endif %}<a href="#pairs">{% if asked_for is not none %}the pairs of {{ asked_for }}{% else %}{{ pairs | length }} \
-to read{% endif %}</a></nav>
+</a>{% endif %}<a href="#pairs">{% if asked_for is not none %}the pairs of {{ asked_for }}{% else %}\
+{{ pairs | length }} to read{% endif %}</a></nav>
 {% endif %}
 {% if tiles %}
 <div class="tiles">

@@ -104,6 +104,9 @@ def test_reports_of_generation_lie_beside_their_pairs(generated: Path, tmp_path:
     (tmp_path / "other" / "report.json").write_text(json.dumps(REPORT))
     both = look(generated, tmp_path / "other").generation
     assert both is not None and both.turns_dropped == {"identical_answers": 20} and both.seconds == 8000
+    twice = look(generated, generated / "pairs.jsonl")
+    assert twice.statistics is not None and twice.statistics.num_documents == 12, "a file is read once"
+    assert twice.generation is not None and twice.generation.documents_read == REPORT["documents"]["read"]
     alone = tmp_path / "alone.jsonl"
     alone.write_text(lines)
     assert look(alone).generation is None

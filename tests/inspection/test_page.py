@@ -60,7 +60,10 @@ def assert_self_contained(content: str) -> None:
     tags = {tag for tag, _ in page.elements}
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & tags
     attributes = {name for _, attributes in page.elements for name in attributes}
-    assert not {"src", "href", "srcset", "action"} & attributes
+    assert not {"src", "srcset", "action"} & attributes
+    names = {attributes.get("id") for _, attributes in page.elements}
+    for _, element in page.elements:
+        assert "href" not in element or str(element["href"]).removeprefix("#") in names, "links lead within the page"
     assert not [name for name in attributes if name.startswith("on")]
     style = content[content.index("<style>") : content.index("</style>")]
     assert not re.search(r"url\(|@import|@font-face", style)
