@@ -61,6 +61,31 @@ def atomic_writer(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
         raise
 
 
+def check_writable(path: str | Path, flag: str, example: str) -> None:
+    """Find out before hours of work that `atomic_writer` could not write a file; creates its folder.
+
+    Args:
+        path: The file.
+        flag: Where it was given, for the message.
+        example: A good name in the place of a folder's.
+
+    Raises:
+        ValueError: It is a folder, or lies where nothing can be written.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: give a file's name, such as {Path(path) / example}")
+    probe = temporary_name(path)
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{flag} {path} cannot be written ({reason}): give a file in another folder") from error
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write one JSON value atomically."""
     with atomic_writer(path) as file:

@@ -11,7 +11,7 @@ Three formats are read and told apart row by row: the project's own (`pair_forma
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from megatron_longpo.pair_formats.document import (
 from megatron_longpo.pair_formats.raw import input_files, raw_rows
 
 __all__ = [
+    "SCHEMA_1",
+    "TOKENIZED",
+    "TRL",
     "Location",
     "Message",
     "PairsError",
@@ -38,9 +41,19 @@ __all__ = [
     "TokenSequence",
     "TokenizedPair",
     "Turn",
+    "read_formats",
     "read_pairs",
     "write_pairs",
 ]
+
+SCHEMA_1, TRL, TOKENIZED = "schema 1", "TRL", "tokenized"
+
+FORMATS: dict[str, Callable[[Mapping[str, Any], Location], PairsRow]] = {
+    SCHEMA_1: schema.parse,
+    TRL: trl.parse,
+    TOKENIZED: tokenized.parse,
+}
+"""What reads a row of each format."""
 
 
 def read_pairs(paths: str | Path | Sequence[str | Path]) -> Iterator[PairsRow]:
@@ -53,31 +66,37 @@ def read_pairs(paths: str | Path | Sequence[str | Path]) -> Iterator[PairsRow]:
         ValueError: A file is missing or empty, or there is no row at all.
         PairsError: A row cannot be used; the message names file, line, field and the fix.
     """
+    return (pair for _, pair in read_formats(paths))
+
+
+def read_formats(paths: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, PairsRow]]:
+    """`read_pairs`, with the name of each row's format before it: a key of `FORMATS`."""
     seen: dict[str, Location] = {}
     for file in input_files([paths] if isinstance(paths, str | Path) else paths):
         for where, row in raw_rows(file):
-            pair = parse_row(row, where)
+            name = format_of(row, where)
+            pair = FORMATS[name](row, where)
             if pair.id in seen:
                 problem = f"is {pair.id!r}, which {seen[pair.id]} already has"
                 raise PairsError(where, "id", problem, "give every document its own id")
             seen[pair.id] = where
-            yield pair
+            yield name, pair
     if not seen:
         raise ValueError(f"--input {paths}: there is not a single pair in it; give at least one")
 
 
-def parse_row(row: Mapping[str, Any], where: Location) -> PairsRow:
-    """One row of any of the formats.
+def format_of(row: Mapping[str, Any], where: Location) -> str:
+    """The name of a row's format, by its fields.
 
     Raises:
-        PairsError: It is of no known format, or breaks its own.
+        PairsError: It is of no known format.
     """
     if "schema" in row:
-        return schema.parse(row, where)
+        return SCHEMA_1
     if "chosen_input_ids" in row or "rejected_input_ids" in row:
-        return tokenized.parse(row, where)
+        return TOKENIZED
     if "chosen" in row and "rejected" in row:
-        return trl.parse(row, where)
+        return TRL
     if "document" in row or "turns" in row:
         raise PairsError(where, "schema", "is missing", f'add "schema": {schema.SCHEMA}')
     fields = ", ".join(map(repr, row)) or "none"

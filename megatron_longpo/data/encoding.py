@@ -43,7 +43,7 @@ class SharedPrefixEncoder:
         return encoded
 
     def _encode_end(self, text: str) -> tuple[Tokens, Offsets, Offsets] | None:
-        shared = _common_prefix_chars(self._text, text)
+        shared = common_prefix_chars(self._text, text)
         if self._encoded is None or shared < 4 * (2 * MARGIN_CHARS + STRETCH_CHARS):
             return None
         ids, starts, ends = self._encoded
@@ -70,7 +70,7 @@ class SharedPrefixEncoder:
         )
 
 
-def _common_prefix_chars(first: str, second: str) -> int:
+def common_prefix_chars(first: str, second: str) -> int:
     """Number of leading characters that two texts share, by bisection: comparing slices runs at memory speed."""
     low, high = 0, min(len(first), len(second))
     while low < high:

@@ -43,18 +43,18 @@ class PromptTemplate:
             if template.count(name) != 1:
                 raise ValueError(f"--prompt-template {template!r} must contain {name} exactly once")
         self.template = template
-        self._document_first = template.index("{document}") < template.index("{instruction}")
-        first, second = ("{document}", "{instruction}") if self._document_first else ("{instruction}", "{document}")
+        self.document_first = template.index("{document}") < template.index("{instruction}")
+        first, second = ("{document}", "{instruction}") if self.document_first else ("{instruction}", "{document}")
         before, _, rest = template.partition(first)
         between, _, after = rest.partition(second)
-        self._parts = (before, between, after)
+        self.parts = (before, between, after)
 
     def fill(self, document: str, instruction: str) -> str:
         """The user's message; a document that needs no instruction (TRL rows) is the message itself."""
         if not instruction:
             return document
-        first, second = (document, instruction) if self._document_first else (instruction, document)
-        before, between, after = self._parts
+        first, second = (document, instruction) if self.document_first else (instruction, document)
+        before, between, after = self.parts
         return f"{before}{first}{between}{second}{after}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class ChatTokenizer(Protocol):
     vocab_size: int
     eos_id: int
     pad_id: int
+    symbol_ids: frozenset[int]
+    """Tokens that are one symbol of the template each, ``<s>`` say; the text between two of them is encoded alone."""
 
     @property
     def hash(self) -> str:
@@ -135,6 +138,7 @@ class HuggingFaceChatTokenizer:
         self.vocab_size = len(self._tokenizer)
         self.eos_id = _first_id(self._tokenizer.eos_token_id)
         self.pad_id = _first_id(self._tokenizer.pad_token_id, self.eos_id)
+        self.symbol_ids = frozenset(self._backend.get_added_tokens_decoder())
 
     def _own_template(self) -> str:
         template = getattr(self._tokenizer, "chat_template", None)
@@ -204,6 +208,7 @@ class SentencePieceChatTokenizer:
         self.eos_id = _first_id(self._model.eos_id())
         self.pad_id = _first_id(self._model.pad_id(), self.eos_id)
         self._symbols = {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self._model.is_control(i)}
+        self.symbol_ids = frozenset(self._symbols.values())
         names = {
             "bos_token": self._model.bos_id(),
             "eos_token": self._model.eos_id(),
@@ -245,7 +250,14 @@ class SentencePieceChatTokenizer:
         return ids, starts, ends
 
     def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
-        return str(self._model.decode([int(token) for token in tokens]))  # never shows control symbols
+        # SentencePiece leaves control symbols out, and the blank before a text behind one: the mirror of `encode`.
+        ids = [int(token) for token in tokens]
+        symbols = [at for at, token in enumerate(ids) if self._model.is_control(token)]
+        parts = []
+        for start, end in itertools.pairwise([-1, *symbols, len(ids)]):
+            parts.append(self._model.decode(ids[start + 1 : end]))
+            parts.append(self._model.id_to_piece(ids[end]) if special and end < len(ids) else "")
+        return "".join(parts)
 
     def _encode_piece(self, text: str, at: int) -> tuple[Tokens, Offsets, Offsets]:
         if not text:

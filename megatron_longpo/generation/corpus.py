@@ -14,6 +14,7 @@ from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_longpo.generation.chunking import draw_chunks
 from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
+from megatron_longpo.pair_formats.counting import count_rows
 from megatron_longpo.pair_formats.fields import kind_of
 from megatron_longpo.pair_formats.raw import TABLE_SUFFIXES, raw_rows
 
@@ -66,19 +67,12 @@ def _is_document(path: Path) -> bool:
 
 def count_documents(settings: GenerationSettings) -> int | None:
     """How many documents there are, if that can be told without reading them all."""
-    total = 0
-    for path in corpus_files(settings.documents):
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # type: ignore[import-untyped]
-
-            total += pyarrow.parquet.ParquetFile(path).metadata.num_rows
-        elif path.suffix == ".jsonl":
-            with open(path, "rb") as file:
-                total += sum(1 for line in file if line.strip())
-        elif path.name.endswith(ROW_SUFFIXES):
-            return settings.max_documents
-        else:
-            total += 1
+    files = corpus_files(settings.documents)
+    with_rows = [path for path in files if path.name.endswith(ROW_SUFFIXES)]
+    rows = count_rows(with_rows)
+    if rows is None:
+        return settings.max_documents
+    total = rows + len(files) - len(with_rows)
     return min(total, settings.max_documents or total)
 
 

@@ -4,7 +4,9 @@
      "chosen": "…", "rejected": "…"}], "provenance": {…}}
 
 ``chunk_span`` counts characters (Unicode code points) of the document, end excluded. ``chunk`` with the text may stand
-instead of it or beside it.
+instead of it or beside it. What other formats have and this one does not ask for is written out, never left out by
+mistake: ``"instruction": null`` where document and chunk end with it already, ``"chunk": null`` where there is no short
+prompt, ``long_context`` and ``short_context`` for messages before the prompts.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_longpo.pair_formats.document import Location, PairsError, PreferenceDocument, Turn
+from megatron_longpo.pair_formats.document import Location, Message, PairsError, PreferenceDocument, Turn
 from megatron_longpo.pair_formats.fields import check_answers, check_known, checked_text, kind_of, text
 
 SCHEMA = 1
 
-_LINE_FIELDS = ("schema", "id", "document", "turns", "provenance")
+_CONTEXTS = ("long_context", "short_context")
+_LINE_FIELDS = ("schema", "id", "document", "turns", "provenance", *_CONTEXTS)
 _TURN_FIELDS = ("chunk_span", "chunk", "instruction", "chosen", "rejected", "provenance")
 
 
@@ -39,43 +42,67 @@ def parse(row: Mapping[str, Any], where: Location) -> PreferenceDocument:
     return PreferenceDocument(
         id=text(row, "id", where),
         document=document,
-        turns=tuple(_turn(turn, document, where, f"turns[{i}]") for i, turn in enumerate(turns)),
+        turns=tuple(_turn(turn, i, document, where) for i, turn in enumerate(turns)),
         provenance=_provenance(row, where, ""),
+        long_context=_context(row, "long_context", where),
+        short_context=_context(row, "short_context", where),
         location=where,
     )
 
 
 def dump(document: PreferenceDocument) -> dict[str, Any]:
     """The row of a document; `parse` gives the document back."""
-    if document.long_context or document.short_context:
-        raise ValueError(f"document {document.id!r} has messages before its prompt, which schema {SCHEMA} cannot hold")
+    contexts = {name: getattr(document, name) for name in _CONTEXTS}
     return {
         "schema": SCHEMA,
         "id": document.id,
         "document": document.document,
+        **{
+            name: [{"role": message.role, "content": message.content} for message in messages]
+            for name, messages in contexts.items()
+            if messages
+        },
         "turns": [_dump_turn(turn) for turn in document.turns],
         "provenance": dict(document.provenance),
     }
 
 
-def _turn(turn: Any, document: str, where: Location, name: str) -> Turn:
+def _turn(turn: Any, number: int, document: str, where: Location) -> Turn:
+    name = f"turns[{number}]"
     if not isinstance(turn, Mapping):
         raise PairsError(where, name, f"is {kind_of(turn)}, not an object", "write every turn as an object")
     path = f"{name}."
     check_known(turn, _TURN_FIELDS, where, path)
     span = _chunk_span(turn["chunk_span"], document, where, f"{path}chunk_span") if "chunk_span" in turn else None
     chunk = checked_text(document[slice(*span)], f"{path}chunk_span", where) if span else None
-    if "chunk" in turn:
+    has_short_prompt = span is not None or "chunk" not in turn or turn["chunk"] is not None
+    if "chunk" in turn and has_short_prompt:
         given = text(turn, "chunk", where, path)
         if chunk is not None and given != chunk:
             raise PairsError(
                 where, f"{path}chunk", "is not the text at 'chunk_span'", "correct one of the two or leave one out"
             )
         chunk = given
-    if chunk is None:
+    elif chunk is None and has_short_prompt:
         raise PairsError(where, f"{path}chunk_span", "is missing", "add it, or the chunk's text as 'chunk'")
-    instruction, chosen, rejected = (text(turn, key, where, path) for key in ("instruction", "chosen", "rejected"))
+    within_prompt = number == 0 and "instruction" in turn and turn["instruction"] is None
+    instruction = "" if within_prompt else text(turn, "instruction", where, path)
+    chosen, rejected = (text(turn, key, where, path) for key in ("chosen", "rejected"))
     return check_answers(Turn(instruction, chosen, rejected, chunk, span, _provenance(turn, where, path)), where, path)
+
+
+def _context(row: Mapping[str, Any], name: str, where: Location) -> tuple[Message, ...]:
+    messages = row.get(name, [])
+    if not isinstance(messages, list):
+        raise PairsError(where, name, f"is {kind_of(messages)}, not a list", "write it as a list of messages")
+    return tuple(_message(message, where, f"{name}[{i}]") for i, message in enumerate(messages))
+
+
+def _message(message: Any, where: Location, name: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise PairsError(where, name, f"is {kind_of(message)}, not an object", 'write {"role": "…", "content": "…"}')
+    check_known(message, ("role", "content"), where, f"{name}.")
+    return Message(text(message, "role", where, f"{name}."), text(message, "content", where, f"{name}."))
 
 
 def _provenance(row: Mapping[str, Any], where: Location, path: str) -> Mapping[str, Any]:
@@ -105,5 +132,5 @@ def _chunk_span(value: Any, document: str, where: Location, name: str) -> tuple[
 def _dump_turn(turn: Turn) -> dict[str, Any]:
     chunk = {"chunk": turn.chunk} if turn.chunk_span is None else {"chunk_span": list(turn.chunk_span)}
     provenance = {"provenance": dict(turn.provenance)} if turn.provenance else {}
-    answers = {"instruction": turn.instruction, "chosen": turn.chosen, "rejected": turn.rejected}
+    answers = {"instruction": turn.instruction or None, "chosen": turn.chosen, "rejected": turn.rejected}
     return {**chunk, **answers, **provenance}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_longpo.data.encoding import SharedPrefixEncoder, _common_prefix_chars
+from megatron_longpo.data.encoding import SharedPrefixEncoder, common_prefix_chars
 from megatron_longpo.data.tokenizer import ChatTokenizer
 
 
@@ -69,6 +69,6 @@ def test_text_that_changes_in_the_middle(tokenizer: ChatTokenizer, text: str) ->
 @given(st.text(max_size=30), st.text(max_size=5), st.text(max_size=5))
 def test_common_prefix_by_bisection(shared: str, first: str, second: str) -> None:
     one, other = shared + first, shared + second
-    length = _common_prefix_chars(one, other)
+    length = common_prefix_chars(one, other)
     assert one[:length] == other[:length]
     assert length == min(len(one), len(other)) or one[length] != other[length]

@@ -71,7 +71,7 @@ def test_sentencepiece_control_symbols_become_their_ids(sentencepiece_tokenizer:
     ids, starts, ends = sentencepiece_tokenizer.encode("<s>Hi✓</s>")
     assert ids[0] == 1 and ids[-1] == 2 == sentencepiece_tokenizer.eos_id
     assert (starts[0], ends[0], starts[-1], ends[-1]) == (0, 3, 6, 10)
-    assert sentencepiece_tokenizer.decode(ids) == "Hi✓"
+    assert sentencepiece_tokenizer.decode(ids) == "<s>Hi✓</s>" and sentencepiece_tokenizer.decode(ids[1:-1]) == "Hi✓"
     inner = sentencepiece_tokenizer.encode("Hi✓")
     assert ids[1:-1].tolist() == inner[0].tolist()
     assert (starts[1:-1] - 3).tolist() == inner[1].tolist()

@@ -81,6 +81,14 @@ def test_spans_count_characters_not_bytes() -> None:
         (with_turn(chunk_span=[False, 4]), "two whole numbers"),
         (with_turn(chunk_span="4-8"), r"write \[start_char, end_char\]"),
         (with_turn(chunk_span=None), "two whole numbers"),
+        (with_turn(instruction=None), r"field 'turns\[1\]\.instruction' is null"),
+        (with_turn(instruction=""), r"field 'turns\[1\]\.instruction' is empty"),
+        (row(turns=[without(row()["turns"][0], "instruction")]), "instruction' is missing"),
+        (with_turn(chunk=None), r"field 'turns\[1\]\.chunk' is null"),
+        (row(long_context="Be brief."), "field 'long_context' is a string, not a list"),
+        (row(long_context=["Be brief."]), r"field 'long_context\[0\]' is a string, not an object"),
+        (row(short_context=[{"role": "system"}]), r"field 'short_context\[0\]\.content' is missing"),
+        (row(short_context=[{"role": "system", "content": "x", "name": "y"}]), r"short_context\[0\]\.name' is unknown"),
         (with_turn(chunk="other"), "is not the text at 'chunk_span'"),
         (with_turn(chunk_spam=[1, 2]), r"'turns\[1\]\.chunk_spam' is unknown; did you mean 'turns\[1\]\.chunk_span'"),
         (row(turns=[without(row()["turns"][0], "chunk_span")]), "'chunk_span' is missing|chunk_span' is missing"),
@@ -91,8 +99,13 @@ def test_what_breaks_the_schema_is_named(bad: dict[str, Any], message: str) -> N
         schema.parse(bad, HERE)
 
 
-def test_messages_before_the_prompt_do_not_fit_the_schema() -> None:
+def test_what_other_formats_have_is_written_out() -> None:
+    """Prompts that hold their instruction, no short prompt, messages before the prompts: nothing is lost."""
     turn = Turn("", "yes", "no", None)
-    document = PreferenceDocument("id", "prompt", (turn,), long_context=(Message("system", "x"),))
-    with pytest.raises(ValueError, match="'id' has messages before its prompt"):
-        schema.dump(document)
+    context = (Message("system", "x"), Message("user", "hi"), Message("assistant", "ho"))
+    document = PreferenceDocument("id", "prompt", (turn,), long_context=context, short_context=context[:1])
+    dumped = schema.dump(document)
+    assert dumped["turns"][0]["instruction"] is None and dumped["turns"][0]["chunk"] is None
+    assert dumped["short_context"] == [{"role": "system", "content": "x"}]
+    assert schema.parse(dumped, HERE) == document
+    assert not {"long_context", "short_context"} & set(schema.dump(schema.parse(row(), HERE)))

@@ -1,0 +1,100 @@
+"""Pairs and report in the terminal."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_longpo.inspection.inspect import InspectOptions, inspect
+from megatron_longpo.inspection.pair_text import pair_lines
+from megatron_longpo.inspection.plain_text import num_cells, printable, shortened, wrap
+from megatron_longpo.inspection.report_text import duration, report_lines
+from megatron_longpo.inspection.terminal import Terminal, bar, place
+from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
+
+
+@given(st.text(max_size=80), st.integers(2, 30))
+def test_wrapped_lines_fit_and_lose_nothing_but_blanks(text: str, width: int) -> None:
+    text = printable(text)
+    lines = wrap(text, width)
+    assert all(num_cells(line) <= width for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+
+
+def test_wrapping_keeps_indents_and_counts_cells() -> None:
+    assert wrap("    code here\n\nand text", 9) == ["    code", "here", "", "and text"]
+    assert wrap("長い文書です", 4) == ["長い", "文書", "です"]
+    assert wrap("abcdefgh", 3) == ["abc", "def", "gh"]
+    assert num_cells("e\u0301長") == 3
+
+
+def test_a_document_cannot_command_the_terminal() -> None:
+    assert printable("\x1b[2Jx\x00\r\n\ty\x9b\u202e") == "\u241b[2Jx\u2400\n    y\ufffd\ufffd"
+
+
+def test_long_texts_lose_their_middle() -> None:
+    assert shortened("abcdefghij", 6) == ("abcd", 4, "ij")
+    assert shortened("abc", 3) == ("abc", 0, "")
+    head, left_out, tail = shortened("x" * 1000, 1)
+    assert (len(head), left_out, len(tail)) == (1, 999, 0)
+
+
+def test_bars_and_places() -> None:
+    assert (bar(0, 8), bar(0.001, 8), bar(0.5, 8), bar(1, 8)) == ("", "▏", "████", "████████")
+    assert place(0, 0.001, 10) == "█·········" and place(0.999, 1, 10) == "·········█" and place(0, 1, 4) == "████"
+    assert place(0.5, 0.75, 8) == "····██··"
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colours_are_for_terminals_that_want_them() -> None:
+    assert Terminal.of(Tty(), {}).has_colour
+    assert not Terminal.of(Tty(), {"NO_COLOR": "1"}).has_colour
+    assert not Terminal.of(Tty(), {"TERM": "dumb"}).has_colour
+    assert not Terminal.of(io.StringIO(), {}).has_colour
+    assert "\033" not in Terminal(80, False).paint("x", "bold") and "\033" in Terminal(80, True).paint("x", "bold")
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_pairs_stand_side_by_side_where_there_is_room(tmp_path: Path, width: int) -> None:
+    document = "The long document, part one.\n\nPart two \x1b[31m."
+    turn = Turn("What is\nthis?", "Chosen " * 30, "拒否 " * 30, document[4:17], (4, 17))
+    write_pairs(tmp_path / "pairs.jsonl", [PreferenceDocument("one", document, (turn,))])
+    inspection = inspect(InspectOptions((str(tmp_path),)), progress=False)
+    (view,) = inspection.views
+    lines = list(pair_lines(view, Terminal(width), 10_000))
+    assert all(num_cells(line) <= width for line in lines), [line for line in lines if num_cells(line) > width]
+    assert "\x1b" not in "".join(lines)
+    both = [line for line in lines if "Chosen" in line and "拒否" in line]
+    assert bool(both) == (width >= 80)
+    assert len({num_cells(line.split("│")[0]) for line in both}) <= 1, "the columns are straight"
+    assert any("long document" in line for line in lines) and "similarity 0.00" in lines[-1]
+    shown = "\n".join(pair_lines(view, Terminal(width), 20))
+    assert "[… 190 characters …]" in shown
+
+
+def test_the_report_names_every_number(generated: Path) -> None:
+    inspection = inspect(InspectOptions((str(generated),)), progress=False)
+    report = "\n".join(report_lines(inspection, Terminal(100)))
+    for line in (
+        "documents                     12  (12 schema 1)",
+        "pairs                         30",
+        "documents dropped, by reason",
+        "no pairs left",
+        "identical answers",
+        "time                          1 h 7 min",
+    ):
+        assert line in report
+    assert "\033" not in report
+    assert "\033" in "\n".join(report_lines(inspection, Terminal(100, has_colour=True)))
+
+
+def test_times_are_said_as_people_do() -> None:
+    assert [duration(s) for s in (0.4, 75, 725, 12_000)] == ["0 s", "75 s", "12 min", "3 h 20 min"]
