@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_longpo.pairs import read_pairs
-from tests.generation.conftest import LENGTHS, NUM_DOCUMENTS, corpus  # noqa: F401
 from tests.data.conftest import huggingface_folder, text  # noqa: F401
+from tests.generation.conftest import LENGTHS, NUM_DOCUMENTS, corpus  # noqa: F401
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "examples" / "slurm" / "generate_pairs.sbatch"
