@@ -9,10 +9,8 @@ OUTPUT/work/            settings.json, and a folder of every task with its state
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,13 @@ from tqdm import tqdm
 from megatron_longpo.files import atomic_writer, exclusive_lock, write_json
 from megatron_longpo.generation.corpus import corpus_files, read_corpus
 from megatron_longpo.generation.prompts import prompt_writer
+from megatron_longpo.generation.report import REPORT, GenerationReport
 from megatron_longpo.generation.rollout import Outcome
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.store import WORK, finished_mark, read_outcomes, store_file
 from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
 
-PAIRS, REPORT, TIMINGS = "pairs.jsonl", "report.json", "timings.jsonl"
+PAIRS, TIMINGS = "pairs.jsonl", "timings.jsonl"
 SCHEMA = 1
 
 
@@ -72,69 +71,7 @@ def prepare_output(settings: GenerationSettings) -> None:
         )
 
 
-@dataclass
-class Report:
-    """What became of documents and turns."""
-
-    documents_read: int = 0
-    documents_with_pairs: int = 0
-    documents_dropped: Counter[str] = field(default_factory=Counter)
-    turns_planned: int = 0
-    turns_kept: int = 0
-    turns_dropped: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, outcome: Outcome, seconds: float) -> None:
-        """Count a document."""
-        self.documents_read += 1
-        self.documents_with_pairs += bool(outcome.turns)
-        if outcome.dropped:
-            self.documents_dropped[outcome.dropped] += 1
-        self.turns_planned += outcome.num_planned
-        self.turns_kept += len(outcome.turns)
-        self.turns_dropped += outcome.dropped_turns
-        self.prompt_tokens += outcome.prompt_tokens
-        self.completion_tokens += outcome.completion_tokens
-        self.seconds += seconds
-
-    def to_dict(self, settings: GenerationSettings) -> dict[str, Any]:
-        """The content of report.json; ``seconds`` is summed over documents, which overlap in time."""
-        return {
-            "schema": SCHEMA,
-            "settings": settings.content(),
-            "documents": {
-                "read": self.documents_read,
-                "with_pairs": self.documents_with_pairs,
-                "dropped": dict(self.documents_dropped.most_common()),
-            },
-            "turns": {
-                "planned": self.turns_planned,
-                "kept": self.turns_kept,
-                "dropped": dict(self.turns_dropped.most_common()),
-            },
-            "tokens": {"prompt": self.prompt_tokens, "completion": self.completion_tokens},
-            "seconds": round(self.seconds, 3),
-        }
-
-    def table(self) -> str:
-        """For the terminal."""
-        rows: list[tuple[str, int]] = [
-            ("documents read", self.documents_read),
-            ("documents with pairs", self.documents_with_pairs),
-            *((f"  dropped: {name.replace('_', ' ')}", n) for name, n in self.documents_dropped.most_common()),
-            ("turns tried", self.turns_planned),
-            ("turns kept", self.turns_kept),
-            *((f"  dropped: {name.replace('_', ' ')}", n) for name, n in self.turns_dropped.most_common()),
-            ("tokens of prompts", self.prompt_tokens),
-            ("tokens of answers", self.completion_tokens),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {value:>16,}" for name, value in rows)
-
-
-def write_results(settings: GenerationSettings) -> Report:
+def write_results(settings: GenerationSettings) -> GenerationReport:
     """Write the three files, once every task is finished.
 
     Raises:
@@ -142,15 +79,15 @@ def write_results(settings: GenerationSettings) -> Report:
     """
     folder = Path(settings.output)
     complaint = f"--output {folder}: another process is writing the results there; wait for it"
-    report = Report()
+    report = GenerationReport()
     with exclusive_lock(folder / WORK / "results.lock", complaint), ExitStack() as opened:
         timings = opened.enter_context(atomic_writer(folder / TIMINGS))
         write_pairs(folder / PAIRS, _documents(settings, report, timings))
-        write_json(folder / REPORT, report.to_dict(settings))
+        write_json(folder / REPORT, report.to_dict(settings.content()))
     return report
 
 
-def _documents(settings: GenerationSettings, report: Report, timings: Any) -> Iterator[PreferenceDocument]:
+def _documents(settings: GenerationSettings, report: GenerationReport, timings: Any) -> Iterator[PreferenceDocument]:
     outcomes = [_outcomes(settings, task) for task in range(settings.num_tasks)]
     bar = tqdm(read_corpus(settings), desc="writing", unit="document", disable=not settings.progress, delay=5)
     for document in bar:

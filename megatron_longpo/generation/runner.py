@@ -135,6 +135,7 @@ class PairsRunner(InferenceRunner):
     def _planned(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Documents without an outcome, measured and cut into chunks; runs in a thread beside the requests."""
         unfinished = self._unfinished(documents)
+        plans: Iterable[DocumentPlan]
         if self._planner is not None:
             plans = map(self._planner, unfinished)
         else:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from megatron_longpo.data.tokenize import PromptTemplate
 from megatron_longpo.data.tokenizer import TokenizerSpec
+from megatron_longpo.generation.report import GenerationReport, read_reports
 from megatron_longpo.import_pairs.text import split_document
-from megatron_longpo.inspection.generation_report import GenerationReport, read_reports
 from megatron_longpo.inspection.lengths import Ruler
 from megatron_longpo.inspection.sample import Sample
 from megatron_longpo.inspection.source import find_sources

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from megatron_longpo.inspection.generation_report import GenerationReport, in_words
+from megatron_longpo.generation.report import GenerationReport, in_words
 from megatron_longpo.inspection.inspect import Inspection
 from megatron_longpo.inspection.numbers import Histogram, histogram
 from megatron_longpo.inspection.page_template import TEMPLATE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from megatron_longpo.inspection.generation_report import GenerationReport, in_words
+from megatron_longpo.generation.report import GenerationReport, in_words
 from megatron_longpo.inspection.inspect import Inspection
 from megatron_longpo.inspection.numbers import counts_between
 from megatron_longpo.inspection.statistics import NUM_PARTS, PairStatistics

@@ -1,4 +1,4 @@
-"""What generation says of its own work: `report.json` beside the pairs that it wrote."""
+"""What the making of pairs says of its own work: `report.json` beside the pairs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_longpo.generation.rollout import Outcome
+
 SCHEMA = 1
-NAME = "report.json"
+REPORT = "report.json"
 
 
 @dataclass
@@ -26,7 +28,7 @@ class GenerationReport:
         turns_dropped: The others, by reason.
         prompt_tokens: Tokens the model read.
         completion_tokens: Tokens the model wrote.
-        seconds: Wall time.
+        seconds: Summed over documents, which overlap in time.
     """
 
     documents_read: int = 0
@@ -38,6 +40,53 @@ class GenerationReport:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+
+    def add(self, outcome: Outcome, seconds: float) -> None:
+        """Count a document."""
+        self.documents_read += 1
+        self.documents_with_pairs += bool(outcome.turns)
+        if outcome.dropped:
+            self.documents_dropped[outcome.dropped] += 1
+        self.turns_planned += outcome.num_planned
+        self.turns_kept += len(outcome.turns)
+        self.turns_dropped += outcome.dropped_turns
+        self.prompt_tokens += outcome.prompt_tokens
+        self.completion_tokens += outcome.completion_tokens
+        self.seconds += seconds
+
+    def to_dict(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The content of report.json, with the settings that decided the content of the pairs."""
+        return {
+            "schema": SCHEMA,
+            "settings": dict(settings),
+            "documents": {
+                "read": self.documents_read,
+                "with_pairs": self.documents_with_pairs,
+                "dropped": dict(self.documents_dropped.most_common()),
+            },
+            "turns": {
+                "planned": self.turns_planned,
+                "kept": self.turns_kept,
+                "dropped": dict(self.turns_dropped.most_common()),
+            },
+            "tokens": {"prompt": self.prompt_tokens, "completion": self.completion_tokens},
+            "seconds": round(self.seconds, 3),
+        }
+
+    def table(self) -> str:
+        """For the terminal."""
+        rows: list[tuple[str, int]] = [
+            ("documents read", self.documents_read),
+            ("documents with pairs", self.documents_with_pairs),
+            *((f"  dropped: {in_words(name)}", count) for name, count in self.documents_dropped.most_common()),
+            ("turns tried", self.turns_planned),
+            ("turns kept", self.turns_kept),
+            *((f"  dropped: {in_words(name)}", count) for name, count in self.turns_dropped.most_common()),
+            ("tokens of prompts", self.prompt_tokens),
+            ("tokens of answers", self.completion_tokens),
+        ]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value:>16,}" for name, value in rows)
 
 
 def read_reports(files: Sequence[Path]) -> GenerationReport | None:
