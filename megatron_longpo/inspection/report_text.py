@@ -91,7 +91,7 @@ def _generation(report: GenerationReport, terminal: Terminal) -> Iterator[str]:
         ("pairs kept", f"{report.turns_kept:,}"),
         ("tokens read by the model", f"{report.prompt_tokens:,}"),
         ("tokens written by the model", f"{report.completion_tokens:,}"),
-        ("time", duration(report.seconds)),
+        ("a document, mean", duration(report.seconds / max(report.documents_read, 1))),
     ]
     yield from (f"{name:<30}{value}" for name, value in rows)
     for title, dropped in (("documents dropped", report.documents_dropped), ("pairs dropped", report.turns_dropped)):
