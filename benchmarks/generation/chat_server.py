@@ -60,17 +60,27 @@ class ChatServer:
     in_flight: int = 0
     most_in_flight: int = 0
     keep_prompts: bool = False
+    first_s: float = 0.0
+    last_s: float = 0.0
+    busy_s: float = 0.0
     _first_seen: dict[str, float] = field(default_factory=dict)
 
     def application(self) -> web.Application:
         """The routes."""
         app = web.Application(client_max_size=1 << 30)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/occupation", self._occupation)
         app.router.add_post("/v1/chat/completions", self._chat)
         return app
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"object": "list", "data": [{"id": self.model}]})
+
+    async def _occupation(self, request: web.Request) -> web.StreamResponse:
+        """How many requests it had in work, on average from its first to its last."""
+        seconds = self.last_s - self.first_s
+        answered = self.answered.total()
+        return web.json_response({"answered": answered, "seconds": seconds, "mean": self.busy_s / seconds})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         payload = json.loads(await request.read())
@@ -98,9 +108,12 @@ class ChatServer:
             return await self._fail(request, self.faults[number // self.fault_every % len(self.faults)])
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.first_s = self.first_s or now
         await asyncio.sleep(self.latency_s)
         self.in_flight -= 1
         self.answered[digest] += 1
+        self.last_s = asyncio.get_running_loop().time()
+        self.busy_s += self.last_s - now
         return web.json_response(_reply(prompt, digest))
 
     async def _fail(self, request: web.Request, fault: str) -> web.StreamResponse:

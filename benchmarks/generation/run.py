@@ -1,8 +1,8 @@
 """What making pairs costs besides the model: the pipeline's own overhead, and what one prefill for n turns saves.
 
 **Overhead.** The pipeline runs against a real HTTP server in a process of its own that answers every request after a
-fixed time. With C requests in flight all the time, R requests of T seconds take R·T/C seconds; what the run takes
-longer is overhead, filling and draining included. The time ends when the last outcome is stored.
+fixed time, and counts how many it has in work. With all slots filled all the time nothing is lost; what is missing is
+overhead: of the pipeline, of HTTP on both sides, and of filling and draining at both ends of the run.
 
 **Shared prefill.** The embedded engine answers n instructions about one document, once together and once one by one.
 """
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,10 +32,9 @@ from benchmarks.generation.documents import train_tokenizer, write_documents
 from megatron_longpo.files import write_json
 from megatron_longpo.generation.logs import log_to
 from megatron_longpo.generation.output import prepare_output
-from megatron_longpo.generation.runner import PairsRunner, run_task
+from megatron_longpo.generation.runner import run_task
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.shared_prefill import Sampling, generate
-from megatron_longpo.generation.store import WORK, read_outcomes, store_file
 
 _VOCAB = 4096
 
@@ -107,31 +107,15 @@ def overhead(case: OverheadCase) -> dict[str, Any]:
         )
         prepare_output(settings)
         log_to(folder / "log")
-        seconds = _seconds_of_asking(settings)
-        outcomes = [outcome for outcome, _ in read_outcomes(store_file(folder / "pairs" / WORK, 0))]
-    # A pool and two answers a turn; nothing was dropped or asked again, or the count would be wrong.
-    num_requests = 3 * sum(len(outcome.turns) for outcome in outcomes)
-    if len(outcomes) != case.num_documents or any(outcome.dropped_turns for outcome in outcomes):
-        raise RuntimeError("turns were dropped, so the number of requests is not known")
-    ideal = num_requests * case.latency_ms / 1000 / case.concurrency
-    return {"num_requests": num_requests, "seconds": seconds, "ideal_seconds": ideal, "overhead": 1 - ideal / seconds}
-
-
-def _seconds_of_asking(settings: GenerationSettings) -> float:
-    taken: list[float] = []
-    run_async = PairsRunner.run_async
-
-    async def timed(self: PairsRunner, *arguments: Any) -> None:
-        started = time.perf_counter()
-        await run_async(self, *arguments)
-        taken.append(time.perf_counter() - started)
-
-    PairsRunner.run_async = timed
-    try:
         run_task(settings)
-    finally:
-        PairsRunner.run_async = run_async
-    return taken[0]
+        with urllib.request.urlopen(url.removesuffix("/v1") + "/occupation") as response:
+            occupation = json.load(response)
+    mean = occupation["mean"]
+    return {
+        "num_requests": occupation["answered"],
+        "mean_in_flight": mean,
+        "overhead": 1 - mean / case.concurrency,
+    }
 
 
 @contextmanager
@@ -186,8 +170,8 @@ def _table(result: dict[str, Any]) -> str:
     one, two = result["overhead"], result["shared_prefill"]
     return "\n".join(
         (
-            f"{one['num_requests']:,} requests of {one['latency_ms']:g} ms, {one['concurrency']} in flight: "
-            f"{one['overhead']:.1%} of the time is the pipeline's own (target: under 5 %)",
+            f"{one['num_requests']:,} requests of {one['latency_ms']:g} ms: {one['mean_in_flight']:.1f} of "
+            f"{one['concurrency']} in flight on average, {one['overhead']:.1%} of the time lost (target: under 5 %)",
             f"{two['num_turns']} turns of one document of {two['document_tokens']:,} tokens: one prefill for all makes "
             f"them {two['times_faster']:.2f}x as fast",
             json.dumps({key: result[key] for key in ("date", "machine", "versions", "commit")}),
