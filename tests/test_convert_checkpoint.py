@@ -76,9 +76,12 @@ def test_verify_finds_a_single_bit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert table[-1] == "DIFFERENT"
 
 
-def test_verify_compares_logits_of_a_split_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["llama3.1", pytest.param("mistral-v0.1", marks=pytest.mark.slow)])
+def test_verify_compares_logits_of_a_split_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     hf, megatron = str(tmp_path / "hf"), str(tmp_path / "megatron")
-    save_random_model(tmp_path / "hf", "llama3.1", torch.bfloat16)
+    save_random_model(tmp_path / "hf", name, torch.bfloat16)
     # The checkpoint's own RoPE counts on both sides.
     main(["hf-to-megatron", "--hf-model", hf, "--save", megatron, "--rotary-base", "1e6"])
     capsys.readouterr()

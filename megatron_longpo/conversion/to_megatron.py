@@ -11,7 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from tqdm import tqdm
 
-from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.config import ModelConfig, RunConfig, Window
 from megatron_longpo.conversion.families import Weight
 from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.hf_weights import HFWeights
@@ -37,19 +37,20 @@ def convert_to_megatron(
     params_dtype: str | None = None,
     rotary_base: float | None = None,
     max_position_embeddings: int | None = None,
+    window_size: Window | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> RunConfig:
     """Write ``SAVE/release`` and the tracker file that names it.
 
     Weights keep their bits unless ``params_dtype`` asks for another type. The checkpoint records the model's shape as
-    the trainer's flags, and the original RoPE base as that of the reference model.
+    the trainer's flags, and the original RoPE base and window as those of the reference model.
 
     Args:
         hf_model: The folder to convert.
         save: Must be empty or absent, unless ``overwrite``.
         params_dtype: ``bf16``, ``fp32``, or None for that of the files.
-        rotary_base, max_position_embeddings: Replace those of config.json.
+        rotary_base, max_position_embeddings, window_size: Replace those of config.json.
         overwrite: Replace an earlier conversion.
         show_progress: Show a progress bar of bytes.
 
@@ -64,7 +65,9 @@ def convert_to_megatron(
         source.model,
         rotary_base=rotary_base or source.model.rotary_base,
         max_position_embeddings=max_position_embeddings or source.model.max_position_embeddings,
+        window_size=source.model.window_size if window_size is None else window_size,
     )
+    source.family.refuse_window(model)
     with HFWeights(hf_model) as files:
         weights = planned_weights(source.family, model, files)
         dtype = _stored_dtype(files, weights, params_dtype)
@@ -72,6 +75,7 @@ def convert_to_megatron(
             {
                 **_flags_of(model),
                 "reference_rotary_base": source.model.rotary_base,
+                "reference_window_size": source.model.window_size,
                 "bf16": dtype == torch.bfloat16,
             }
         )

@@ -31,6 +31,10 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     # The positions matter: a rotary embedding without the model's scaling could not pass.
     near = hf_logits(model, tokens, torch.arange(len(tokens)))
     assert (near - expected).abs().max() > 1
+    # So does the window.
+    if name == "mistral-v0.1":
+        model.config.sliding_window = 17
+        assert (hf_logits(model, tokens, positions) - expected).abs().max() > 0.1
 
 
 def test_bf16_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
