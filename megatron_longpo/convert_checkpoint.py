@@ -187,10 +187,10 @@ def tensor_table(rows: Sequence[TensorRow]) -> str:
 
 def logits_table(rows: Sequence[LogitsRow], tolerance: float) -> str:
     """The comparison of logits as text."""
-    lines = [("logits in fp32", "max |difference|", "tolerance", "max |logit|", "same argmax")]
-    lines += [
-        (r.sizes, f"{r.largest:.3g}", f"{tolerance:g}", f"{r.largest_logit:.3g}", f"{r.same_argmax:.1%}") for r in rows
-    ]
+    lines = [("logits in fp32", "tokens", "max |difference|", "tolerance", "max |logit|", "same argmax")]
+    for row in rows:
+        numbers = (f"{row.largest:.3g}", f"{tolerance:g}", f"{row.largest_logit:.3g}", f"{row.same_argmax:.1%}")
+        lines.append((row.sizes, str(row.num_tokens), *numbers))
     return _table(lines)
 
 

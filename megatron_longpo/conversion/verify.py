@@ -48,6 +48,7 @@ class LogitsRow:
     """Logits of random tokens at one pair of parallel sizes, against transformers', both computed in fp32."""
 
     sizes: str
+    num_tokens: int
     largest: float
     largest_logit: float
     same_argmax: float
@@ -117,7 +118,7 @@ def compare_logits(hf_model: str | Path, megatron: str | Path, sizes: Sequence[s
             _run_split(stored.checkpoint, tp, pp, inputs, output)
             found = torch.load(output, weights_only=True)
             same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-            yield LogitsRow(text, (found - expected).abs().max().item(), expected.abs().max().item(), same)
+            yield LogitsRow(text, len(found), (found - expected).abs().max().item(), expected.abs().max().item(), same)
 
 
 def parse_sizes(text: str) -> tuple[int, int]:

@@ -7,9 +7,10 @@ the branches:
 
 A prefix or a branch is a *segment*. A token attends causally inside its own segment, and a branch token also to the
 whole prefix of its document; nothing else. Positions count from 0 in every prefix, and every branch of a document
-starts at the prefix's length. A model with a sliding window sees no farther back than that many positions. Every segment is padded at its end so that it splits into ``2 * cp`` equal chunks, of
-which context-parallel rank r holds chunks r and ``2 * cp - 1 - r`` (zigzag: all ranks do equal attention work).
-Padding is known here and nowhere else: attention, loss and counts see only the ``num_tokens`` of each segment.
+starts at the prefix's length. A model with a sliding window sees no farther back than that many positions. Every
+segment is padded at its end so that it splits into ``2 * cp`` equal chunks, of which context-parallel rank r holds
+chunks r and ``2 * cp - 1 - r`` (zigzag: all ranks do equal attention work). Padding is known here and nowhere else:
+attention, loss and counts see only the ``num_tokens`` of each segment.
 """
 
 from __future__ import annotations

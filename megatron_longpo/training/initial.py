@@ -22,9 +22,9 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     """The run with the model's shape that its checkpoint gives (``--load-hf``, ``--use-checkpoint-args``)."""
     settings = config.checkpoint
     if settings.load_hf is not None:
-        folder = read_hf_folder(settings.load_hf)
-        config = config.with_model(folder.model, f"--load-hf {settings.load_hf}")
-        folder.family.refuse_window(config.model)
+        source = read_hf_folder(settings.load_hf)
+        config = config.with_model(source.model, f"--load-hf {settings.load_hf}")
+        source.family.refuse_window(config.model)
         return config
     if settings.use_checkpoint_args:
         # The model to start from comes first: its RoPE base is the reference's, --load's may have been changed since.
@@ -44,9 +44,7 @@ def _with_saved(config: RunConfig, checkpoint: Path) -> RunConfig:
     if checkpoint.parent == Path(config.checkpoint.load or ""):
         # A run that resumes keeps the reference that it began with.
         kept = {
-            name: getattr(saved.objective, name)
-            for name in OF_REFERENCE
-            if getattr(config.objective, name) is None
+            name: getattr(saved.objective, name) for name in OF_REFERENCE if getattr(config.objective, name) is None
         }
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **kept))
     return config.with_model(saved.model, str(checkpoint))

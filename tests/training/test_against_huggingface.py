@@ -38,7 +38,7 @@ CASES = {
     "longpo, window dropped": ["--objective=longpo", *PREFERENCE, *SHORT, "--window-size=full"],
 }
 WINDOWS = {"longpo, window": (9, 9), "longpo, window dropped": (None, 9)}
-"""Windows of policy and reference: shorter than documents, conversations and short prompts, longer than most answers."""
+"""Windows of policy and reference, shorter than every document."""
 
 
 def huggingface_model(rotary_base: float, window: int | None = None) -> Any:
@@ -146,8 +146,8 @@ def compare(rank: int, name: str, data: str, folder: str) -> dict[str, Any]:
     huggingface_model(ROTARY_BASE, reference_window).save_pretrained(start)
     policy = huggingface_model(ROTARY_BASE, window)
     fixed = ["--global-batch-size=4", "--train-iters=1", "--split=100,0", "--seq-length=512", "--num-workers=0"]
-    # Another reference model than that of the other cases.
-    fixed += [f"--reference-dir={Path(folder).parent / 'windowed'}"] if name in WINDOWS else []
+    # Another reference model than that of the other cases, computed in each.
+    fixed += [f"--reference-dir={folder}"] if name in WINDOWS else []
     fixed += ["--progress-bar=off", "--logits-chunk-tokens=17", f"--load-hf={start}", f"--data-path={data}"]
     config = with_initial_model(parse_arguments([*fixed, *flags]))
     config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
