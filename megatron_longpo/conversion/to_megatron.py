@@ -18,13 +18,10 @@ from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.plan import planned_weights
 from megatron_longpo.conversion.target import check_target, filled_folder
 from megatron_longpo.conversion.torch_dist_writer import LazyTensor, write_tensors
-from megatron_longpo.training.checkpoint import RUN_FILE, TRACKER
+from megatron_longpo.training.checkpoint import RELEASE, RUN_FILE, TRACKER
 
 PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """What ``--params-dtype`` can ask for."""
-
-_RELEASE = "release"
-"""Megatron-LM's name for a checkpoint that no training step made."""
 
 _WITH_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "q_layernorm", "k_layernorm", "final_layernorm")
 """Modules whose (empty) extra state Megatron asks a checkpoint for; the norms' under Transformer Engine only."""
@@ -84,10 +81,10 @@ def convert_to_megatron(
         _refuse_training_run(Path(save))
         check_target(save, num_bytes, overwrite)
         with (
-            filled_folder(save, stale=[_RELEASE], last=TRACKER) as folder,
+            filled_folder(save, stale=[RELEASE], last=TRACKER) as folder,
             tqdm(total=num_bytes, desc="converting", unit="B", unit_scale=True, disable=not show_progress) as progress,
         ):
-            release = folder / _RELEASE
+            release = folder / RELEASE
             release.mkdir()
             write_tensors(release, tensors, set(_state_names(weights, model.num_layers)), progress.update)
             common = {"args": Namespace(**config.to_flat_dict()), "checkpoint_version": 3.0, "iteration": 0}
@@ -95,7 +92,7 @@ def convert_to_megatron(
             config.dump_yaml(release / RUN_FILE)
             # Megatron takes a folder with this file for a checkpoint.
             save_config(CheckpointingConfig("torch_dist"), str(release))
-            (folder / TRACKER).write_text(_RELEASE)
+            (folder / TRACKER).write_text(RELEASE)
     return config
 
 

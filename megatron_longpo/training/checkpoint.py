@@ -38,6 +38,9 @@ from megatron_longpo.training.distributed import is_rank_0
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_FILE = "run.yaml"
+RELEASE = "release"
+"""Megatron-LM's name for a checkpoint that no training step made."""
+
 OF_REFERENCE = ("reference_rotary_base", "reference_window_size")
 """Flags by which the reference model may differ from the policy; a run that resumes keeps them."""
 
@@ -80,12 +83,12 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     if not tracker.exists():
         return None
     text = tracker.read_text().strip()
-    if text == "release":
-        found = folder / "release"
+    if text == RELEASE:
+        found = folder / RELEASE
     elif text.isdigit():
         found = iteration_folder(folder, int(text))
     else:
-        raise ValueError(f"{tracker}: expected an iteration number or 'release', got {text!r}")
+        raise ValueError(f"{tracker}: expected an iteration number or {RELEASE!r}, got {text!r}")
     if not dist_checkpointing.check_is_distributed_checkpoint(str(found)):
         raise ValueError(
             f"{tracker} names {found.name}, but {found} is not a torch_dist checkpoint; write the iteration of a "

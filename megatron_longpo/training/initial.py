@@ -10,6 +10,7 @@ from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.load import load_hf_weights
 from megatron_longpo.training.checkpoint import (
     OF_REFERENCE,
+    RELEASE,
     TRACKER,
     Checkpointer,
     Progress,
@@ -41,8 +42,8 @@ def with_initial_model(config: RunConfig) -> RunConfig:
 
 def _with_saved(config: RunConfig, checkpoint: Path) -> RunConfig:
     saved = saved_config(checkpoint)
-    if checkpoint.parent == Path(config.checkpoint.load or ""):
-        # A run that resumes keeps the reference that it began with.
+    if checkpoint.parent == Path(config.checkpoint.load or "") or checkpoint.name == RELEASE:
+        # A run that resumes keeps the reference that it began with, and a converted model what it was before.
         kept = {
             name: getattr(saved.objective, name) for name in OF_REFERENCE if getattr(config.objective, name) is None
         }

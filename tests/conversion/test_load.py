@@ -10,10 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.config import Window
 from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.conversion.load import load_hf_weights
 from megatron_longpo.conversion.logits import model_logits
+from megatron_longpo.conversion.to_megatron import convert_to_megatron
 from megatron_longpo.model.build import build_model
+from megatron_longpo.training.initial import with_initial_model
 from tests.conversion.models import MODELS, hf_logits, random_tokens, run_config, save_random_model
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -177,6 +181,35 @@ def test_the_copy_of_a_tied_embedding_must_be_a_copy(tmp_path: Path) -> None:
     _edit(tmp_path, **{"lm_head.weight": torch.zeros(131, 48)})
     with pytest.raises(ValueError, match=r"tie_word_embeddings, but lm_head.weight differs"):
         read_and_load(tmp_path)
+
+
+def test_a_window_that_the_folder_cannot_be_exported_with_is_refused(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "llama", "llama2")
+    save_random_model(tmp_path / "mistral", "mistral-v0.2")
+    for name in ("llama", "mistral"):
+        config = parse_arguments([f"--load-hf={tmp_path / name}", "--window-size=15,0"])
+        if name == "mistral":
+            config = with_initial_model(config)
+            assert (config.model.window_size, config.reference_window_size) == (Window(15, 0), Window())
+            continue
+        with pytest.raises(ValueError, match=r"--window-size 15,0: LlamaForCausalLM has no window"):
+            with_initial_model(config)
+
+
+def test_a_converted_checkpoint_gives_the_reference_what_the_model_was_before(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "hf", "mistral-v0.1")
+    changed = {"rotary_base": 1e7, "window_size": Window()}
+    convert_to_megatron(tmp_path / "hf", tmp_path / "megatron", show_progress=False, **changed)
+    for flag in ("--pretrained-checkpoint", "--load"):
+        config = with_initial_model(parse_arguments([f"{flag}={tmp_path / 'megatron'}", "--use-checkpoint-args"]))
+        assert (config.model.rotary_base, config.model.window_size) == (1e7, Window())
+        assert (config.reference_rotary_base, config.reference_window_size) == (1e4, Window(15, 0))
+    # What a run saved is the reference of the next round as it is.
+    (tmp_path / "megatron" / "release").rename(tmp_path / "megatron" / "iter_0000010")
+    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("10")
+    words = [f"--pretrained-checkpoint={tmp_path / 'megatron'}", "--use-checkpoint-args"]
+    config = with_initial_model(parse_arguments(words))
+    assert (config.reference_rotary_base, config.reference_window_size) == (1e7, Window())
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
