@@ -8,15 +8,20 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from examples.quickstart.corpus import CorpusSettings, Document, read_corpus, write_corpus
+from examples.quickstart.generation import GenerationSettings, answer_held_out
 from examples.quickstart.instructions import draw_exercise
 from examples.quickstart.model import ModelSettings, pretrain_model, token_stream
 from examples.quickstart.pairs import PairsSettings, make_pairs
 from examples.quickstart.stages import Stage, run_stages
 from examples.quickstart.tokenizer import TokenizerSettings, train_tokenizer
-from megatron_longpo.pairs import PreferenceDocument, read_pairs
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.data.outcome import PreprocessOptions
+from megatron_longpo.data.preprocess import preprocess
+from megatron_longpo.data.tokenizer import TokenizerSpec
+from megatron_longpo.pairs import PreferenceDocument, Turn, read_pairs, write_pairs
 
 SMALL = CorpusSettings(num_held_documents=6)
 
@@ -174,3 +179,24 @@ def test_pairs_hold_two_different_answers_of_the_model_to_the_drawn_instruction(
             assert turn.chunk_span is not None
             assert turn.chunk == row.document[slice(*turn.chunk_span)]
             assert turn.chosen != turn.rejected
+
+
+def test_the_exported_folder_answers_a_held_out_document(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    texts = documents(folder)[:4]
+    rows = [PreferenceDocument(d.id, d.text, (Turn("Why?", "because", "so", d.text[:50], (0, 50)),)) for d in texts]
+    write_pairs(tmp_path / "pairs.jsonl", rows)
+    spec = TokenizerSpec(str(tmp_path / "model"))
+    preprocess(PreprocessOptions((str(tmp_path / "pairs.jsonl"),), str(tmp_path / "tokens"), spec))
+    settings = GenerationSettings(max_new_tokens=3, shown_chars=20)
+    places = (tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "tokens", "75,25", tmp_path / "answer.txt")
+    answer_held_out(*places, settings)
+    lines = (tmp_path / "answer.txt").read_text(encoding="utf-8").splitlines()
+    dataset = PreferenceDataset(str(tmp_path / "tokens"))
+    held_out = dataset[int(dataset.split("75,25")[1][0])].id
+    assert lines[0].split()[:2] == ["document", f"{held_out},"]
+    assert lines[1].split()[-1] == "Why?" and "because" in lines[2] and lines[-1].split()[:2] == ["now,", "long"]

@@ -1,4 +1,4 @@
-"""From nothing to two trained models and a picture, on real text that every Python carries:
+"""From nothing to two trained models, a picture and an answer, on real text that every Python carries:
 
     make quickstart          # or: .venv/bin/python -m examples.quickstart.run
 
@@ -19,6 +19,7 @@ from examples.quickstart.stages import Stage, run_stages
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 FOLDER = Path("runs/quickstart")
+ANSWER = "answer.txt"
 LAYOUTS = {
     "TP 2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "CP 2": ("--context-parallel-size", "2"),
@@ -29,10 +30,11 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
     """All stages in order, with every file below `folder`."""
     # Imported here, so that a skipped stage and `--help` do not wait for torch and transformers.
     from examples.quickstart.corpus import CorpusSettings, write_corpus
+    from examples.quickstart.generation import GenerationSettings, answer_held_out
     from examples.quickstart.model import ModelSettings, pretrain_model
     from examples.quickstart.pairs import PairsSettings, make_pairs
     from examples.quickstart.tokenizer import TokenizerSettings, train_tokenizer
-    from examples.quickstart.training import TrainingSettings, preprocess, train
+    from examples.quickstart.training import TrainingSettings, export, preprocess, train
     from megatron_longpo.report import plot_runs
 
     corpus, tokenizer, model = folder / "documents.jsonl", folder / "tokenizer", folder / "model"
@@ -40,6 +42,7 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
     tokens = tuple(prefix.with_suffix(suffix) for suffix in (".bin", ".idx", ".manifest.json"))
     runs = {name: folder / name.lower().replace(" ", "") for name in LAYOUTS}
     metrics = {name: run / "metrics.jsonl" for name, run in runs.items()}
+    exported, answer = folder / "exported", folder / ANSWER
     package = REPOSITORY / "megatron_longpo"
     sources, exercises = HERE / "corpus.py", HERE / "instructions.py"
 
@@ -107,7 +110,26 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
         inputs=(package / "report.py", *metrics.values()),
         outputs=(report,),
     )
-    return [*making, *training, reporting]
+    converter = REPOSITORY / "tools/convert_checkpoint.py"
+    name, run = next(iter(runs.items()))
+    leaving = [
+        Stage(
+            "export",
+            f"the run with {name} as a Hugging Face folder",
+            lambda: export(run, model, exported),
+            inputs=(HERE / "training.py", package, converter, model, run / "checkpoint"),
+            outputs=(exported / "model.safetensors", exported / "config.json"),
+        ),
+        Stage(
+            "generate",
+            "transformers opens that folder, and the model answers a held-out document",
+            lambda: answer_held_out(exported, pairs, prefix, TrainingSettings().split, answer, GenerationSettings()),
+            inputs=(HERE / "generation.py", exported, pairs, *tokens),
+            outputs=(answer,),
+            settings=asdict(GenerationSettings()) | {"split": TrainingSettings().split},
+        ),
+    ]
+    return [*making, *training, reporting, *leaving]
 
 
 def main() -> None:
@@ -124,8 +146,10 @@ def main() -> None:
 
     print("\nMean of the first 5 steps → mean of the last 5 steps; held-out documents: first → last evaluation\n")
     print(summary_table({name: FOLDER / name.lower().replace(" ", "") / "metrics.jsonl" for name in LAYOUTS}))
+    print("\nOpened with transformers from the exported folder:\n")
+    print((FOLDER / ANSWER).read_text(encoding="utf-8"), end="")
     print("\n" + " · ".join(f"{name} {took:.0f} s" for name, took in seconds.items() if took >= 0.5))
-    print(f"picture: {FOLDER}/report.png · {time.monotonic() - started:.0f} s in all")
+    print(f"picture: {FOLDER}/report.png · model: {FOLDER}/exported · {time.monotonic() - started:.0f} s in all")
 
 
 if __name__ == "__main__":
