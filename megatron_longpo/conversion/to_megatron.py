@@ -115,11 +115,11 @@ def _lazy(weight: Weight, model: ModelConfig, files: HFWeights, dtype: torch.dty
     # Rows for TP 1; other sizes need other padding, which Megatron adds and cuts when it loads.
     padded_vocab = model.padded_vocab_size(1)
 
-    def make() -> torch.Tensor:
+    def fill(out: torch.Tensor) -> None:
         files.release()  # pages of the tensors before
-        return weight.layout.merge([files[name] for name in weight.hf], model, padded_vocab)
+        weight.layout.merge_into(out, [files[name] for name in weight.hf], model)
 
-    return LazyTensor(weight.place(model.num_layers), weight.layout.shape(model, padded_vocab), dtype, make)
+    return LazyTensor(weight.place(model.num_layers), weight.layout.shape(model, padded_vocab), dtype, fill)
 
 
 def _state_names(weights: list[Weight], num_layers: int) -> Iterator[str]:
