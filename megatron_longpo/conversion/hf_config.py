@@ -77,7 +77,10 @@ def read_hf_folder(folder: str | Path) -> HFModel:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: give the folder of a Hugging Face checkpoint, with its config.json")
+        raise ValueError(
+            f"{path} is missing: give the folder of a Hugging Face checkpoint, with its config.json; "
+            "hf download NAME --local-dir FOLDER makes one"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

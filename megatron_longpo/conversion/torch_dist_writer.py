@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner, save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
@@ -61,7 +62,12 @@ def write_tensors(
         progress: Called with the bytes of every parameter written.
     """
     planner = _LazyPlanner(tensors, object_names, progress)
-    save({}, storage_writer=_OneByOneWriter(folder), planner=planner, no_dist=True)
+    try:
+        save({}, storage_writer=_OneByOneWriter(folder), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        # A BaseException around whatever happened, Ctrl-C included.
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 class _LazyPlanner(SavePlanner):

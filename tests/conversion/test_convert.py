@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from megatron_longpo.conversion import target
 from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.conversion.to_hf import convert_to_hf
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
+from megatron_longpo.convert_checkpoint import main
 from megatron_longpo.training.checkpoint import find_checkpoint, saved_config
 from tests.conversion.models import MODELS, assert_same_weights, save_random_model, weights_of
 
@@ -256,6 +258,25 @@ def test_too_little_disk_is_found_before_writing(llama: Path, tmp_path: Path, mo
     assert not (tmp_path / "new").exists()
 
 
+def test_a_disk_that_fills_up_half_way_leaves_nothing(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        source, save = ["--hf-model", str(llama)], ["--save", str(tmp_path / "new")]
+        codes = [
+            main(["hf-to-megatron", *source, *save]),
+            main(["megatron-to-hf", "--load", str(tmp_path / "megatron"), *source, *save]),
+        ]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert codes == [2, 2]
+    assert capsys.readouterr().err.count("new could not be written: File too large; what was there before is as") == 2
+    assert not (tmp_path / "new").exists()
+
+
 def test_iterations(llama: Path, tmp_path: Path) -> None:
     to_megatron(llama, tmp_path / "run")
     (tmp_path / "run" / "release").rename(tmp_path / "run" / "iter_0000020")
@@ -344,7 +365,7 @@ def test_killed_half_way_leaves_nothing_that_looks_complete(llama: Path, tmp_pat
     cases = [(direction, "SIGKILL", folders[direction]) for folders in (fresh, used) for direction in MARKERS]
     interrupted = tmp_path / "interrupted"
     codes = _kill(llama, megatron, [*cases, ("megatron", "SIGINT", interrupted)])
-    assert codes == [-signal.SIGKILL] * 4 + [1]
+    assert codes == [-signal.SIGKILL] * 4 + [-signal.SIGINT]
 
     for direction, marker in MARKERS.items():
         # The partial result is there, out of sight; what was there before is untouched.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,31 @@ def test_sharded_and_pickled_folders_give_the_same_model(tmp_path: Path) -> None
         assert value.equal(states[1][name]) and value.equal(states[2][name]), name
 
 
-def test_pickled_code_is_not_run(tmp_path: Path) -> None:
-    save_random_model(tmp_path, "llama2")
+PICKLED: dict[str, tuple[Any, str]] = {
+    "code": ({"model.norm.weight": functools.partial(print)}, r"holds more than weights \(functools.partial\), and is"),
+    "a list": ([torch.ones(48)], r"holds a list, not a dictionary of tensors by name"),
+    "a trainer's state": (
+        {"state_dict": {}, "step": 3},
+        r"is not .* tensors alone: it has state_dict \(dict\), step \(int\)",
+    ),
+    "other bytes": (b"<html>404</html>", r"is truncated or not a file of weights; download it again$"),
+    "the old format": (None, r"is in torch's format before 1.6"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLED)
+def test_pickled_files_are_weights_or_refused(case: str, tmp_path: Path) -> None:
+    content, message = PICKLED[case]
+    weights = save_random_model(tmp_path, "llama2").state_dict()
     (tmp_path / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin holds more than weights"):
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content or weights, path, _use_new_zipfile_serialization=content is not None)
+    with pytest.raises(ValueError, match=rf"pytorch_model.bin {message}") as error:
         read_and_load(tmp_path)
+    assert "weights_only" not in str(error.value), "advice that torch gives and nobody should take"
 
 
 def read_and_load(folder: Path, **flags: Any) -> None:
