@@ -79,7 +79,7 @@ PICKLED: dict[str, tuple[Any, str]] = {
     "a list": ([torch.ones(48)], r"holds a list, not a dictionary of tensors by name"),
     "a trainer's state": (
         {"state_dict": {}, "step": 3},
-        r"is not .* tensors alone: it has state_dict \(dict\), step \(int\)",
+        r"it has state_dict \(dict\), step \(int\)",
     ),
     "other bytes": (b"<html>404</html>", r"is truncated or not a file of weights; download it again$"),
     "the old format": (None, r"is in torch's format before 1.6"),
@@ -96,7 +96,7 @@ def test_pickled_files_are_weights_or_refused(case: str, tmp_path: Path) -> None
         path.write_bytes(content)
     else:
         torch.save(content or weights, path, _use_new_zipfile_serialization=content is not None)
-    with pytest.raises(ValueError, match=rf"pytorch_model.bin {message}") as error:
+    with pytest.raises(ValueError, match=rf"pytorch_model.bin.*{message}") as error:
         read_and_load(tmp_path)
     assert "weights_only" not in str(error.value), "advice that torch gives and nobody should take"
 
