@@ -198,5 +198,6 @@ def test_the_exported_folder_answers_a_held_out_document(folder: Path, tmp_path:
     lines = (tmp_path / "answer.txt").read_text(encoding="utf-8").splitlines()
     dataset = PreferenceDataset(str(tmp_path / "tokens"))
     held_out = dataset[int(dataset.split("75,25")[1][0])].id
-    assert lines[0].split()[:2] == ["document", f"{held_out},"]
-    assert lines[1].split()[-1] == "Why?" and "because" in lines[2] and lines[-1].split()[:2] == ["now,", "long"]
+    assert lines[0].startswith(f"{held_out}, held out of training, ")
+    told = dict(zip(lines[2::2], lines[3::2], strict=True))
+    assert told["instruction"] == "    Why?" and "    because" in told.values() and len(told) == 4

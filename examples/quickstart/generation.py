@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,16 +51,20 @@ def answer_held_out(
         )[0]
     num_prompt_tokens = prompt["input_ids"].shape[1]
     answer = tokenizer.decode(row[num_prompt_tokens:], skip_special_tokens=True).strip()
-    start = " ".join(document.document[: settings.shown_chars].split())
-    lines = {
-        "document": f"{document.id}, held out, {num_prompt_tokens} tokens with the instruction: {start} …",
+    told = {
+        f"{document.id}, held out of training, {num_prompt_tokens} tokens with the instruction": (
+            document.document[: settings.shown_chars] + " …"
+        ),
         "instruction": turn.instruction,
-        "before, short": f"{turn.chosen}   (chosen: the model before training, given the chunk)",
-        "before, long": f"{turn.rejected}   (rejected: the same model, given the document)",
-        "now, long": f"{answer}   (the exported model, given the document)",
+        "before training, from the chunk (chosen)": turn.chosen,
+        "before training, from the document (rejected)": turn.rejected,
+        "after training, from the document": answer,
     }
-    text = "".join(f"{name:>13}  {value}\n" for name, value in lines.items())
-    output.write_text(text, encoding="utf-8")
+    output.write_text("".join(f"{name}\n{_indented(value)}\n" for name, value in told.items()), encoding="utf-8")
+
+
+def _indented(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 100, initial_indent="    ", subsequent_indent="    ")
 
 
 def _first_held_out(pairs: Path, prefix: Path, split: str) -> PreferenceDocument:
