@@ -180,6 +180,11 @@ def test_windows_as_megatron_reads_them(text: str) -> None:
     assert Window.of(window.num_tokens) == window
 
 
+def test_windows_in_checkpoints_of_megatron_lm() -> None:
+    for stored, window in ((None, Window()), ((4095, 0), Window(4095, 0))):
+        assert RunConfig.from_flat_dict({"window_size": stored}).model.window_size == window
+
+
 @pytest.mark.parametrize("text", ["4096", "4095,1", "-2,0", "4095.0,0", "none", "a,0", "1,0,0"])
 def test_other_windows_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--window-size '.*' must be full, or .* 4095,0"):

@@ -142,7 +142,7 @@ def _to_strings(value: Any) -> tuple[str, ...]:
 
 
 def _to_window(value: Any) -> Window:
-    if value == "full":
+    if value is None or value == "full":  # Megatron-LM's own checkpoints have None
         return Window()
     try:
         left, right = (int(part) for part in value.strip("()").split(",")) if isinstance(value, str) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from megatron_longpo.conversion.layouts import (
     QueryKeyValue,
     Replicated,
     Shard,
+    Sliceable,
     Vocabulary,
 )
 
@@ -34,7 +36,7 @@ LAYOUTS: list[Layout] = [
 
 
 def merge(
-    layout: Layout, sources: Sequence[torch.Tensor], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
+    layout: Layout, sources: Sequence[Sliceable], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
 ) -> torch.Tensor:
     """A shard of the Megatron parameter, written over garbage."""
     out = torch.full(layout.shape(model, padded_vocab, shard), torch.nan)
@@ -81,6 +83,29 @@ def test_split_undoes_merge_and_shards_join(layout: Layout, case: tuple[ModelCon
         assert torch.cat((*gates, *ups)).equal(whole)
     else:
         assert torch.cat(shards, dim=1 if isinstance(layout, Columns) else 0).equal(whole)
+
+
+class Recorded:
+    """A source that notes how many values were read of it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.num_read = tensor, 0
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        part = self.tensor[key]
+        self.num_read += part.numel()
+        return part
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+@given(case=shapes())
+def test_ranks_read_their_own_parts_and_nothing_else(layout: Layout, case: tuple[ModelConfig, int]) -> None:
+    model, tp = case
+    sources = [Recorded(torch.randn(shape)) for shape in layout.hf_shapes(model)]
+    for rank in range(tp):
+        merge(layout, sources, model, model.padded_vocab_size(tp), Shard(rank, tp))
+    every = tp if isinstance(layout, Replicated) else 1
+    assert [source.num_read for source in sources] == [every * source.tensor.numel() for source in sources]
 
 
 def test_queries_of_a_group_come_before_its_key_and_value() -> None:

@@ -61,17 +61,26 @@ def test_sharded_and_pickled_folders_give_the_same_model(tmp_path: Path) -> None
     model = save_random_model(tmp_path / "one", "qwen2.5")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "config.json").write_bytes((tmp_path / "one" / "config.json").read_bytes())
-    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    config_file = (tmp_path / "one" / "config.json").read_bytes()
+    for kind in ("pickled", "sharded-pickled"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_bytes(config_file)
+    weights = model.state_dict()
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    places = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(weights)}
+    for place in set(places.values()):
+        part = {name: value for name, value in weights.items() if places[name] == place}
+        torch.save(part, tmp_path / "sharded-pickled" / place)
+    index = tmp_path / "sharded-pickled" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
     states = []
-    for kind in ("one", "sharded", "pickled"):
+    for kind in ("one", "sharded", "pickled", "sharded-pickled"):
         config = run_config(tmp_path / kind)
         chunks = build_model(config)
         load_hf_weights(config, chunks, tmp_path / kind)
         states.append(dict(chunks[0].named_parameters()))
     for name, value in states[0].items():
-        assert value.equal(states[1][name]) and value.equal(states[2][name]), name
+        assert all(value.equal(state[name]) for state in states[1:]), name
 
 
 PICKLED: dict[str, tuple[Any, str]] = {
