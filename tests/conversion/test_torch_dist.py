@@ -43,6 +43,21 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert reader.read(Place("embedding"), (5, 4)).equal(values[Place("embedding")][:5])
 
 
+def test_whole_tensors_are_read_straight_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {Place("stack", layer, 2): torch.randn(5, 7) for layer in range(2)} | {
+        Place("norm"): torch.randn(6).half()
+    }
+    _write(tmp_path, values)
+    reader = TensorReader(tmp_path)
+    by_torch = []
+    read_data = reader._reader.read_data
+    monkeypatch.setattr(reader._reader, "read_data", lambda *args: by_torch.append(args) or read_data(*args))
+    assert all(reader.read(place, tuple(value.shape)).equal(value) for place, value in values.items())
+    assert not by_torch
+    assert reader.read(Place("norm"), (3,)).equal(values[Place("norm")][:3])
+    assert len(by_torch) == 1, "a part of a stored tensor"
+
+
 def test_tensors_are_stored_without_the_memory_that_they_share(tmp_path: Path) -> None:
     large, small = torch.randn(100, 100), torch.randn(2, 100)
     _write(tmp_path, {Place("large"): large, Place("small"): small, Place("transposed"): large.T})
