@@ -1,8 +1,8 @@
 """Speed and peak memory of conversion, against transformers loading and saving the same files.
 
-Every step runs in a process of its own on a randomly initialised checkpoint on disk. Time is that of the work without
-imports, until the files are on the disk (fsync), and the smallest of some rounds; peak memory is the greatest resident
-set of the process.
+Every step runs in a process of its own on a randomly initialised checkpoint, none of which is in memory at the start.
+Time is that of the work without imports, until the files are on the disk (fsync), and the smallest of some rounds; peak
+memory is the greatest resident set of the process.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run(folder: Path, num_bytes: int, num_rounds: int) -> dict[str, Any]:
     rounds: list[list[StepResult]] = []
     identical = True
     for _ in range(num_rounds):
-        rounds.append([_measure(name, code.format(**places), size) for name, code in _STEPS.items()])
+        rounds.append([_measure(name, code.format(**places), size, folder) for name, code in _STEPS.items()])
         identical = identical and _identical(places["hf"], places["back"])
         for name in ("megatron", "back", "theirs"):
             shutil.rmtree(places[name])
@@ -169,8 +169,9 @@ def write_random_checkpoint(folder: Path, num_bytes: int) -> list[TensorSpec]:
     return specs
 
 
-def _measure(name: str, code: str, size: int) -> StepResult:
+def _measure(name: str, code: str, size: int, folder: Path) -> StepResult:
     print(name, file=sys.stderr, flush=True)
+    _forget(folder)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", _IMPORTS + code + _TIMED], stdout=output)
         _, status, usage = os.wait4(process.pid, 0)
@@ -180,6 +181,17 @@ def _measure(name: str, code: str, size: int) -> StepResult:
         raise RuntimeError(f"{name} failed with exit code {os.waitstatus_to_exitcode(status)}")
     seconds = float(text.split("seconds")[-1])
     return StepResult(name, seconds, size / 1e9 / seconds, usage.ru_maxrss * 1024 / 1e9)
+
+
+def _forget(folder: Path) -> None:
+    """Drop the files' pages from memory: which ones are still there depends on the steps before."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _identical(one: str, other: str) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from megatron_longpo.config import Window
     from megatron_longpo.conversion.verify import LogitsRow, TensorRow
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -37,6 +38,16 @@ def parse_size(text: str) -> int:
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 5GB or 500MB")
     return int(float(match[1]) * unit)
+
+
+def _window(text: str) -> Window:
+    from megatron_longpo.config.flags import FLAGS
+
+    try:
+        window: Window = FLAGS["window_size"].convert(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return window
 
 
 def _positive(kind: type, above: float) -> Any:
@@ -70,6 +81,12 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--max-position-embeddings", type=_positive(int, 0), metavar="TOKENS", help="longest sequence to record"
+    )
+    command.add_argument(
+        "--window-size",
+        type=_window,
+        metavar="LEFT,0",
+        help="sliding window to record instead of the model's; full: none; no weight changes",
     )
     command.set_defaults(run=_hf_to_megatron)
 
@@ -118,6 +135,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
         params_dtype=arguments.params_dtype,
         rotary_base=arguments.rotary_base,
         max_position_embeddings=arguments.max_position_embeddings,
+        window_size=arguments.window_size,
         overwrite=arguments.overwrite,
     )
     print(f"wrote {arguments.save}; the model's flags, which --use-checkpoint-args reads from it:")
@@ -169,10 +187,10 @@ def tensor_table(rows: Sequence[TensorRow]) -> str:
 
 def logits_table(rows: Sequence[LogitsRow], tolerance: float) -> str:
     """The comparison of logits as text."""
-    lines = [("logits in fp32", "max |difference|", "tolerance", "max |logit|", "same argmax")]
-    lines += [
-        (r.sizes, f"{r.largest:.3g}", f"{tolerance:g}", f"{r.largest_logit:.3g}", f"{r.same_argmax:.1%}") for r in rows
-    ]
+    lines = [("logits in fp32", "tokens", "max |difference|", "tolerance", "max |logit|", "same argmax")]
+    for row in rows:
+        numbers = (f"{row.largest:.3g}", f"{tolerance:g}", f"{row.largest_logit:.3g}", f"{row.same_argmax:.1%}")
+        lines.append((row.sizes, str(row.num_tokens), *numbers))
     return _table(lines)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.arguments import parse_arguments
-from megatron_longpo.config import ConfigError, ModelConfig, RunConfig
+from megatron_longpo.config import ConfigError, ModelConfig, RunConfig, Window
 from megatron_longpo.config.flags import FLAGS, FlagSpec
 from megatron_longpo.config.yaml_file import read_yaml
 
@@ -47,6 +47,8 @@ def values_of(spec: FlagSpec) -> st.SearchStrategy[Any]:
     elif spec.kind is float:
         low = info.at_least if info.at_least is not None else info.above
         values = st.floats(low, 1.0 if info.below else 1e12, exclude_min=info.at_least is None, exclude_max=True)
+    elif spec.kind is Window:
+        values = st.integers(-1, 2**40).map(lambda left: [left, 0])
     else:
         values = st.text(min_size=1).filter(lambda text: text.isprintable() or "\n" in text or "\t" in text)
     return st.none() | values if spec.optional else values
@@ -155,6 +157,38 @@ def test_the_reference_base_can_be_given_and_is_the_trained_one_for_dpo() -> Non
     assert given.reference_rotary_base == 2e4
     assert parse_arguments([*words, "--objective", "dpo"]).with_model(LLAMA).reference_rotary_base == 1e7
     assert parse_arguments(["--rotary-base", "3e4"]).reference_rotary_base == 3e4
+
+
+def test_a_window_is_the_checkpoints_unless_it_is_dropped() -> None:
+    mistral = dataclasses.replace(LLAMA, window_size=Window(4095, 0))
+    kept, dropped = (
+        parse_arguments(["--load-hf", "mistral", *words]).with_model(mistral) for words in ([], ["--window-size=full"])
+    )
+    assert (kept.model.window_size, kept.reference_window_size) == ((4095, 0), (4095, 0))
+    # The reference model is the one before training: its window stays.
+    assert (dropped.model.window_size, dropped.reference_window_size) == (Window(), (4095, 0))
+    assert "--reference-window-size" not in " ".join(dropped.model_flags())
+    dpo = parse_arguments(["--load-hf", "mistral", "--window-size=full", "--objective=dpo"]).with_model(mistral)
+    assert dpo.reference_window_size == Window()
+
+
+@pytest.mark.parametrize("text", ["4095,0", "(4095, 0)", "full", "-1,0"])
+def test_windows_as_megatron_reads_them(text: str) -> None:
+    window = parse_arguments([f"--window-size={text}"]).model.window_size
+    assert window == (Window(4095, 0) if "4095" in text else Window())
+    assert window.num_tokens == (4096 if "4095" in text else None)
+    assert Window.of(window.num_tokens) == window
+
+
+def test_windows_in_checkpoints_of_megatron_lm() -> None:
+    for stored, window in ((None, Window()), ((4095, 0), Window(4095, 0))):
+        assert RunConfig.from_flat_dict({"window_size": stored}).model.window_size == window
+
+
+@pytest.mark.parametrize("text", ["4096", "4095,1", "-2,0", "4095.0,0", "none", "a,0", "1,0,0"])
+def test_other_windows_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--window-size '.*' must be full, or .* 4095,0"):
+        parse_arguments([f"--window-size={text}"])
 
 
 def test_flags_that_disagree_with_the_checkpoint_are_errors() -> None:

@@ -8,16 +8,22 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
+from examples.quickstart.answer import AnswerSettings, answer_held_out
 from examples.quickstart.commands import PairsSettings, generate_pairs
 from examples.quickstart.corpus import CorpusSettings, Document, read_corpus, write_corpus
 from examples.quickstart.instructions import NUM_INSTRUCTIONS, draw_exercises
 from examples.quickstart.model import ModelSettings, pretrain_model, token_stream
 from examples.quickstart.stages import Stage, run_stages
 from examples.quickstart.tokenizer import TokenizerSettings, train_tokenizer
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.data.outcome import PreprocessOptions
+from megatron_longpo.data.preprocess import preprocess
+from megatron_longpo.data.tokenizer import TokenizerSpec
 from megatron_longpo.generation.instructions import parse_pool
 from megatron_longpo.generation.prompts import PHRASES
+from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
 
 SMALL = CorpusSettings(num_held_documents=6)
 
@@ -173,3 +179,25 @@ def test_the_model_is_asked_for_pairs_with_the_command_of_the_user(folder: Path,
     assert "no document gave a pair" in capfd.readouterr().err
     log = (folder / "pairs" / "work" / "00000" / "log").read_text()
     assert "no_usable_turn" in log
+
+
+def test_the_exported_folder_answers_a_held_out_document(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(tmp_path / "model")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **shape)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "model")
+    texts = documents(folder)[:4]
+    rows = [PreferenceDocument(d.id, d.text, (Turn("Why?", "because", "so", d.text[:50], (0, 50)),)) for d in texts]
+    write_pairs(tmp_path / "pairs.jsonl", rows)
+    spec = TokenizerSpec(str(tmp_path / "model"))
+    preprocess(PreprocessOptions((str(tmp_path / "pairs.jsonl"),), str(tmp_path / "tokens"), spec))
+    settings = AnswerSettings(max_new_tokens=3, shown_chars=20)
+    places = (tmp_path / "model", tmp_path / "pairs.jsonl", tmp_path / "tokens", "75,25", tmp_path / "answer.txt")
+    answer_held_out(*places, settings)
+    lines = (tmp_path / "answer.txt").read_text(encoding="utf-8").splitlines()
+    dataset = PreferenceDataset(str(tmp_path / "tokens"))
+    held_out = dataset[int(dataset.split("75,25")[1][0])].id
+    assert lines[0].startswith(f"{held_out}, held out of training, ")
+    told = dict(zip(lines[2::2], lines[3::2], strict=True))
+    assert told["instruction"] == "    Why?" and "    because" in told.values() and len(told) == 4

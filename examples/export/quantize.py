@@ -68,7 +68,7 @@ def quantize(model: Any, recipe: str, rows: Sequence[torch.Tensor]) -> Any:
     return mtq.quantize(model, copy.deepcopy(getattr(mtq, RECIPES[recipe])), calibrate)
 
 
-def export(model: Any, template: str | Path, save: str | Path, overwrite: bool = False) -> None:
+def export(model: Any, template: str | Path, save: str | Path) -> None:
     """Write the quantised folder, with the tokenizer and chat template of the unquantised one."""
     from modelopt.torch.export import export_hf_checkpoint  # type: ignore[import-not-found]
 

@@ -1,4 +1,4 @@
-"""The commands that a user types, run as they stand: pairs, preprocessing, and the trainer under torchrun."""
+"""The commands that a user types, run as they stand: pairs, preprocessing, training under torchrun, export."""
 
 from __future__ import annotations
 
@@ -103,6 +103,19 @@ def train(model: Path, prefix: Path, folder: Path, layout: tuple[str, ...], sett
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
     _run(command, folder / "train.log")
+
+
+def export(run: Path, template: Path, folder: Path) -> None:
+    """Convert a run's last checkpoint into a Hugging Face folder.
+
+    Args:
+        run: Folder that `train` filled.
+        template: Hugging Face folder that the run started from; gives tokenizer and chat template.
+        folder: The new Hugging Face folder; an earlier one is removed.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "tools/convert_checkpoint.py", "megatron-to-hf", "--load", str(run / "checkpoint")]
+    _run([*command, "--hf-model", str(template), "--save", str(folder)], run / "export.log")
 
 
 def _run(command: list[str], log: Path) -> None:

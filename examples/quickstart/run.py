@@ -1,4 +1,4 @@
-"""From nothing to two trained models and a picture, on real text that every Python carries:
+"""From nothing to two trained models, a picture and an answer, on real text that every Python carries:
 
     make quickstart          # or: .venv/bin/python -m examples.quickstart.run
 
@@ -19,6 +19,7 @@ from examples.quickstart.stages import Stage, run_stages
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 FOLDER = Path("runs/quickstart")
+ANSWER = "answer.txt"
 LAYOUTS = {
     "TP 2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "CP 2": ("--context-parallel-size", "2"),
@@ -28,7 +29,8 @@ LAYOUTS = {
 def stages(folder: Path = FOLDER) -> list[Stage]:
     """All stages in order, with every file below `folder`."""
     # Imported here, so that a skipped stage and `--help` do not wait for torch and transformers.
-    from examples.quickstart.commands import PairsSettings, TrainingSettings, generate_pairs, preprocess, train
+    from examples.quickstart.answer import AnswerSettings, answer_held_out
+    from examples.quickstart.commands import PairsSettings, TrainingSettings, export, generate_pairs, preprocess, train
     from examples.quickstart.corpus import CorpusSettings, write_corpus
     from examples.quickstart.model import ModelSettings, pretrain_model
     from examples.quickstart.tokenizer import TokenizerSettings, train_tokenizer
@@ -36,9 +38,11 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
 
     corpus, held, tokenizer, model = (folder / name for name in ("documents.jsonl", "held.jsonl", "tokenizer", "model"))
     pairs, prefix, report = folder / "pairs", folder / "tokens" / "pairs", folder / "report.png"
+    pairs_file = pairs / "pairs.jsonl"
     tokens = tuple(prefix.with_suffix(suffix) for suffix in (".bin", ".idx", ".manifest.json"))
     runs = {name: folder / name.lower().replace(" ", "") for name in LAYOUTS}
     metrics = {name: run / "metrics.jsonl" for name, run in runs.items()}
+    exported, answer = folder / "exported", folder / ANSWER
     package = REPOSITORY / "megatron_longpo"
     sources = HERE / "corpus.py"
     exercises = (HERE / "instructions.py", HERE / "instruction_template.txt", package / "generation")
@@ -73,18 +77,18 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
             "the model's own instructions, and its answers from a chunk (chosen) and the whole document (rejected)",
             lambda: generate_pairs(held, model, pairs, PairsSettings()),
             inputs=(HERE / "commands.py", *exercises, REPOSITORY / "tools/generate_pairs.py", held, model),
-            outputs=(pairs / "pairs.jsonl",),
+            outputs=(pairs_file,),
             settings=asdict(PairsSettings()),
         ),
         Stage(
             "preprocess",
             "pairs to tokens",
-            lambda: preprocess(pairs / "pairs.jsonl", model, prefix),
+            lambda: preprocess(pairs_file, model, prefix),
             inputs=(
                 HERE / "commands.py",
                 package,
                 REPOSITORY / "tools/preprocess_pairs.py",
-                pairs / "pairs.jsonl",
+                pairs_file,
                 tokenizer,
             ),
             outputs=tokens,
@@ -113,7 +117,26 @@ def stages(folder: Path = FOLDER) -> list[Stage]:
         inputs=(package / "report.py", *metrics.values()),
         outputs=(report,),
     )
-    return [*making, *training, reporting]
+    converter = REPOSITORY / "tools/convert_checkpoint.py"
+    name, run = next(iter(runs.items()))
+    leaving = [
+        Stage(
+            "export",
+            f"the run with {name} as a Hugging Face folder",
+            lambda: export(run, model, exported),
+            inputs=(HERE / "commands.py", package, converter, model, run / "checkpoint"),
+            outputs=(exported / "model.safetensors", exported / "config.json"),
+        ),
+        Stage(
+            "generate",
+            "transformers opens that folder, and the model answers a held-out document",
+            lambda: answer_held_out(exported, pairs_file, prefix, TrainingSettings().split, answer, AnswerSettings()),
+            inputs=(HERE / "answer.py", exported, pairs_file, *tokens),
+            outputs=(answer,),
+            settings=asdict(AnswerSettings()) | {"split": TrainingSettings().split},
+        ),
+    ]
+    return [*making, *training, reporting, *leaving]
 
 
 def main() -> None:
@@ -130,8 +153,10 @@ def main() -> None:
 
     print("\nMean of the first 5 steps → mean of the last 5 steps; held-out documents: first → last evaluation\n")
     print(summary_table({name: FOLDER / name.lower().replace(" ", "") / "metrics.jsonl" for name in LAYOUTS}))
+    print("\nOpened with transformers from the exported folder:\n")
+    print((FOLDER / ANSWER).read_text(encoding="utf-8"), end="")
     print("\n" + " · ".join(f"{name} {took:.0f} s" for name, took in seconds.items() if took >= 0.5))
-    print(f"picture: {FOLDER}/report.png · {time.monotonic() - started:.0f} s in all")
+    print(f"picture: {FOLDER}/report.png · model: {FOLDER}/exported · {time.monotonic() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

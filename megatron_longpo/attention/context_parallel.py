@@ -11,6 +11,8 @@ from megatron_longpo.attention.shared_prefix import shared_prefix_attention
 from megatron_longpo.data.layout import RowLayout
 
 COMM_TYPES = {"all_gather": all_gather_attention, "a2a": all_to_all_attention}
+WINDOWED = ("all_gather", "a2a")
+"""Those that know a sliding window."""
 
 
 def context_parallel_attention(
@@ -49,6 +51,11 @@ def context_parallel_attention(
         )
     if cp_group is None or cp_size == 1:
         return shared_prefix_attention(q, k, v, layout, scale)
+    if layout.window_tokens is not None and comm_type not in WINDOWED:
+        raise ValueError(
+            f"--cp-comm-type {comm_type} does not know --window-size {layout.window_tokens - 1},0: use "
+            f"--cp-comm-type {' or '.join(WINDOWED)}, or --window-size full"
+        )
     if comm_type not in COMM_TYPES:
         raise ValueError(f"--cp-comm-type {comm_type!r} is not one of {', '.join(COMM_TYPES)}")
     return COMM_TYPES[comm_type](q, k, v, layout, cp_group, scale)

@@ -21,7 +21,7 @@ class SharedPrefixAttention(MegatronModule):
     carries the row's layout (`RowLayout.to_tensor`) instead of a mask.
 
     Args:
-        config: Megatron's configuration; ``cp_comm_type`` is read where the argument is None.
+        config: Megatron's configuration; ``window_size`` is read, and ``cp_comm_type`` where the argument is None.
         layer_number: 1-based; unused.
         attn_mask_type: Unused: the layout says who sees whom.
         attention_type: Unused: self-attention.
@@ -48,15 +48,18 @@ class SharedPrefixAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        left, right = config.window_size or (-1, 0)
         unsupported = {
             f"--attention-dropout {dropout} (use 0)": dropout,
-            f"--window-size {config.window_size} (leave it out)": config.window_size,
+            f"--window-size {left},{right} (a causal window ends in 0)": right != 0,
+            "windows of some layers only (leave out window_attn_skip_freq)": config.window_attn_skip_freq,
             "--apply-query-key-layer-scaling (leave it out)": config.apply_query_key_layer_scaling,
             f"--softmax-type {config.softmax_type} (use vanilla)": config.softmax_type != "vanilla",
         }
         for flag, is_set in unsupported.items():
             if is_set:
                 raise ValueError(f"shared-prefix attention does not support {flag}")
+        self.window_tokens = None if left < 0 else left + 1
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.cp_comm_type = cp_comm_type or config.cp_comm_type or "all_gather"
         if pg_collection is None:
@@ -103,7 +106,7 @@ class SharedPrefixAttention(MegatronModule):
             query.squeeze(1),
             key.squeeze(1),
             value.squeeze(1),
-            RowLayout.from_tensor(attention_mask),
+            RowLayout.from_tensor(attention_mask, self.window_tokens),
             self.cp_group,
             self.cp_comm_type,
             self.softmax_scale,

@@ -17,6 +17,9 @@ def dense_mask(layout: RowLayout) -> torch.Tensor:
         mask[own, own] = torch.ones(segment.num_tokens, segment.num_tokens, dtype=torch.bool).tril()
         if segment.branch != PREFIX:
             mask[own, segment.prefix_start : segment.prefix_start + segment.prefix_tokens] = True
+    if layout.window_tokens is not None:
+        positions = layout.position_ids()
+        mask &= positions[:, None] - positions[None, :] < layout.window_tokens
     return mask
 
 

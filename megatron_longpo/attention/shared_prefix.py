@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_longpo.attention.kernels import AttentionKernel
 from megatron_longpo.attention.selection import select_kernel
-from megatron_longpo.attention.tiles import Plan, plan
+from megatron_longpo.attention.tiles import Plan, Tile, plan
 from megatron_longpo.data.layout import RowLayout
 
 
@@ -87,7 +87,11 @@ def forward_tiles(
         lse[:, start:stop].zero_()
     for tile in tiles.tiles:
         rows, keys = tile.queries, tile.keys
-        tile_out, tile_lse = kernel.forward(q[rows], k[keys], v[keys], tile.causal, scale)
+        tile_out, tile_lse = kernel.forward(
+            _cut(q, rows, tile), _cut(k, keys, tile), _cut(v, keys, tile), tile.causal, scale
+        )
+        if tile.flipped:
+            tile_out, tile_lse = tile_out.flip(0), tile_lse.flip(1)
         if tile.queries_first:
             out[rows].copy_(tile_out)
             lse[:, rows].copy_(tile_lse)
@@ -133,13 +137,26 @@ def backward_tiles(
         dv[start:stop].zero_()
     for tile in tiles.tiles:
         rows, keys = tile.queries, tile.keys
-        tile_dq, tile_dk, tile_dv = kernel.backward(
-            grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[:, rows], tile.causal, scale
+        gradients = kernel.backward(
+            _cut(grad_out, rows, tile),
+            _cut(q, rows, tile),
+            _cut(k, keys, tile),
+            _cut(v, keys, tile),
+            _cut(out, rows, tile),
+            lse[:, rows].flip(1) if tile.flipped else lse[:, rows],
+            tile.causal,
+            scale,
         )
+        tile_dq, tile_dk, tile_dv = (x.flip(0) for x in gradients) if tile.flipped else gradients
         _store_or_add(dq[rows], tile_dq, tile.queries_first)
         _store_or_add(dk[keys], tile_dk, tile.keys_first)
         _store_or_add(dv[keys], tile_dv, tile.keys_first)
     return dq, dk, dv
+
+
+def _cut(x: torch.Tensor, tokens: slice, tile: Tile) -> torch.Tensor:
+    """A tile's tokens of a row tensor: a view, or for a flipped tile a copy backwards in time."""
+    return x[tokens].flip(0) if tile.flipped else x[tokens]
 
 
 def _store_or_add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:

@@ -5,8 +5,13 @@
     branch on itself      causal square
 
 Under context parallelism a rank holds zigzag chunks of every segment as queries, with all keys at hand. A chunk then
-attends by a rectangle to the earlier chunks of its segment and by a causal square to itself. A plan is pure integers,
-covers every allowed (query, key) pair exactly once and never touches padding.
+attends by a rectangle to the earlier chunks of its segment and by a causal square to itself.
+
+A sliding window that is shorter than a document cuts its queries into blocks no longer than the window; a block attends
+by a causal square to itself, and to what it sees before itself by the shapes of `band.before`, of which one is a causal
+square backwards in time. A window that is not shorter changes nothing.
+
+A plan is pure integers, covers every allowed (query, key) pair exactly once and never touches padding.
 """
 
 from __future__ import annotations
@@ -16,15 +21,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby, pairwise
 
+from megatron_longpo.attention.band import Span, before
 from megatron_longpo.data.layout import PREFIX, RowLayout, Segment
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Tile:
     """One kernel call: a range of the local queries on a range of the row's keys.
 
+    ``causal`` is said of a square; ``flipped`` of a causal one whose queries and keys count backwards in time.
     ``queries_first`` says that no earlier tile of the plan has any of these queries, ``keys_first`` the same of its
     keys: such a tile may store its result, where others must merge or add theirs to what is there.
     """
@@ -36,6 +41,7 @@ class Tile:
     causal: bool
     queries_first: bool
     keys_first: bool
+    flipped: bool = False
 
     @property
     def queries(self) -> slice:
@@ -81,6 +87,17 @@ class _Run:
     def queries(self) -> Span:
         return self.local, self.local + self.length
 
+    @property
+    def position(self) -> int:
+        """Position of the first token."""
+        return self.segment.first_position + self.row - self.segment.start
+
+    def blocks(self, length: int) -> Iterator[_Run]:
+        """The run in pieces of this length, the last one shorter."""
+        for skipped in range(0, self.length, length):
+            rest = min(length, self.length - skipped)
+            yield _Run(self.segment, self.local + skipped, self.row + skipped, rest)
+
 
 @lru_cache(maxsize=256)
 def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
@@ -96,7 +113,7 @@ def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
     """
     tiles: list[Tile] = []
     for _, runs in groupby(_runs(layout, cp_rank), key=lambda run: run.segment.document):
-        tiles += _of_document(list(runs))
+        tiles += _of_document(list(runs), layout)
     num_queries = layout.padded_tokens if cp_rank is None else layout.local_tokens
     return Plan(
         tuple(tiles),
@@ -126,8 +143,12 @@ def _runs(layout: RowLayout, cp_rank: int | None) -> Iterator[_Run]:
         yield previous
 
 
-def _of_document(runs: list[_Run]) -> list[Tile]:
+def _of_document(runs: list[_Run], layout: RowLayout) -> list[Tile]:
     """The tiles of one document, which shares no query and no key with another."""
+    document = layout.documents[runs[0].segment.document]
+    longest = document.prefix_tokens + max(document.branch_tokens, default=0)
+    if layout.window_tokens is not None and layout.window_tokens < longest:
+        return list(_windowed(runs, layout.window_tokens))
     tiles: list[Tile] = []
     for queries, keys, causal in _shapes(runs):
         queries_first = all(_disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
@@ -162,6 +183,37 @@ def _on_prefix(branch_runs: Iterable[_Run]) -> Iterator[tuple[Span, Span, bool]]
         pending = run.queries
     if pending:
         yield pending, keys, False
+
+
+def _windowed(runs: list[_Run], window_tokens: int) -> Iterator[Tile]:
+    """The tiles of one document under a window that is shorter than it.
+
+    The causal squares come first: they hold every query and share no key, so they may all store and the rest may add.
+    """
+    blocks = [block for run in runs for block in run.blocks(window_tokens)]
+    for block in blocks:
+        own = block.row, block.row + block.length
+        yield Tile(*block.queries, *own, causal=True, queries_first=True, keys_first=True)
+    for block in blocks:
+        segment, first = block.segment, block.position
+        # Keys by position, and the row index of position 0.
+        sources = [((segment.first_position, first), segment.start - segment.first_position)]
+        if segment.branch != PREFIX:
+            sources.append(((0, segment.prefix_tokens), segment.prefix_start))
+        for keys, origin in sources:
+            for (start, stop), (key_start, key_stop), flipped in before(
+                (first, first + block.length), keys, window_tokens
+            ):
+                yield Tile(
+                    block.local + start - first,
+                    block.local + stop - first,
+                    origin + key_start,
+                    origin + key_stop,
+                    causal=flipped,
+                    queries_first=False,
+                    keys_first=False,
+                    flipped=flipped,
+                )
 
 
 def _disjoint(a: Span, b: Span) -> bool:

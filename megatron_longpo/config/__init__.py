@@ -2,7 +2,7 @@
 
 from megatron_longpo.config.checkpoint import CheckpointConfig
 from megatron_longpo.config.data import DataConfig, TokenizerConfig
-from megatron_longpo.config.field import ConfigError
+from megatron_longpo.config.field import ConfigError, Window
 from megatron_longpo.config.logs import LoggingConfig
 from megatron_longpo.config.model import ModelConfig
 from megatron_longpo.config.objective import ObjectiveConfig
@@ -23,4 +23,5 @@ __all__ = [
     "RunConfig",
     "TokenizerConfig",
     "TrainingConfig",
+    "Window",
 ]

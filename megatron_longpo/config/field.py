@@ -10,10 +10,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 AUTO = "auto"
 """Value of a field that the device decides; conditions on it hold until it is decided."""
+
+
+class Window(NamedTuple):
+    """Megatron-LM's ``--window-size``: how many tokens before and after itself a token sees; -1 is all.
+
+    Models of transformers count the token itself too: ``sliding_window`` 4096 is 4095,0 here.
+    """
+
+    left: int = -1
+    right: int = 0
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Tokens that a token sees, itself included, as transformers counts; None is all."""
+        return None if self.left < 0 else self.left + 1
+
+    @staticmethod
+    def of(num_tokens: int | None) -> Window:
+        """The window of this many tokens, the token itself included; None is all."""
+        return Window() if num_tokens is None else Window(num_tokens - 1)
+
+    def __str__(self) -> str:
+        return "full" if self.left < 0 else f"{self.left},{self.right}"
 
 
 class ConfigError(ValueError):

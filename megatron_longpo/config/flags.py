@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_longpo.config.checkpoint import CheckpointConfig
 from megatron_longpo.config.data import DataConfig, TokenizerConfig
-from megatron_longpo.config.field import FlagInfo, flag_of
+from megatron_longpo.config.field import FlagInfo, Window, flag_of
 from megatron_longpo.config.logs import LoggingConfig
 from megatron_longpo.config.model import ModelConfig
 from megatron_longpo.config.objective import ObjectiveConfig
@@ -43,7 +43,7 @@ class FlagSpec:
         group: Attribute of `RunConfig` that holds the field.
         field: Name of the field.
         key: The flag without dashes, with underscores; also its key in YAML files and flat dictionaries.
-        kind: ``int``, ``float``, ``str``, ``bool`` or ``tuple`` (of strings).
+        kind: ``int``, ``float``, ``str``, ``bool``, ``tuple`` (of strings) or `Window`.
         optional: The value may be None.
         default: Value when not given.
         info: What the field's declaration says.
@@ -141,7 +141,26 @@ def _to_strings(value: Any) -> tuple[str, ...]:
     raise ValueError(f"{value!r} must be a list of at least one name")
 
 
-_CONVERTERS: dict[type, Any] = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str, tuple: _to_strings}
+def _to_window(value: Any) -> Window:
+    if value is None or value == "full":  # Megatron-LM's own checkpoints have None
+        return Window()
+    try:
+        left, right = (int(part) for part in value.strip("()").split(",")) if isinstance(value, str) else value
+    except (TypeError, ValueError):
+        left, right = None, None
+    if type(left) is not int or type(right) is not int or left < -1 or right != 0:
+        raise ValueError(f"{value!r} must be full, or the tokens before a token that it sees and a 0: 4095,0")
+    return Window(left, right)
+
+
+_CONVERTERS: dict[type, Any] = {
+    int: _to_int,
+    float: _to_float,
+    bool: _to_bool,
+    str: _to_str,
+    tuple: _to_strings,
+    Window: _to_window,
+}
 
 
 def _specs() -> Iterable[FlagSpec]:
@@ -211,7 +230,7 @@ def _state(key: str, value: Any) -> str:
 
 def show(value: Any) -> str:
     """A value as typed on the command line."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, Window):
         return " ".join(value)
     if isinstance(value, float):
         short = f"{value:g}"

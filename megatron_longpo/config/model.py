@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.config.field import absent, equals, flag, given
+from megatron_longpo.config.field import Window, absent, equals, flag, given
 
 _FROM_CHECKPOINT = "that of the checkpoint; else required"
 _ROPE = equals("position_embedding_type", "rope")
@@ -131,6 +131,14 @@ class ModelConfig:
         needs=_YARN,
         default_text="rounded",
         source="YaRN",
+        changeable=True,
+    )
+    window_size: Window = flag(
+        Window(),
+        "sliding window: tokens before a token that it sees, and 0 after it; full is none. Hugging Face's "
+        "sliding_window 4096 is 4095,0 (Mistral 7B v0.1)",
+        unit="left,0",
+        default_text="that of the checkpoint; else full",
         changeable=True,
     )
     normalization: str = flag(

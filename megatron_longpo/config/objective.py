@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.config.field import equals, flag
+from megatron_longpo.config.field import Window, equals, flag
 
 _PREFERENCE = equals("objective", "longpo", "dpo")
 _REFERENCE = equals("objective", "longpo", "dpo", "sft-chosen-constraint")
+_SHORT_REFERENCE = equals("objective", "longpo", "sft-chosen-constraint")
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,17 @@ class ObjectiveConfig:
         None,
         "RoPE base of the reference model on the short prompts",
         above=1,
-        needs=equals("objective", "longpo", "sft-chosen-constraint"),
+        needs=_SHORT_REFERENCE,
         default_text="the checkpoint's own",
         source="LongPO",
+    )
+    reference_window_size: Window | None = flag(
+        None,
+        "sliding window of the reference model on the short prompts, as --window-size",
+        needs=_SHORT_REFERENCE,
+        unit="left,0",
+        default_text="the checkpoint's own",
+        source="ours",
     )
     reference_dir: str | None = flag(
         None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_longpo.config.checkpoint import CheckpointConfig
 from megatron_longpo.config.data import DataConfig, TokenizerConfig
-from megatron_longpo.config.field import AUTO, ConfigError, flag_of
+from megatron_longpo.config.field import AUTO, ConfigError, Window, flag_of
 from megatron_longpo.config.flags import FLAGS, GROUPS, nearest, show, without_effect
 from megatron_longpo.config.logs import LoggingConfig
 from megatron_longpo.config.model import ModelConfig
@@ -55,6 +55,14 @@ class RunConfig:
             return self.model.rotary_base
         given = self.objective.reference_rotary_base
         return given if given is not None else (self.source_model or self.model).rotary_base
+
+    @property
+    def reference_window_size(self) -> Window:
+        """Sliding window of the reference model: as given, else the checkpoint's own; for ``dpo`` that of training."""
+        if not self.has_effect("reference_window_size"):
+            return self.model.window_size
+        given = self.objective.reference_window_size
+        return given if given is not None else (self.source_model or self.model).window_size
 
     def num_microbatches(self, world_size: int) -> int:
         """Rows that every rank computes for one optimizer step."""
@@ -123,8 +131,9 @@ class RunConfig:
         """The configuration with a checkpoint's model.
 
         Flags of the model that were given must agree with it. Only those that need no other weights may differ, and
-        then win: rotary base and scaling, length, padding of the vocabulary, standard deviation of new weights. The
-        reference model keeps the checkpoint's rotary base unless ``--reference-rotary-base`` was given.
+        then win: rotary base and scaling, window, length, padding of the vocabulary, standard deviation of new weights.
+        The reference model keeps the checkpoint's rotary base unless ``--reference-rotary-base`` was given, and its
+        window unless ``--reference-window-size`` was.
 
         Args:
             model: What the checkpoint holds.
@@ -151,6 +160,8 @@ class RunConfig:
         objective = self.objective
         if objective.reference_rotary_base is None and self.has_effect("reference_rotary_base"):
             objective = dataclasses.replace(objective, reference_rotary_base=model.rotary_base)
+        if objective.reference_window_size is None and self.has_effect("reference_window_size"):
+            objective = dataclasses.replace(objective, reference_window_size=model.window_size)
         merged = dataclasses.replace(model, **changes)
         config = dataclasses.replace(self, objective=objective, model=merged, source_model=model)
         config.refuse_flags_without_effect()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_longpo.config.field import ConfigError
+from megatron_longpo.config.field import ConfigError, Window
 from megatron_longpo.config.flags import FLAGS, GROUPS, FlagSpec, nearest
 
 _NULL = "tag:yaml.org,2002:null"
@@ -108,7 +108,7 @@ def _python_value(node: yaml.Node) -> Any:
 
 def _yaml_value(spec: FlagSpec, value: Any) -> str:
     """The value on one line, so that it can stand in a comment."""
-    items = list(value) if spec.kind is tuple else [value]
+    items = list(value) if spec.kind is tuple else [str(value) if isinstance(value, Window) else value]
     text = yaml.safe_dump(items, default_flow_style=True, width=10**9, allow_unicode=True).strip()
     if "\n" in text:
         text = yaml.safe_dump(items, default_flow_style=True, width=10**9, default_style='"').strip()

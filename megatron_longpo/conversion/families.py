@@ -55,6 +55,7 @@ class Family:
         architecture: Hugging Face's class name, as ``architectures`` in config.json gives it.
         layer_weights: The map.
         qkv_bias, qk_norm: `ModelConfig.add_qkv_bias` and `ModelConfig.qk_layernorm`.
+        sliding_window: transformers' model has one window for all layers, ``sliding_window`` in its configuration.
         required: Fields of the Hugging Face configuration that must have these values where they exist.
     """
 
@@ -62,7 +63,17 @@ class Family:
     layer_weights: tuple[Weight, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
+    sliding_window: bool = False
     required: Mapping[str, Any] = field(default_factory=dict)
+
+    def refuse_window(self, model: ModelConfig) -> None:
+        """Raise ValueError where a model has a window that no configuration of this architecture can say."""
+        if model.window_size.num_tokens is not None and not self.sliding_window:
+            able = ", ".join(name for name, family in FAMILIES.items() if family.sliding_window)
+            raise ValueError(
+                f"--window-size {model.window_size}: {self.architecture} has no window of all layers in transformers, "
+                f"so the model could not be exported; leave it out ({able} has one)"
+            )
 
     def weights(self, model: ModelConfig) -> Iterator[Weight]:
         """Every parameter of a model, in the order of computation."""
@@ -116,7 +127,7 @@ FAMILIES: dict[str, Family] = {
             (*_BEFORE_ATTENTION, _QKV, *_AFTER_ATTENTION),
             required={"attention_bias": False, "mlp_bias": False},
         ),
-        Family("MistralForCausalLM", (*_BEFORE_ATTENTION, _QKV, *_AFTER_ATTENTION)),
+        Family("MistralForCausalLM", (*_BEFORE_ATTENTION, _QKV, *_AFTER_ATTENTION), sliding_window=True),
         Family("Qwen2ForCausalLM", (*_BEFORE_ATTENTION, _QKV, _QKV_BIAS, *_AFTER_ATTENTION), qkv_bias=True),
         Family(
             "Qwen3ForCausalLM",

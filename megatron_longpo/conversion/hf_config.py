@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.config import ModelConfig
+from megatron_longpo.config import ModelConfig, Window
 from megatron_longpo.conversion.families import FAMILIES, Family
 from megatron_longpo.model.rope import attention_factor
 
@@ -53,7 +53,6 @@ def read_hf_folder(folder: str | Path) -> HFModel:
         raise ValueError(f"{path}: hidden_act is {config.hidden_act}; only silu (SwiGLU) is supported")
     if stored.get("quantization_config"):
         raise ValueError(f"{path}: the weights are quantised (quantization_config); convert the unquantised model")
-    _refuse_sliding_window(path, config)
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     shape = {
         "num_layers": config.num_hidden_layers,
@@ -64,6 +63,7 @@ def read_hf_folder(folder: str | Path) -> HFModel:
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "max_position_embeddings": config.max_position_embeddings,
+        "window_size": Window.of(_window(path, family, config)),
         "norm_epsilon": config.rms_norm_eps,
         "swiglu": True,
         "disable_bias_linear": True,
@@ -77,7 +77,10 @@ def read_hf_folder(folder: str | Path) -> HFModel:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing: give the folder of a Hugging Face checkpoint, with its config.json")
+        raise ValueError(
+            f"{path} is missing: give the folder of a Hugging Face checkpoint, with its config.json; "
+            "hf download NAME --local-dir FOLDER makes one"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -105,19 +108,27 @@ def _with_defaults(path: Path) -> Any:
         raise ValueError(f"{path}: transformers cannot read it: {error}") from error
 
 
-def _refuse_sliding_window(path: Path, config: Any) -> None:
-    layers = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None)
-    unused = getattr(config, "use_sliding_window", True) is False or (layers and "sliding_attention" not in layers)
-    if window is not None and not unused and window < config.max_position_embeddings:
-        raise ValueError(
-            f"{path}: sliding_window {window} is shorter than max_position_embeddings "
-            f"{config.max_position_embeddings}, and training attends to the whole prefix: set sliding_window to null "
-            "in config.json to train with full attention (as Mistral did from v0.2 on)"
-        )
-    other = set(layers) - {"full_attention", "sliding_attention"}
-    if other:
+def _window(path: Path, family: Family, config: Any) -> int | None:
+    """Tokens that a token of every layer sees, itself included; None is all.
+
+    transformers applies a window at any length, so it counts even where it is as long as the model.
+    """
+    layers = set(getattr(config, "layer_types", None) or [])
+    if other := layers - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{path}: layer_types has {', '.join(sorted(other))}; only full_attention is supported")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"{path}: sliding_window {window!r} must be null or a number of tokens")
+    if family.sliding_window:
+        return window
+    used = getattr(config, "use_sliding_window", False) and (not layers or "sliding_attention" in layers)
+    if window is not None and used:
+        raise ValueError(
+            f"{path}: use_sliding_window gives the layers from max_window_layers {config.max_window_layers} on a "
+            f"window of {window} tokens, and windows of some layers only are not supported: set use_sliding_window to "
+            "false to train with full attention"
+        )
+    return None
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -51,6 +51,9 @@ def exported_config(template: HFModel, model: ModelConfig, dtype: torch.dtype) -
         template: What the folder says.
         model: Shape and RoPE of the checkpoint.
         dtype: Type of the exported weights.
+
+    Raises:
+        ValueError: The checkpoint has a sliding window, and the template's architecture cannot say so.
     """
     config = dict(template.stored)
     old, new = _rope(template.model), _rope(model)
@@ -64,10 +67,9 @@ def exported_config(template: HFModel, model: ModelConfig, dtype: torch.dtype) -
     _change_rope(config, old, new)
     key = "dtype" if "dtype" in config or ("torch_dtype" not in config and _is_newer(config)) else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
-    window = config.get("sliding_window")
-    if window is not None and config.get("use_sliding_window", True) and window < model.max_position_embeddings:
-        # The window did not bite at the template's length; training attended to everything.
-        config["sliding_window"] = None
+    if model.window_size != template.model.window_size:
+        template.family.refuse_window(model)
+        config["sliding_window"] = model.window_size.num_tokens
     return config
 
 

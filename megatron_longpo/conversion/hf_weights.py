@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,16 +136,33 @@ def _files_of_index(index: Path) -> dict[Path, list[str] | None]:
 
 
 def _open_file(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return _open_pickle(path)
     try:
-        if path.suffix == ".safetensors":
-            return safe_open(path, framework="pt")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); download it again") from error
+
+
+def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
+    with open(path, "rb") as file:
+        # The first byte of a pickle: torch before 1.6 wrote one after another, and no part could be read alone.
+        if file.read(1) == b"\x80":
+            raise ValueError(f"{path} is in torch's format before 1.6, which is not read: torch.save its content again")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        # torch's own text is a page, and says how to run what is in the file.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found[1] if found else "objects of other types than tensors"
+        raise ValueError(
+            f"{path} holds more than weights ({what}), and is not unpickled further: save its tensors as safetensors"
+        ) from error
     # A damaged archive surfaces as any of these, depending on where it breaks off.
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or not a file of weights: {error}") from error
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise ValueError(f"{path} holds more than weights, which is not unpickled: {error}") from error
+        raise ValueError(f"{path} is truncated or not a file of weights; download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
+    if wrong := [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]:
+        raise ValueError(f"{path} is not a dictionary of tensors alone: it has {listed(wrong)}")
+    return content

@@ -2,7 +2,7 @@
 
 A layout knows the shapes on both sides and which part of a parameter a tensor-parallel rank holds. It reads from
 anything that slices like a tensor, so that a rank touches only its own part of a file. No layout does arithmetic:
-`merge` and `split` move values, and `split(merge(x)) == x` bit for bit.
+`merge_into` and `split` move values, and give them back bit for bit.
 """
 
 # H=hidden_size F=ffn_hidden_size V=vocab_size N=query heads G=key/value heads D=head_dim
@@ -51,10 +51,13 @@ class Layout(Protocol):
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
         """Shape of a shard of the Megatron parameter whose vocabulary is padded to ``padded_vocab`` rows."""
 
-    def merge(
-        self, sources: Sequence[Sliceable], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
-    ) -> torch.Tensor:
-        """A shard of the Megatron parameter, read from Hugging Face tensors."""
+    def merge_into(
+        self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
+    ) -> None:
+        """Write a shard of the Megatron parameter, read from Hugging Face tensors, over ``out``, which has its shape.
+
+        Rows go straight from a file to their place, cast to its type: merging makes no tensor.
+        """
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         """The Hugging Face tensors in a whole Megatron parameter."""
@@ -76,10 +79,10 @@ class Replicated:
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
         return self.hf_shapes(model)[0]
 
-    def merge(
-        self, sources: Sequence[Sliceable], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
-    ) -> torch.Tensor:
-        return sources[0][:]
+    def merge_into(
+        self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
+    ) -> None:
+        out.copy_(sources[0][:])
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         return (whole,)
@@ -104,10 +107,10 @@ class Columns:
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
         return (model.hidden_size, self._input(model) // shard.size)
 
-    def merge(
-        self, sources: Sequence[Sliceable], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
-    ) -> torch.Tensor:
-        return sources[0][:, shard.of(self._input(model))]
+    def merge_into(
+        self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
+    ) -> None:
+        out.copy_(sources[0][:, shard.of(self._input(model))])
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         return (whole,)
@@ -135,15 +138,15 @@ class QueryKeyValue:
         shapes = self.hf_shapes(model)
         return (sum(shape[0] for shape in shapes) // shard.size, *shapes[0][1:])
 
-    def merge(
-        self, sources: Sequence[Sliceable], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
-    ) -> torch.Tensor:
-        groups = model.num_query_groups // shard.size
-        parts = []
+    def merge_into(
+        self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
+    ) -> None:
+        per_group = out.view(model.num_query_groups // shard.size, -1, *out.shape[1:])
+        start = 0
         for source, shape in zip(sources, self.hf_shapes(model), strict=True):
-            rows = source[shard.of(shape[0])]
-            parts.append(rows.reshape(groups, -1, *shape[1:]))
-        return torch.cat(parts, dim=1).flatten(0, 1)
+            rows = source[shard.of(shape[0])].unflatten(0, (len(per_group), -1))
+            per_group[:, start : start + rows.shape[1]].copy_(rows)
+            start += rows.shape[1]
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         groups, columns = model.num_query_groups, whole.shape[1:]
@@ -163,10 +166,11 @@ class GateUp:
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
         return (2 * model.ffn_hidden_size // shard.size, model.hidden_size)
 
-    def merge(
-        self, sources: Sequence[Sliceable], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
-    ) -> torch.Tensor:
-        return torch.cat([source[shard.of(model.ffn_hidden_size)] for source in sources])
+    def merge_into(
+        self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
+    ) -> None:
+        for half, source in zip(out.chunk(2), sources, strict=True):
+            half.copy_(source[shard.of(model.ffn_hidden_size)])
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         gate, up = whole.chunk(2)
@@ -183,16 +187,13 @@ class Vocabulary:
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
         return (padded_vocab // shard.size, model.hidden_size)
 
-    def merge(
-        self, sources: Sequence[Sliceable], model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE
-    ) -> torch.Tensor:
-        rows = shard.of(padded_vocab)
-        start, stop = (min(bound, model.vocab_size) for bound in (rows.start, rows.stop))
-        true_rows = sources[0][start:stop]
-        num_padding = (rows.stop - rows.start) - (stop - start)
-        if num_padding == 0:
-            return true_rows
-        return torch.cat((true_rows, true_rows.new_zeros(num_padding, model.hidden_size)))
+    def merge_into(
+        self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
+    ) -> None:
+        first = shard.rank * len(out)
+        num_true = max(0, min(len(out), model.vocab_size - first))
+        out[:num_true].copy_(sources[0][first : first + num_true])
+        out[num_true:].zero_()
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
         return (whole[: model.vocab_size],)

@@ -53,7 +53,7 @@ def load_hf_weights(config: RunConfig, chunks: list[Any], folder: str | Path) ->
             for name, parameter in targets:
                 weight = weights[name]
                 sources = [files[source] for source in weight.hf]
-                parameter.copy_(weight.layout.merge(sources, model, padded_vocab, shard))
+                weight.layout.merge_into(parameter, sources, model, shard)
                 progress.update(parameter.nbytes)
 
 

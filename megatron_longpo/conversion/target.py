@@ -51,6 +51,9 @@ def filled_folder(folder: str | Path, stale: Collection[str], last: str) -> Iter
         folder: Where the content goes.
         stale: Names or patterns of old content to remove, besides what is replaced by name.
         last: Name of the file that makes the content complete.
+
+    Raises:
+        OSError: It could not be written; the message says where.
     """
     folder = Path(folder)
     partial = folder / _PARTIAL
@@ -63,6 +66,13 @@ def filled_folder(folder: str | Path, stale: Collection[str], last: str) -> Iter
             if path.is_file():
                 sync_file(path)
         _publish(partial, folder, stale, last)
+    except OSError as error:
+        # A write that fails for want of room names no file.
+        if error.filename is None:
+            raise OSError(
+                f"--save {folder} could not be written: {error.strerror or error}; what was there before is as it was"
+            ) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed and not any(folder.iterdir()):

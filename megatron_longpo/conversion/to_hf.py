@@ -51,6 +51,7 @@ def convert_to_hf(
     template = read_hf_folder(hf_model)
     stored = StoredModel(load, template.family, iteration)
     refuse_other_template(template, stored.model, hf_model, stored.checkpoint)
+    config = exported_config(template, stored.model, stored.dtype)
     specs = [
         TensorSpec(name, shape, stored.dtype)
         for weight in stored.weights
@@ -68,5 +69,5 @@ def convert_to_hf(
                     writer.write(name, tensor)
                     progress.update(tensor.nbytes)
         copy_companions(hf_model, folder)
-        write_config(exported_config(template, stored.model, stored.dtype), folder)
+        write_config(config, folder)
     return stored.checkpoint

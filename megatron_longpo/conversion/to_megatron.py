@@ -11,20 +11,17 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from tqdm import tqdm
 
-from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.config import ModelConfig, RunConfig, Window
 from megatron_longpo.conversion.families import Weight
 from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.plan import planned_weights
 from megatron_longpo.conversion.target import check_target, filled_folder
 from megatron_longpo.conversion.torch_dist_writer import LazyTensor, write_tensors
-from megatron_longpo.training.checkpoint import RUN_FILE, TRACKER
+from megatron_longpo.training.checkpoint import RELEASE, RUN_FILE, TRACKER
 
 PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """What ``--params-dtype`` can ask for."""
-
-_RELEASE = "release"
-"""Megatron-LM's name for a checkpoint that no training step made."""
 
 _WITH_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "q_layernorm", "k_layernorm", "final_layernorm")
 """Modules whose (empty) extra state Megatron asks a checkpoint for; the norms' under Transformer Engine only."""
@@ -37,19 +34,20 @@ def convert_to_megatron(
     params_dtype: str | None = None,
     rotary_base: float | None = None,
     max_position_embeddings: int | None = None,
+    window_size: Window | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> RunConfig:
     """Write ``SAVE/release`` and the tracker file that names it.
 
     Weights keep their bits unless ``params_dtype`` asks for another type. The checkpoint records the model's shape as
-    the trainer's flags, and the original RoPE base as that of the reference model.
+    the trainer's flags, and the original RoPE base and window as those of the reference model.
 
     Args:
         hf_model: The folder to convert.
         save: Must be empty or absent, unless ``overwrite``.
         params_dtype: ``bf16``, ``fp32``, or None for that of the files.
-        rotary_base, max_position_embeddings: Replace those of config.json.
+        rotary_base, max_position_embeddings, window_size: Replace those of config.json.
         overwrite: Replace an earlier conversion.
         show_progress: Show a progress bar of bytes.
 
@@ -64,7 +62,9 @@ def convert_to_megatron(
         source.model,
         rotary_base=rotary_base or source.model.rotary_base,
         max_position_embeddings=max_position_embeddings or source.model.max_position_embeddings,
+        window_size=source.model.window_size if window_size is None else window_size,
     )
+    source.family.refuse_window(model)
     with HFWeights(hf_model) as files:
         weights = planned_weights(source.family, model, files)
         dtype = _stored_dtype(files, weights, params_dtype)
@@ -72,6 +72,7 @@ def convert_to_megatron(
             {
                 **_flags_of(model),
                 "reference_rotary_base": source.model.rotary_base,
+                "reference_window_size": source.model.window_size,
                 "bf16": dtype == torch.bfloat16,
             }
         )
@@ -80,10 +81,10 @@ def convert_to_megatron(
         _refuse_training_run(Path(save))
         check_target(save, num_bytes, overwrite)
         with (
-            filled_folder(save, stale=[_RELEASE], last=TRACKER) as folder,
+            filled_folder(save, stale=[RELEASE], last=TRACKER) as folder,
             tqdm(total=num_bytes, desc="converting", unit="B", unit_scale=True, disable=not show_progress) as progress,
         ):
-            release = folder / _RELEASE
+            release = folder / RELEASE
             release.mkdir()
             write_tensors(release, tensors, set(_state_names(weights, model.num_layers)), progress.update)
             common = {"args": Namespace(**config.to_flat_dict()), "checkpoint_version": 3.0, "iteration": 0}
@@ -91,7 +92,7 @@ def convert_to_megatron(
             config.dump_yaml(release / RUN_FILE)
             # Megatron takes a folder with this file for a checkpoint.
             save_config(CheckpointingConfig("torch_dist"), str(release))
-            (folder / TRACKER).write_text(_RELEASE)
+            (folder / TRACKER).write_text(RELEASE)
     return config
 
 
@@ -114,11 +115,11 @@ def _lazy(weight: Weight, model: ModelConfig, files: HFWeights, dtype: torch.dty
     # Rows for TP 1; other sizes need other padding, which Megatron adds and cuts when it loads.
     padded_vocab = model.padded_vocab_size(1)
 
-    def make() -> torch.Tensor:
+    def fill(out: torch.Tensor) -> None:
         files.release()  # pages of the tensors before
-        return weight.layout.merge([files[name] for name in weight.hf], model, padded_vocab)
+        weight.layout.merge_into(out, [files[name] for name in weight.hf], model)
 
-    return LazyTensor(weight.place(model.num_layers), weight.layout.shape(model, padded_vocab), dtype, make)
+    return LazyTensor(weight.place(model.num_layers), weight.layout.shape(model, padded_vocab), dtype, fill)
 
 
 def _state_names(weights: list[Weight], num_layers: int) -> Iterator[str]:

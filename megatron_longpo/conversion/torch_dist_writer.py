@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, Metadata, SavePlan, SavePlanner, save
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+from torch.utils.serialization import config
 
 from megatron_longpo.conversion.layouts import Shape
 from megatron_longpo.conversion.torch_dist import Place
@@ -31,13 +34,13 @@ class LazyTensor:
 
     Args:
         place, shape, dtype: What is written.
-        make: Gives it.
+        fill: Writes its values over a tensor of that shape and type.
     """
 
     place: Place
     shape: Shape
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    fill: Callable[[torch.Tensor], None]
 
     @property
     def num_bytes(self) -> int:
@@ -59,17 +62,26 @@ def write_tensors(
         progress: Called with the bytes of every parameter written.
     """
     planner = _LazyPlanner(tensors, object_names, progress)
-    save({}, storage_writer=_OneByOneWriter(folder), planner=planner, no_dist=True)
+    try:
+        save({}, storage_writer=_OneByOneWriter(folder), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        # A BaseException around whatever happened, Ctrl-C included.
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from None
 
 
 class _LazyPlanner(SavePlanner):
-    """Plans what `write_tensors` was given; ``resolve_data`` makes a parameter at the moment of writing."""
+    """Plans what `write_tensors` was given; ``resolve_data`` makes a parameter at the moment of writing.
+
+    All are made in the same memory: the system hands out fresh pages more slowly than it copies into used ones.
+    """
 
     def __init__(
         self, tensors: Sequence[LazyTensor], object_names: Iterable[str], progress: Callable[[int], Any]
     ) -> None:
         self.object_names, self.progress = list(object_names), progress
         self.tensors = {self._index(tensor): tensor for tensor in tensors}
+        self._memory = np.empty(max((tensor.num_bytes for tensor in tensors), default=0), dtype=np.uint8)
 
     @staticmethod
     def _index(tensor: LazyTensor) -> MetadataIndex:
@@ -101,11 +113,9 @@ class _LazyPlanner(SavePlanner):
             torch.save([None], buffer)
             return buffer
         tensor = self.tensors[write_item.index]
-        value = tensor.make().to(tensor.dtype)
-        assert tuple(value.shape) == tensor.shape, (write_item.index, value.shape, tensor.shape)
-        # A slice of a file maps all of it, and a stored view would take all of its storage along.
-        if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
-            value = value.clone(memory_format=torch.contiguous_format)
+        # torch stores all of a tensor's storage, so it gets one of its own size over the shared memory.
+        value = torch.from_numpy(self._memory[: tensor.num_bytes]).view(tensor.dtype).view(tensor.shape)
+        tensor.fill(value)
         self.progress(value.nbytes)
         return value.view(torch.Size([1] * (len(tensor.place.stored_shape(tensor.shape)) - value.dim())) + value.shape)
 
@@ -117,7 +127,8 @@ class _OneByOneWriter(FileSystemWriter):
         results: list[WriteResult] = []
         for number, items in enumerate(_files(plan.items)):
             name = f"__0_{number}.distcp"
-            with open(Path(self.path) / name, "wb") as file:
+            # Nothing reads the checksums that torch would compute.
+            with open(Path(self.path) / name, "wb") as file, config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
                 for item in items:
                     offset = file.tell()
                     data = planner.resolve_data(item)
@@ -127,7 +138,6 @@ class _OneByOneWriter(FileSystemWriter):
                         torch.save(data, file)
                     length = file.tell() - offset
                     results.append(WriteResult(item.index, length, _StorageInfo(name, offset, length)))
-                    del data
                 file.flush()
                 os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()

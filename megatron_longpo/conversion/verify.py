@@ -20,6 +20,8 @@ from megatron_longpo.conversion.plan import planned_weights
 from megatron_longpo.conversion.stored_model import StoredModel
 
 NUM_TOKENS = 64
+"""Random tokens of which logits are compared, beyond the window of a model that has one."""
+
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -46,6 +48,7 @@ class LogitsRow:
     """Logits of random tokens at one pair of parallel sizes, against transformers', both computed in fp32."""
 
     sizes: str
+    num_tokens: int
     largest: float
     largest_logit: float
     same_argmax: float
@@ -90,7 +93,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def compare_logits(hf_model: str | Path, megatron: str | Path, sizes: Sequence[str]) -> Iterator[LogitsRow]:
     """Compare logits of random tokens at positions spread over the model's whole length.
 
-    Both sides compute in fp32 from their stored weights, with the checkpoint's RoPE. Every run has its own processes.
+    Both sides compute in fp32 from their stored weights, with the checkpoint's RoPE and window. Every run has its own
+    processes.
 
     Args:
         hf_model: Weights and template.
@@ -102,7 +106,9 @@ def compare_logits(hf_model: str | Path, megatron: str | Path, sizes: Sequence[s
     stored = StoredModel(megatron, template.family)
     generator = torch.Generator().manual_seed(0)
     length = stored.model.max_position_embeddings
-    positions = torch.randperm(length, generator=generator)[:NUM_TOKENS].sort().values
+    # A window counts tokens, in transformers too: their positions may lie anywhere.
+    num_tokens = NUM_TOKENS + (stored.model.window_size.num_tokens or 0)
+    positions = torch.randperm(length, generator=generator)[:num_tokens].sort().values
     tokens = torch.randint(0, stored.model.vocab_size, (len(positions),), generator=generator)
     expected = _hf_logits(template, stored, hf_model, tokens, positions)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +118,7 @@ def compare_logits(hf_model: str | Path, megatron: str | Path, sizes: Sequence[s
             _run_split(stored.checkpoint, tp, pp, inputs, output)
             found = torch.load(output, weights_only=True)
             same = (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
-            yield LogitsRow(text, (found - expected).abs().max().item(), expected.abs().max().item(), same)
+            yield LogitsRow(text, len(found), (found - expected).abs().max().item(), expected.abs().max().item(), same)
 
 
 def parse_sizes(text: str) -> tuple[int, int]:

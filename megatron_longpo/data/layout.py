@@ -7,9 +7,10 @@ the branches:
 
 A prefix or a branch is a *segment*. A token attends causally inside its own segment, and a branch token also to the
 whole prefix of its document; nothing else. Positions count from 0 in every prefix, and every branch of a document
-starts at the prefix's length. Every segment is padded at its end so that it splits into ``2 * cp`` equal chunks, of
-which context-parallel rank r holds chunks r and ``2 * cp - 1 - r`` (zigzag: all ranks do equal attention work).
-Padding is known here and nowhere else: attention, loss and counts see only the ``num_tokens`` of each segment.
+starts at the prefix's length. A model with a sliding window sees no farther back than that many positions. Every
+segment is padded at its end so that it splits into ``2 * cp`` equal chunks, of which context-parallel rank r holds
+chunks r and ``2 * cp - 1 - r`` (zigzag: all ranks do equal attention work). Padding is known here and nowhere else:
+attention, loss and counts see only the ``num_tokens`` of each segment.
 """
 
 from __future__ import annotations
@@ -72,11 +73,14 @@ class RowLayout:
         cp_size: Context-parallel size; every segment is padded to a multiple of ``2 * cp_size`` (to nothing at 1).
         row_multiple: The padded row's length is a multiple of this too (``cp * tp`` with sequence parallel); the
             extra padding goes behind the first prefix.
+        window_tokens: Tokens that a query sees, itself included, its positions counted back from its own; None is all.
+            It is the model's, so data has none: attention puts it in (`from_tensor`).
     """
 
     documents: tuple[DocumentLayout, ...]
     cp_size: int = 1
     row_multiple: int = 1
+    window_tokens: int | None = None
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -157,7 +161,8 @@ class RowLayout:
     def to_tensor(self) -> torch.Tensor:
         """The layout as a small int64 CPU tensor, in which form it travels through Megatron's layers and checkpoints.
 
-        Megatron's ``attention_mask`` argument carries it: the activation-recompute functions save tensors only.
+        Megatron's ``attention_mask`` argument carries it: the activation-recompute functions save tensors only. The
+        window stays behind: every layer knows its own.
         """
         numbers = [self.cp_size, self.row_multiple]
         for document in self.documents:
@@ -165,17 +170,17 @@ class RowLayout:
         return torch.tensor(numbers, dtype=torch.int64)
 
     @staticmethod
-    def from_tensor(encoded: torch.Tensor) -> RowLayout:
-        """The inverse of `to_tensor`; equal layouts give the same cached object."""
-        return _decode(tuple(encoded.tolist()))
+    def from_tensor(encoded: torch.Tensor, window_tokens: int | None = None) -> RowLayout:
+        """The inverse of `to_tensor`, with a model's window; equal layouts give the same cached object."""
+        return _decode(tuple(encoded.tolist()), window_tokens)
 
 
 @lru_cache(maxsize=64)
-def _decode(numbers: Sequence[int]) -> RowLayout:
+def _decode(numbers: Sequence[int], window_tokens: int | None) -> RowLayout:
     cp_size, row_multiple, *rest = numbers
     documents = []
     while rest:
         num_branches, prefix_tokens, *rest = rest
         documents.append(DocumentLayout(prefix_tokens, tuple(rest[:num_branches])))
         rest = rest[num_branches:]
-    return RowLayout(tuple(documents), cp_size, row_multiple)
+    return RowLayout(tuple(documents), cp_size, row_multiple, window_tokens)

@@ -54,6 +54,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         qk_layernorm=model.qk_layernorm,
         # YaRN scales queries and keys alike, so the scores by the square.
         softmax_scale=None if factor == 1.0 else factor**2 / model.kv_channels**0.5,
+        window_size=None if model.window_size.num_tokens is None else tuple(model.window_size),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,

@@ -4,17 +4,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_longpo.config import ModelConfig
-from megatron_longpo.data.layout import PREFIX, RowLayout
+from megatron_longpo.data.layout import RowLayout
 
 
 def attended_pairs(layout: RowLayout) -> int:
-    """Query-key pairs that attention computes: P(P+1)/2 per prefix, L·P + L(L+1)/2 per branch."""
-    pairs = 0
-    for segment in layout.segments:
-        rectangle = 0 if segment.branch == PREFIX else segment.prefix_tokens
-        pairs += segment.num_tokens * rectangle + segment.num_tokens * (segment.num_tokens + 1) // 2
-    return pairs
+    """Query-key pairs that attention computes: of every token the positions up to its own that the window holds.
+
+    Without a window P(P+1)/2 per prefix and L·P + L(L+1)/2 per branch.
+    """
+
+    def first(num_tokens: int) -> int:
+        """Pairs of the first tokens of one sequence."""
+        seen = num_tokens if layout.window_tokens is None else min(num_tokens, layout.window_tokens)
+        return seen * (seen + 1) // 2 + (num_tokens - seen) * seen
+
+    return sum(first(s.first_position + s.num_tokens) - first(s.first_position) for s in layout.segments)
 
 
 def forward_flops(model: ModelConfig, layout: RowLayout, num_predictions: int) -> float:
@@ -27,6 +34,7 @@ def forward_flops(model: ModelConfig, layout: RowLayout, num_predictions: int) -
     kv_width = groups * model.kv_channels
     mlp_matrices = 3 if model.swiglu else 2
     weights = model.hidden_size * (2 * head_width + 2 * kv_width + mlp_matrices * model.ffn_hidden_size)
+    layout = replace(layout, window_tokens=model.window_size.num_tokens)
     per_layer = 2.0 * layout.num_tokens * weights + 4.0 * head_width * attended_pairs(layout)
     return model.num_layers * per_layer + 2.0 * model.hidden_size * model.vocab_size * num_predictions
 

@@ -101,14 +101,24 @@ class SharedPrefixGPT(GPTModel):
         self.inverse_frequencies = inverse_frequencies(model)
 
     @contextlib.contextmanager
-    def with_rotary_base(self, rotary_base: float) -> Iterator[None]:
-        """Evaluate with another RoPE base, as the reference model is (its ORIGINAL base; DESIGN: π_S)."""
-        trained = self.inverse_frequencies
+    def as_reference(self, rotary_base: float, window_tokens: int | None) -> Iterator[None]:
+        """Evaluate as the reference model π_S, with the RoPE base and the window that the model had before training.
+
+        Args:
+            rotary_base: Its RoPE base.
+            window_tokens: Tokens that a token sees, itself included; None is all.
+        """
+        attentions = [layer.self_attention.core_attention for layer in self.decoder.layers]
+        trained = self.inverse_frequencies, [attention.window_tokens for attention in attentions]
         self.inverse_frequencies = inverse_frequencies(self.model_shape, rotary_base)
+        for attention in attentions:
+            attention.window_tokens = window_tokens
         try:
             yield
         finally:
-            self.inverse_frequencies = trained
+            self.inverse_frequencies = trained[0]
+            for attention, tokens in zip(attentions, trained[1], strict=True):
+                attention.window_tokens = tokens
 
     def forward(
         self,

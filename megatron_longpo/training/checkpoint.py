@@ -38,6 +38,11 @@ from megatron_longpo.training.distributed import is_rank_0
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_FILE = "run.yaml"
+RELEASE = "release"
+"""Megatron-LM's name for a checkpoint that no training step made."""
+
+OF_REFERENCE = ("reference_rotary_base", "reference_window_size")
+"""Flags by which the reference model may differ from the policy; a run that resumes keeps them."""
 
 
 @dataclasses.dataclass
@@ -78,12 +83,12 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     if not tracker.exists():
         return None
     text = tracker.read_text().strip()
-    if text == "release":
-        found = folder / "release"
+    if text == RELEASE:
+        found = folder / RELEASE
     elif text.isdigit():
         found = iteration_folder(folder, int(text))
     else:
-        raise ValueError(f"{tracker}: expected an iteration number or 'release', got {text!r}")
+        raise ValueError(f"{tracker}: expected an iteration number or {RELEASE!r}, got {text!r}")
     if not dist_checkpointing.check_is_distributed_checkpoint(str(found)):
         raise ValueError(
             f"{tracker} names {found.name}, but {found} is not a torch_dist checkpoint; write the iteration of a "
@@ -93,14 +98,14 @@ def find_checkpoint(folder: str | Path) -> Path | None:
 
 
 def saved_config(checkpoint: Path) -> RunConfig:
-    """Model and reference RoPE base as a checkpoint of this trainer recorded them (``--use-checkpoint-args``).
+    """Model, and the reference's RoPE base and window, as this trainer recorded them (``--use-checkpoint-args``).
 
     Raises:
         ValueError: The checkpoint was written by another program.
     """
     safe_globals.register_safe_globals()
     saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
-    wanted = {key for key, spec in FLAGS.items() if spec.group == "model"} | {"reference_rotary_base"}
+    wanted = {key for key, spec in FLAGS.items() if spec.group == "model"} | set(OF_REFERENCE)
     values = {key: saved[key] for key in wanted if key in saved}
     if "hidden_size" not in values:
         raise ValueError(

@@ -6,16 +6,27 @@ import dataclasses
 from pathlib import Path
 
 from megatron_longpo.config import RunConfig
-from megatron_longpo.conversion.hf_config import read_hf_model
+from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.load import load_hf_weights
-from megatron_longpo.training.checkpoint import TRACKER, Checkpointer, Progress, find_checkpoint, saved_config
+from megatron_longpo.training.checkpoint import (
+    OF_REFERENCE,
+    RELEASE,
+    TRACKER,
+    Checkpointer,
+    Progress,
+    find_checkpoint,
+    saved_config,
+)
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
     """The run with the model's shape that its checkpoint gives (``--load-hf``, ``--use-checkpoint-args``)."""
     settings = config.checkpoint
     if settings.load_hf is not None:
-        return config.with_model(read_hf_model(settings.load_hf), f"--load-hf {settings.load_hf}")
+        source = read_hf_folder(settings.load_hf)
+        config = config.with_model(source.model, f"--load-hf {settings.load_hf}")
+        source.family.refuse_window(config.model)
+        return config
     if settings.use_checkpoint_args:
         # The model to start from comes first: its RoPE base is the reference's, --load's may have been changed since.
         for folder in (settings.pretrained_checkpoint, settings.load):
@@ -31,11 +42,12 @@ def with_initial_model(config: RunConfig) -> RunConfig:
 
 def _with_saved(config: RunConfig, checkpoint: Path) -> RunConfig:
     saved = saved_config(checkpoint)
-    reference_rotary_base = saved.objective.reference_rotary_base
-    if checkpoint.parent == Path(config.checkpoint.load or "") and config.objective.reference_rotary_base is None:
-        # A run that resumes keeps the reference that it began with.
-        objective = dataclasses.replace(config.objective, reference_rotary_base=reference_rotary_base)
-        config = dataclasses.replace(config, objective=objective)
+    if checkpoint.parent == Path(config.checkpoint.load or "") or checkpoint.name == RELEASE:
+        # A run that resumes keeps the reference that it began with, and a converted model what it was before.
+        kept = {
+            name: getattr(saved.objective, name) for name in OF_REFERENCE if getattr(config.objective, name) is None
+        }
+        config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **kept))
     return config.with_model(saved.model, str(checkpoint))
 
 

@@ -1,7 +1,8 @@
 """The reference pass: log π_S of every response token, once, forward only, under the initial weights.
 
 For ``longpo`` and ``sft-chosen-constraint`` every turn stands alone on its own short prompt, evaluated with the
-reference RoPE base; for ``dpo`` the rows are the training rows. Chosen and rejected share their prompt here too.
+reference RoPE base and window; for ``dpo`` the rows are the training rows. Chosen and rejected share their prompt here
+too.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def reference_key(config: RunConfig, dataset: PreferenceDataset, fingerprint: st
         weights=fingerprint,
         rotary_base=float(config.reference_rotary_base),
         dtype="bf16" if config.training.bf16 else "fp32",
+        window_tokens=config.reference_window_size.num_tokens,
     )
 
 
@@ -137,7 +139,7 @@ def compute_reference_logprobs(
     try:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for chunk in chunks:
-                stack.enter_context(unwrap(chunk).with_rotary_base(key.rotary_base))
+                stack.enter_context(unwrap(chunk).as_reference(key.rotary_base, key.window_tokens))
             for start in range(0, len(todo), group):
                 numbers = todo[start : start + group]
                 # Every rank runs the same number of micro-batches; repeats at the end are computed twice.

@@ -36,6 +36,7 @@ class ReferenceKey:
         weights: `weights_fingerprint` of the reference model.
         rotary_base: RoPE base of the reference model.
         dtype: ``bf16`` or ``fp32``.
+        window_tokens: Tokens that a token of the reference model sees; None, also of older manifests, is all.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class ReferenceKey:
     weights: str
     rotary_base: float
     dtype: str
+    window_tokens: int | None = None
 
     def check(self, other: dict[str, object], folder: Path) -> None:
         """Raise ValueError if a manifest was made from something else."""

@@ -1,6 +1,7 @@
 """The module that Megatron builds: its call, what it refuses, and activation recomputation around it."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -45,10 +46,12 @@ def fused_projection() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     return fused, (fused[:, :, :, :-2].flatten(2, 3), fused[:, :, :, -2], fused[:, :, :, -1])
 
 
-@pytest.mark.parametrize("softmax_scale", [None, 0.7])
-def test_equals_dense_twin(softmax_scale: float | None) -> None:
+@pytest.mark.parametrize(
+    ("softmax_scale", "window_size"), [(None, None), (0.7, None), (None, (6, 0)), (None, (-1, 0)), (None, (0, 0))]
+)
+def test_equals_dense_twin(softmax_scale: float | None, window_size: tuple[int, int] | None) -> None:
     fused, (query, key, value) = fused_projection()
-    out = build(softmax_scale)(
+    out = build(softmax_scale, window_size=window_size)(
         query,
         key,
         value,
@@ -59,7 +62,10 @@ def test_equals_dense_twin(softmax_scale: float | None) -> None:
     )
     assert out.shape == (LAYOUT.padded_tokens, 1, HEADS * HEAD_DIM)
     scale = softmax_scale or 1 / math.sqrt(HEAD_DIM)
-    expected = dense_attention(query[:, 0], key[:, 0], value[:, 0], LAYOUT, scale).flatten(1).unsqueeze(1)
+    # Megatron counts the tokens before a query, the layout those that it sees.
+    window_tokens = window_size[0] + 1 if window_size and window_size[0] >= 0 else None
+    layout = replace(LAYOUT, window_tokens=window_tokens)
+    expected = dense_attention(query[:, 0], key[:, 0], value[:, 0], layout, scale).flatten(1).unsqueeze(1)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     grad_out = torch.randn_like(out)
     (actual_grad,) = torch.autograd.grad(out, fused, grad_out)
@@ -89,7 +95,8 @@ def test_has_no_parameters() -> None:
     ("overrides", "message"),
     [
         ({"attention_dropout": 0.1}, "--attention-dropout 0.1"),
-        ({"window_size": (15, 0)}, r"--window-size \(15, 0\)"),
+        ({"window_size": (15, 15)}, "--window-size 15,15"),
+        ({"window_size": (15, 0), "window_attn_skip_freq": 2}, "window_attn_skip_freq"),
         ({"softmax_type": "off-by-one"}, "--softmax-type off-by-one"),
         ({"apply_query_key_layer_scaling": True}, "--apply-query-key-layer-scaling"),
     ],

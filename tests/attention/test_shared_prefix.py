@@ -26,6 +26,9 @@ LAYOUTS = [
         RowLayout((DocumentLayout(21, (4, 6)), DocumentLayout(8, (3,)), DocumentLayout(5, ()))), id="documents"
     ),
     pytest.param(RowLayout((DocumentLayout(21, (3, 6)), DocumentLayout(7, (5, 1))), 2, 16), id="padding"),
+    pytest.param(RowLayout((DocumentLayout(37, (5, 9)),), window_tokens=7), id="window between branches"),
+    pytest.param(RowLayout((DocumentLayout(21, (9, 6)), DocumentLayout(4, (3,))), 2, 16, 3), id="shortest window"),
+    pytest.param(RowLayout((DocumentLayout(37, (5, 9)),), window_tokens=42), id="window of the last tokens"),
 ]
 
 
@@ -57,8 +60,11 @@ def separate_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout
         expand = q.shape[1] // k.shape[1]
         keys, values = k[rows].repeat_interleave(expand, 1), v[rows].repeat_interleave(expand, 1)
         scores = torch.einsum("qnd,knd->nqk", q[rows], keys) * SCALE
-        future = torch.ones(len(rows), len(rows), dtype=torch.bool).triu(1)
-        sequence = torch.einsum("nqk,knd->qnd", scores.masked_fill(future, -torch.inf).softmax(-1), values)
+        every = torch.ones(len(rows), len(rows), dtype=torch.bool)
+        unseen = every.triu(1)
+        if layout.window_tokens is not None:
+            unseen = unseen | every.tril(-layout.window_tokens)
+        sequence = torch.einsum("nqk,knd->qnd", scores.masked_fill(unseen, -torch.inf).softmax(-1), values)
         own = torch.arange(segment.start, segment.stop)
         out = out.index_copy(0, own, sequence[-segment.num_tokens :])
     return out
@@ -88,17 +94,21 @@ def test_equals_separate_sequences(layout: RowLayout, groups: int, dtype: torch.
     ),
     cp_size=st.sampled_from([1, 2, 4]),
     row_multiple=st.sampled_from([1, 16]),
+    window_tokens=st.none() | st.integers(1, 70),
 )
-def test_equals_dense_twin(documents: list[DocumentLayout], cp_size: int, row_multiple: int) -> None:
-    layout = RowLayout(tuple(documents), cp_size, row_multiple)
+def test_equals_dense_twin(
+    documents: list[DocumentLayout], cp_size: int, row_multiple: int, window_tokens: int | None
+) -> None:
+    layout = RowLayout(tuple(documents), cp_size, row_multiple, window_tokens)
     qkv, grad_out = random_row(layout)
     actual = with_gradients(shared_prefix_attention, qkv, grad_out, layout, SCALE)
     assert_equal(actual, with_gradients(dense_attention, qkv, grad_out, layout, SCALE), 1e-12)
 
 
-def test_equals_dense_twin_beyond_a_kernel_block() -> None:
+@pytest.mark.parametrize("window_tokens", [None, 400])
+def test_equals_dense_twin_beyond_a_kernel_block(window_tokens: int | None) -> None:
     """Blocks of the CPU kernel are up to 256 queries and 512 keys, and change size at 192 and 768 queries."""
-    layout = RowLayout((DocumentLayout(1031, (300, 517)),))
+    layout = RowLayout((DocumentLayout(1031, (300, 517)),), window_tokens=window_tokens)
     qkv, grad_out = random_row(layout)
     actual = with_gradients(shared_prefix_attention, qkv, grad_out, layout, SCALE)
     assert_equal(actual, with_gradients(dense_attention, qkv, grad_out, layout, SCALE), 1e-12)

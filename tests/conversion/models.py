@@ -47,6 +47,8 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Any, dict[str, Any]]] = {
     "llama2": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3.1": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "llama3.2-tied": (LlamaForCausalLM, LlamaConfig, {"rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True}),
+    # Shorter than `random_tokens`.
+    "mistral-v0.1": (MistralForCausalLM, MistralConfig, {"sliding_window": 16}),
     "mistral-v0.2": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     "mistral-nemo": (MistralForCausalLM, MistralConfig, {"sliding_window": None, "head_dim": 8}),
     "qwen2.5": (Qwen2ForCausalLM, Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -77,7 +79,7 @@ def save_random_model(folder: Path, name: str, dtype: torch.dtype = torch.float3
 
 @torch.no_grad()
 def hf_logits(model: PreTrainedModel, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """fp32 logits ``[T, V]`` of one causal sequence whose positions may lie anywhere."""
+    """fp32 logits ``[T, V]`` of one causal sequence whose positions may lie anywhere; a window counts tokens."""
     # Without a mask transformers takes a jump in the positions for the start of another sequence.
     mask = torch.ones(1, len(tokens))
     return model(input_ids=tokens[None], position_ids=positions[None], attention_mask=mask).logits[0].float()

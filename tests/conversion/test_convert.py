@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_longpo.config import Window
 from megatron_longpo.conversion import target
 from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.conversion.to_hf import convert_to_hf
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
+from megatron_longpo.convert_checkpoint import main
 from megatron_longpo.training.checkpoint import find_checkpoint, saved_config
 from tests.conversion.models import MODELS, assert_same_weights, save_random_model, weights_of
 
@@ -152,14 +155,36 @@ def test_only_changed_fields_change_in_both_generations(generation: str, llama: 
     assert read_hf_model(tmp_path / "back") == saved_config(find_checkpoint(tmp_path / "megatron")).model
 
 
-def test_a_window_that_would_now_bite_is_removed(tmp_path: Path) -> None:
-    save_random_model(tmp_path / "hf", "mistral-v0.2", sliding_window=4096)
-    to_megatron(tmp_path / "hf", tmp_path / "same")
-    to_hf(tmp_path / "same", tmp_path / "hf", tmp_path / "same-hf")
-    assert config_of(tmp_path / "same-hf")["sliding_window"] == 4096
-    to_megatron(tmp_path / "hf", tmp_path / "longer", max_position_embeddings=8192)
-    to_hf(tmp_path / "longer", tmp_path / "hf", tmp_path / "longer-hf")
-    assert config_of(tmp_path / "longer-hf")["sliding_window"] is None
+def test_a_window_stays_unless_it_is_dropped(tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    save_random_model(hf, "mistral-v0.1")
+
+    def exported(**options: Any) -> dict[str, Any]:
+        to_megatron(hf, tmp_path / "megatron", overwrite=True, **options)
+        to_hf(tmp_path / "megatron", hf, tmp_path / "back", overwrite=True)
+        assert read_hf_model(tmp_path / "back") == saved_config(find_checkpoint(tmp_path / "megatron")).model
+        return config_of(tmp_path / "back")
+
+    assert exported() == config_of(hf)
+    # A longer model keeps the window that it was made with.
+    assert exported(max_position_embeddings=8192) == config_of(hf) | {"max_position_embeddings": 8192}
+    assert exported(window_size=Window()) == config_of(hf) | {"sliding_window": None}
+    assert exported(window_size=Window(4095, 0)) == config_of(hf) | {"sliding_window": 4096}
+    saved = saved_config(find_checkpoint(tmp_path / "megatron"))
+    assert saved.model.window_size == Window(4095, 0)
+    # The reference model is the one before training, with its own window.
+    assert saved.objective.reference_window_size == Window(15, 0)
+
+
+def test_a_window_that_the_architecture_cannot_say_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--window-size 15,0: LlamaForCausalLM has no window .*MistralForCausalLM"):
+        to_megatron(llama, tmp_path / "megatron", window_size=Window(15, 0))
+    # Mistral's tensors are Llama's, so a Llama template reads a Mistral checkpoint; but not its window.
+    save_random_model(tmp_path / "mistral", "mistral-v0.1", num_key_value_heads=4, rms_norm_eps=1e-5)
+    to_megatron(tmp_path / "mistral", tmp_path / "megatron")
+    with pytest.raises(ValueError, match=r"--window-size 15,0: LlamaForCausalLM has no window"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_companions_are_copied_and_nothing_else(llama: Path, tmp_path: Path) -> None:
@@ -230,6 +255,25 @@ def test_too_little_disk_is_found_before_writing(llama: Path, tmp_path: Path, mo
     ):
         with pytest.raises(ValueError, match=r"takes 0.0 GB and its disk has 0.0 GB free"):
             convert()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_fills_up_half_way_leaves_nothing(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        source, save = ["--hf-model", str(llama)], ["--save", str(tmp_path / "new")]
+        codes = [
+            main(["hf-to-megatron", *source, *save]),
+            main(["megatron-to-hf", "--load", str(tmp_path / "megatron"), *source, *save]),
+        ]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert codes == [2, 2]
+    assert capsys.readouterr().err.count("new could not be written: File too large; what was there before is as") == 2
     assert not (tmp_path / "new").exists()
 
 
@@ -321,7 +365,7 @@ def test_killed_half_way_leaves_nothing_that_looks_complete(llama: Path, tmp_pat
     cases = [(direction, "SIGKILL", folders[direction]) for folders in (fresh, used) for direction in MARKERS]
     interrupted = tmp_path / "interrupted"
     codes = _kill(llama, megatron, [*cases, ("megatron", "SIGINT", interrupted)])
-    assert codes == [-signal.SIGKILL] * 4 + [1]
+    assert codes == [-signal.SIGKILL] * 4 + [-signal.SIGINT]
 
     for direction, marker in MARKERS.items():
         # The partial result is there, out of sight; what was there before is untouched.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_longpo.config import ModelConfig
+from megatron_longpo.config import ModelConfig, Window
 from megatron_longpo.conversion.hf_config import read_hf_model
 
 LLAMA31_8B: dict[str, Any] = {
@@ -139,11 +139,25 @@ def test_yarn_with_all_of_its_parameters(tmp_path: Path) -> None:
     assert read(tmp_path, QWEN25_7B | {"rope_scaling": scaling}).yarn_mscale is None
 
 
-def test_a_window_as_long_as_the_model_is_no_window(tmp_path: Path) -> None:
-    read(tmp_path, MISTRAL_7B | {"sliding_window": 32768})
-    read(tmp_path, QWEN25_7B | {"sliding_window": 4096, "use_sliding_window": False})
-    # Used only from layer 28 on, and there are 28.
-    read(tmp_path, QWEN25_7B | {"sliding_window": 4096, "use_sliding_window": True})
+def test_a_window_counts_the_token_itself_in_transformers_and_not_in_megatron(tmp_path: Path) -> None:
+    assert read(tmp_path, MISTRAL_7B).window_size == Window()
+    assert read(tmp_path, MISTRAL_7B | {"sliding_window": 4096}).window_size == Window(4095, 0)
+    # transformers applies it at any length, the model's own included.
+    assert read(tmp_path, MISTRAL_7B | {"sliding_window": 32768}).window_size == Window(32767, 0)
+    assert read(tmp_path, MISTRAL_7B | {"sliding_window": 1}).window_size == Window(0, 0)
+    left_out = {name: value for name, value in MISTRAL_7B.items() if name != "sliding_window"}
+    assert read(tmp_path, left_out).window_size == Window(4095, 0), "what MistralConfig makes of it"
+
+
+def test_unused_windows_are_none(tmp_path: Path) -> None:
+    for unused in (
+        {"sliding_window": 4096, "use_sliding_window": False},
+        # Used only from layer 28 on, and there are 28.
+        {"sliding_window": 4096, "use_sliding_window": True},
+        {"sliding_window": 4096, "use_sliding_window": True, "layer_types": ["full_attention"] * 28},
+    ):
+        assert read(tmp_path, QWEN25_7B | unused).window_size == Window()
+        assert read(tmp_path, QWEN3 | unused).window_size == Window()
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -152,8 +166,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "other architecture": (LLAMA31_8B | {"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*supported: Llama"),
     "classifier": (LLAMA31_8B | {"architectures": ["LlamaForSequenceClassification"]}, r"ForSequenceClassification"),
     "no architecture": ({"model_type": "llama"}, r"architectures is \[\]; supported: LlamaForCausalLM, Mistral"),
-    "mistral v0.1": (MISTRAL_7B | {"sliding_window": 4096}, r"sliding_window 4096 is shorter .* 32768.*to null"),
-    "qwen window": (QWEN25_7B | {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 7}, "4096"),
+    "no window": (MISTRAL_7B | {"sliding_window": 0}, r"sliding_window 0 must be null or a number of tokens"),
+    "qwen window": (
+        QWEN25_7B | {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 7},
+        r"layers from max_window_layers 7 on a window of 4096 tokens.*set use_sliding_window to false",
+    ),
+    "qwen layer types": (
+        QWEN3 | {"sliding_window": 4096, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 28},
+        r"windows of some layers only are not supported",
+    ),
+    "other layer types": (QWEN3 | {"layer_types": ["chunked_attention"] * 28}, r"layer_types has chunked_attention"),
     "attention bias": (LLAMA31_8B | {"attention_bias": True}, r"attention_bias is True; only attention_bias False"),
     "MLP bias": (LLAMA31_8B | {"mlp_bias": True}, r"mlp_bias is True"),
     "gelu": (LLAMA31_8B | {"hidden_act": "gelu"}, r"hidden_act is gelu; only silu"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.config import Window
 from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.conversion.load import load_hf_weights
 from megatron_longpo.conversion.logits import model_logits
+from megatron_longpo.conversion.to_megatron import convert_to_megatron
 from megatron_longpo.model.build import build_model
+from megatron_longpo.training.initial import with_initial_model
 from tests.conversion.models import MODELS, hf_logits, random_tokens, run_config, save_random_model
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -31,6 +36,10 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     # The positions matter: a rotary embedding without the model's scaling could not pass.
     near = hf_logits(model, tokens, torch.arange(len(tokens)))
     assert (near - expected).abs().max() > 1
+    # So does the window.
+    if name == "mistral-v0.1":
+        model.config.sliding_window = 17
+        assert (hf_logits(model, tokens, positions) - expected).abs().max() > 0.1
 
 
 def test_bf16_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
@@ -52,25 +61,53 @@ def test_sharded_and_pickled_folders_give_the_same_model(tmp_path: Path) -> None
     model = save_random_model(tmp_path / "one", "qwen2.5")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    (tmp_path / "pickled").mkdir()
-    (tmp_path / "pickled" / "config.json").write_bytes((tmp_path / "one" / "config.json").read_bytes())
-    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    config_file = (tmp_path / "one" / "config.json").read_bytes()
+    for kind in ("pickled", "sharded-pickled"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_bytes(config_file)
+    weights = model.state_dict()
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    places = {name: f"pytorch_model-0000{1 + number % 2}-of-00002.bin" for number, name in enumerate(weights)}
+    for place in set(places.values()):
+        part = {name: value for name, value in weights.items() if places[name] == place}
+        torch.save(part, tmp_path / "sharded-pickled" / place)
+    index = tmp_path / "sharded-pickled" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
     states = []
-    for kind in ("one", "sharded", "pickled"):
+    for kind in ("one", "sharded", "pickled", "sharded-pickled"):
         config = run_config(tmp_path / kind)
         chunks = build_model(config)
         load_hf_weights(config, chunks, tmp_path / kind)
         states.append(dict(chunks[0].named_parameters()))
     for name, value in states[0].items():
-        assert value.equal(states[1][name]) and value.equal(states[2][name]), name
+        assert all(value.equal(state[name]) for state in states[1:]), name
 
 
-def test_pickled_code_is_not_run(tmp_path: Path) -> None:
-    save_random_model(tmp_path, "llama2")
+PICKLED: dict[str, tuple[Any, str]] = {
+    "code": ({"model.norm.weight": functools.partial(print)}, r"holds more than weights \(functools.partial\), and is"),
+    "a list": ([torch.ones(48)], r"holds a list, not a dictionary of tensors by name"),
+    "a trainer's state": (
+        {"state_dict": {}, "step": 3},
+        r"it has state_dict \(dict\), step \(int\)",
+    ),
+    "other bytes": (b"<html>404</html>", r"is truncated or not a file of weights; download it again$"),
+    "the old format": (None, r"is in torch's format before 1.6"),
+}
+
+
+@pytest.mark.parametrize("case", PICKLED)
+def test_pickled_files_are_weights_or_refused(case: str, tmp_path: Path) -> None:
+    content, message = PICKLED[case]
+    weights = save_random_model(tmp_path, "llama2").state_dict()
     (tmp_path / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin holds more than weights"):
+    path = tmp_path / "pytorch_model.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content or weights, path, _use_new_zipfile_serialization=content is not None)
+    with pytest.raises(ValueError, match=rf"pytorch_model.bin.*{message}") as error:
         read_and_load(tmp_path)
+    assert "weights_only" not in str(error.value), "advice that torch gives and nobody should take"
 
 
 def read_and_load(folder: Path, **flags: Any) -> None:
@@ -173,6 +210,35 @@ def test_the_copy_of_a_tied_embedding_must_be_a_copy(tmp_path: Path) -> None:
     _edit(tmp_path, **{"lm_head.weight": torch.zeros(131, 48)})
     with pytest.raises(ValueError, match=r"tie_word_embeddings, but lm_head.weight differs"):
         read_and_load(tmp_path)
+
+
+def test_a_window_that_the_folder_cannot_be_exported_with_is_refused(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "llama", "llama2")
+    save_random_model(tmp_path / "mistral", "mistral-v0.2")
+    for name in ("llama", "mistral"):
+        config = parse_arguments([f"--load-hf={tmp_path / name}", "--window-size=15,0"])
+        if name == "mistral":
+            config = with_initial_model(config)
+            assert (config.model.window_size, config.reference_window_size) == (Window(15, 0), Window())
+            continue
+        with pytest.raises(ValueError, match=r"--window-size 15,0: LlamaForCausalLM has no window"):
+            with_initial_model(config)
+
+
+def test_a_converted_checkpoint_gives_the_reference_what_the_model_was_before(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "hf", "mistral-v0.1")
+    changed = {"rotary_base": 1e7, "window_size": Window()}
+    convert_to_megatron(tmp_path / "hf", tmp_path / "megatron", show_progress=False, **changed)
+    for flag in ("--pretrained-checkpoint", "--load"):
+        config = with_initial_model(parse_arguments([f"{flag}={tmp_path / 'megatron'}", "--use-checkpoint-args"]))
+        assert (config.model.rotary_base, config.model.window_size) == (1e7, Window())
+        assert (config.reference_rotary_base, config.reference_window_size) == (1e4, Window(15, 0))
+    # What a run saved is the reference of the next round as it is.
+    (tmp_path / "megatron" / "release").rename(tmp_path / "megatron" / "iter_0000010")
+    (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("10")
+    words = [f"--pretrained-checkpoint={tmp_path / 'megatron'}", "--use-checkpoint-args"]
+    config = with_initial_model(parse_arguments(words))
+    assert (config.reference_rotary_base, config.reference_window_size) == (1e7, Window())
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from megatron_longpo.model.build import build_model, unwrap
 from megatron_longpo.training.distributed import initialize, shut_down
 from tests.conversion.models import run_config, save_random_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from megatron_longpo.conversion.torch_dist_writer import LazyTensor, write_tenso
 def _write(folder: Path, values: dict[Place, torch.Tensor]) -> list[int]:
     sizes: list[int] = []
     tensors = [
-        LazyTensor(place, tuple(value.shape), value.dtype, lambda value=value: value) for place, value in values.items()
+        LazyTensor(place, tuple(value.shape), value.dtype, lambda out, value=value: out.copy_(value))
+        for place, value in values.items()
     ]
     write_tensors(folder, tensors, ["a._extra_state/shard_0_1"], sizes.append)
     return sizes
@@ -42,13 +43,28 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert reader.read(Place("embedding"), (5, 4)).equal(values[Place("embedding")][:5])
 
 
-def test_views_are_stored_without_their_storage(tmp_path: Path) -> None:
-    large = torch.randn(1000, 100)
-    _write(tmp_path, {Place("slice"): large[10:12], Place("transposed"): large[:30].T})
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.distcp")) < 40_000
+def test_whole_tensors_are_read_straight_into_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {Place("stack", layer, 2): torch.randn(5, 7) for layer in range(2)} | {
+        Place("norm"): torch.randn(6).half()
+    }
+    _write(tmp_path, values)
     reader = TensorReader(tmp_path)
-    assert reader.read(Place("slice"), (2, 100)).equal(large[10:12])
-    assert reader.read(Place("transposed"), (100, 30)).equal(large[:30].T)
+    by_torch = []
+    read_data = reader._reader.read_data
+    monkeypatch.setattr(reader._reader, "read_data", lambda *args: by_torch.append(args) or read_data(*args))
+    assert all(reader.read(place, tuple(value.shape)).equal(value) for place, value in values.items())
+    assert not by_torch
+    assert reader.read(Place("norm"), (3,)).equal(values[Place("norm")][:3])
+    assert len(by_torch) == 1, "a part of a stored tensor"
+
+
+def test_tensors_are_stored_without_the_memory_that_they_share(tmp_path: Path) -> None:
+    large, small = torch.randn(100, 100), torch.randn(2, 100)
+    _write(tmp_path, {Place("large"): large, Place("small"): small, Place("transposed"): large.T})
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.distcp")) < 2 * large.nbytes + small.nbytes + 10_000
+    reader = TensorReader(tmp_path)
+    assert reader.read(Place("small"), (2, 100)).equal(small)
+    assert reader.read(Place("transposed"), (100, 100)).equal(large.T)
 
 
 class _Harmful:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,15 +18,17 @@ from tests.distributed.harness import run_ranks
 HEADS, GROUPS, HEAD_DIM = 8, 4, 8
 SCALE = 1 / math.sqrt(HEAD_DIM)
 ROWS = (
-    ((DocumentLayout(61, (9, 14)),), 1),
-    ((DocumentLayout(1, (1, 2)),), 1),  # most ranks hold padding only
-    ((DocumentLayout(33, (5, 3, 8)), DocumentLayout(17, (4,)), DocumentLayout(6, ())), 16),
+    ((DocumentLayout(61, (9, 14)),), 1, None),
+    ((DocumentLayout(1, (1, 2)),), 1, None),  # most ranks hold padding only
+    ((DocumentLayout(33, (5, 3, 8)), DocumentLayout(17, (4,)), DocumentLayout(6, ())), 16, None),
+    ((DocumentLayout(61, (9, 14)), DocumentLayout(6, (5,))), 1, 12),  # a window over several chunks, or one document
+    ((DocumentLayout(61, (9, 14)),), 16, 3),  # a window inside a chunk
 )
 MODULE_CASES = tuple(itertools.product(COMM_TYPES, range(len(ROWS))))
 
 
 def layouts(cp_size: int) -> list[RowLayout]:
-    return [RowLayout(documents, cp_size, row_multiple) for documents, row_multiple in ROWS]
+    return [RowLayout(documents, cp_size, row_multiple, window) for documents, row_multiple, window in ROWS]
 
 
 def random_row(layout: RowLayout, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -79,13 +82,14 @@ def through_module(rank: int, comm_type: str, row_number: int) -> tuple[torch.Te
         attention_dropout=0.0,
         context_parallel_size=2,
         cp_comm_type=comm_type,
+        window_size=(layout.window_tokens - 1, 0) if layout.window_tokens else None,
     )
     groups = SimpleNamespace(cp=dist.group.WORLD)
     module = SharedPrefixAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
     mine = layout.local_index(rank)
     fused = torch.cat([x[mine] for x in row], 1).unsqueeze(1).requires_grad_()
     query, key, value = fused.split((HEADS, GROUPS, GROUPS), 2)
-    out = module(query, key, value, layout.to_tensor())
+    out = module(query, key, value, layout.to_tensor())  # which leaves the window to the module
     (grad,) = torch.autograd.grad(out, fused, row_grad[mine].flatten(1).unsqueeze(1))
     return out.detach().unflatten(2, (HEADS, -1)), *grad.split((HEADS, GROUPS, GROUPS), 2)
 
@@ -100,6 +104,7 @@ def messages() -> list[str]:
         (q, k, v, layout, dist.group.WORLD, "p2p", SCALE),
         (q, k, v, RowLayout(layout.documents, 4), dist.group.WORLD, "a2a", SCALE),
         (q[1:], k, v, layout, dist.group.WORLD, "all_gather", SCALE),
+        (q, k, v, replace(layout, window_tokens=8), dist.group.WORLD, "p2p", SCALE),
     ):
         with pytest.raises(ValueError) as raised:
             context_parallel_attention(*arguments)
@@ -126,11 +131,12 @@ def test_module_in_bf16_and_errors() -> None:
             error = ((actual - whole).norm() / whole.norm()).item()
             assert error < 1e-2, f"{comm_type} row {row_number} {name} is off by {error:.1e}"
 
-    for _, (heads, comm_type, cp_size, tokens) in results:
+    for _, (heads, comm_type, cp_size, tokens, window) in results:
         assert "--cp-comm-type a2a" in heads and "3 key/value heads" in heads and "all_gather" in heads
         assert comm_type == "--cp-comm-type 'p2p' is not one of all_gather, a2a"
         assert "laid out for 4 context-parallel ranks in a group of 2" in cp_size
         assert "for a layout of" in tokens
+        assert window.startswith("--cp-comm-type p2p does not know --window-size 7,0: use --cp-comm-type all_gather")
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])

@@ -22,6 +22,7 @@ LAYOUTS = [
     pytest.param(RowLayout((DocumentLayout(33, (1, 2, 3)), DocumentLayout(128, (64,)))), id="documents"),
     pytest.param(RowLayout((DocumentLayout(300, (31, 50)),), cp_size=4, row_multiple=64), id="padding"),
     pytest.param(RowLayout((DocumentLayout(2048, (900, 1000)),)), id="long branches"),
+    pytest.param(RowLayout((DocumentLayout(517, (65, 130)),), window_tokens=100), id="window"),
 ]
 KERNELS = [
     pytest.param(CudaFlashKernel(), torch.bfloat16, 2e-2, id="flash bf16"),

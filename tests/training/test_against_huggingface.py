@@ -34,14 +34,18 @@ CASES = {
     "sft-chosen": ["--objective=sft-chosen"],
     "sft-rejected": ["--objective=sft-rejected"],
     "sft-chosen-constraint": ["--objective=sft-chosen-constraint", f"--beta={BETA}", *SHORT],
+    "longpo, window": ["--objective=longpo", *PREFERENCE, *SHORT],
+    "longpo, window dropped": ["--objective=longpo", *PREFERENCE, *SHORT, "--window-size=full"],
 }
+WINDOWS = {"longpo, window": (9, 9), "longpo, window dropped": (None, 9)}
+"""Windows of policy and reference, shorter than every document."""
 
 
-def huggingface_model(rotary_base: float) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def huggingface_model(rotary_base: float, window: int | None = None) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(3)
-    config = LlamaConfig(
+    config = MistralConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,
@@ -53,8 +57,9 @@ def huggingface_model(rotary_base: float) -> Any:
         initializer_range=0.2,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
+        sliding_window=window,
     )
-    return LlamaForCausalLM(config)
+    return MistralForCausalLM(config)
 
 
 class Oracle:
@@ -121,7 +126,7 @@ class Oracle:
         }
 
 
-def compare(rank: int, flags: list[str], data: str, folder: str) -> dict[str, Any]:
+def compare(rank: int, name: str, data: str, folder: str) -> dict[str, Any]:
     """One global batch of four documents through the trainer and through the oracle."""
     from megatron_longpo import platform
     from megatron_longpo.arguments import parse_arguments
@@ -136,10 +141,13 @@ def compare(rank: int, flags: list[str], data: str, folder: str) -> dict[str, An
     from megatron_longpo.training.step import document_loss, global_batch_metrics, run_schedule
     from megatron_longpo.validation import validate
 
-    start = Path(folder) / "start"
-    policy = huggingface_model(ROTARY_BASE)
-    policy.save_pretrained(start)
+    start, flags = Path(folder) / "start", CASES[name]
+    window, reference_window = WINDOWS.get(name, (None, None))
+    huggingface_model(ROTARY_BASE, reference_window).save_pretrained(start)
+    policy = huggingface_model(ROTARY_BASE, window)
     fixed = ["--global-batch-size=4", "--train-iters=1", "--split=100,0", "--seq-length=512", "--num-workers=0"]
+    # Another reference model than that of the other cases, computed in each.
+    fixed += [f"--reference-dir={folder}"] if name in WINDOWS else []
     fixed += ["--progress-bar=off", "--logits-chunk-tokens=17", f"--load-hf={start}", f"--data-path={data}"]
     config = with_initial_model(parse_arguments([*fixed, *flags]))
     config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
@@ -160,7 +168,8 @@ def compare(rank: int, flags: list[str], data: str, folder: str) -> dict[str, An
     )
     ours, _ = global_batch_metrics(config, outputs, 4)
 
-    oracle = Oracle(policy, huggingface_model(REFERENCE_ROTARY_BASE), huggingface_model(ROTARY_BASE), flags)
+    short = huggingface_model(REFERENCE_ROTARY_BASE, reference_window)
+    oracle = Oracle(policy, short, huggingface_model(ROTARY_BASE, window), flags)
     results = [oracle.document(dataset[number]) for number in batch.numbers]
     loss = torch.stack([result[0] for result in results]).mean()
     loss.backward()
@@ -184,9 +193,7 @@ def compare(rank: int, flags: list[str], data: str, folder: str) -> dict[str, An
 
 
 def compare_all(rank: int, data: str, folder: str) -> dict[str, Any]:
-    return {
-        name: compare(rank, flags, data, f"{folder}/{number}") for number, (name, flags) in enumerate(CASES.items())
-    }
+    return {name: compare(rank, name, data, f"{folder}/{number}") for number, name in enumerate(CASES)}
 
 
 @pytest.fixture(scope="module")
