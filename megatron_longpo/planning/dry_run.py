@@ -54,30 +54,34 @@ def dry_run(config: RunConfig, world_size: int, rows: Sequence[TrainingRow]) -> 
         world_size: Ranks.
         rows: The micro-batch; that of `workload.longest_rows` or `workload.made_up_rows`.
     """
-    stages = config.parallel.pipeline_model_parallel_size
-    # Megatron counts ranks through a stage's tensor, context and data parallel ranks before the next stage's.
-    return [
-        _of_rank(config, world_size, stage * world_size // stages, stage, rows) for stage in sorted({0, stages - 1})
-    ]
+    return [dry_run_stage(config, world_size, stage, rows) for stage in measured_stages(config)]
 
 
-def num_measured_microbatches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches after which a step's memory repeats itself, so that more of them need not be run.
+def measured_stages(config: RunConfig) -> list[int]:
+    """The first and the last pipeline stage."""
+    return sorted({0, config.parallel.pipeline_model_parallel_size - 1})
 
-    Without pipeline the second micro-batch finds what the first one left behind. In 1F1B at most as many are under
-    way as there are stages (Narayanan et al. 2021, section 2.2); interleaved, twice as many fill the warm-up.
+
+def num_measured_microbatches(config: RunConfig, world_size: int, stage: int) -> int:
+    """Micro-batches after which a stage's memory repeats itself, so that more of them need not be run.
+
+    The second micro-batch finds what the first one left behind, and on the last stage of 1F1B each one is finished
+    before the next. On the first, as many are under way as there are stages (Narayanan et al. 2021, section 2.2);
+    interleaved, twice as many fill the warm-up.
     """
     total, stages = config.num_microbatches(world_size), config.parallel.pipeline_model_parallel_size
-    if stages == 1:
-        return min(total, 2)
-    return min(total, stages + 1 if config.parallel.num_layers_per_virtual_pipeline_stage is None else 2 * stages)
+    if config.parallel.num_layers_per_virtual_pipeline_stage is not None:
+        return min(total, 2 * stages)
+    return min(total, 2 if stage == stages - 1 else stages + 1)
 
 
-def _of_rank(
-    config: RunConfig, world_size: int, rank: int, stage: int, rows: Sequence[TrainingRow]
-) -> RankMemory:
+def dry_run_stage(config: RunConfig, world_size: int, stage: int, rows: Sequence[TrainingRow]) -> RankMemory:
+    """`dry_run` of one pipeline stage."""
     on_gpu = not config.training.use_cpu
+    num_micro_batches = num_measured_microbatches(config, world_size, stage)
     config = _for_fake_world(config)
+    # Megatron counts through a stage's tensor, context and data parallel ranks before it comes to the next stage.
+    rank = stage * world_size // config.parallel.pipeline_model_parallel_size
     with fake_world(config, rank, world_size):
         batch = batch_of(config, rows, parallel_state.get_context_parallel_rank())
         ledger = MemoryLedger(answer, hidden_bytes if on_gpu else None)
@@ -90,7 +94,7 @@ def _of_rank(
             if on_gpu:
                 use_list_adam(trainer.optimizer)
             trainer.allocate_optimizer_state()
-            trainer.measure([_fake(batch, mode)] * num_measured_microbatches(config, world_size))
+            trainer.measure([_fake(batch, mode)] * num_micro_batches)
     return RankMemory(stage, dict(ledger.peak))
 
 

@@ -40,8 +40,8 @@ _SOURCES = (
 )
 """Files whose allocations have a part of their own."""
 
-_COLLECTIVES = ("gather", "scatter", "alltoall")
-"""Words in the names of collectives that read or write a buffer of their own; reductions work in place."""
+_BUFFERS = {"_allgather_base_": slice(0, 1), "_reduce_scatter_base_": slice(1, 2), "alltoall_base_": slice(0, 2)}
+"""Collectives of torch that need a buffer larger than what a rank keeps, and which arguments (output, input) it is."""
 
 
 @dataclass(eq=False)
@@ -74,7 +74,6 @@ class MemoryLedger(TorchDispatchMode):
         self._visit = 0
         self.live = dict.fromkeys(Part, 0)
         self.peak = dict(self.live)
-        self.num_operators = 0
 
     @property
     def live_bytes(self) -> int:
@@ -114,15 +113,16 @@ class MemoryLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.num_operators += 1
+        if func.namespace == "prim":  # asks for a tensor's device and the like: half of all calls
+            return func(*args, **kwargs)
         self._enter_source()
         result = NotImplemented if self._answer is None else self._answer(func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
         for leaf in _tensors(result):
             self._note(leaf)
-        if self._home is None and any(word in func.__name__ for word in _COLLECTIVES) and func.namespace == "c10d":
-            for leaf in _tensors((args, kwargs)):
+        if self._home is None and func.namespace == "c10d":
+            for leaf in _tensors(args[_BUFFERS.get(func.overloadpacket.__name__, slice(0))]):
                 allocation = self._note(leaf)
                 if allocation.part in (Part.ACTIVATIONS, Part.ATTENTION):
                     self._move(allocation, Part.COMMUNICATION)
