@@ -1,8 +1,8 @@
 """A quick estimate of peak memory, to leave out layouts that cannot fit before the others are measured.
 
 Per token and layer, what backward needs of the unfused layers in the training dtype: norms' inputs and outputs 4H (split
-over TP with sequence parallel), queries, keys, values and attention's output, the MLP's hidden layer four times (before,
-gate, activated, product), RoPE's cosines and sines. The same counting as in arXiv 2205.05198, section 4.1.
+over TP with sequence parallel), queries, keys, values and attention's output, the MLP's hidden layer five times (gate,
+linear, linear plus its offset, activated gate, product), RoPE's cosines and sines. The same counting as in arXiv 2205.05198, section 4.1.
 """
 
 # t=tokens of a rank H=hidden_size F=ffn N=query heads G=key/value heads D=head_dim
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.planning.recomputation import repeated
-from megatron_longpo.planning.step_time import Work, layer_weights, num_virtual
+from megatron_longpo.planning.step_time import layer_weights, num_virtual
+from megatron_longpo.planning.workload import Work
 
 
 def estimated_gib(config: RunConfig, num_gpus: int, work: Work) -> float:
@@ -40,7 +41,7 @@ def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> float
     if training.recompute_granularity == "full":
         kept = again.matmul * hidden + (1 - again.matmul) * one_layer
     else:
-        mlp = size * 4 * tokens * model.ffn_hidden_size / tp
+        mlp = size * 5 * tokens * model.ffn_hidden_size / tp
         kept = one_layer - (mlp if again.matmul else 0.0)
     num_bytes += kept * model.num_layers / pp * _rows_under_way(config, num_gpus, last)
     # A layer in backward: what it computes again, and gradients of about the size of its widest tensors.
@@ -60,7 +61,7 @@ def _layer_bytes_per_token(config: RunConfig) -> float:
     tp, size = parallel.tensor_model_parallel_size, 2 if config.training.bf16 else 4
     query, key = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
     whole = 4 * model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    return size * (whole + (2 * query + 2 * key + 4 * model.ffn_hidden_size) / tp + 4 * model.kv_channels)
+    return size * (whole + (2 * query + 2 * key + 5 * model.ffn_hidden_size) / tp + 4 * model.kv_channels)
 
 
 def _rows_under_way(config: RunConfig, num_gpus: int, last: bool) -> float:

@@ -39,8 +39,14 @@ class GPU:
     attention_tflops: tuple[float, float]
     gpus_per_node: int = 8
 
+    def with_rates(self, matmul_tflops: float | None, attention_tflops: list[float] | None) -> GPU:
+        """The GPU with measured rates in place of the table's."""
+        matmul = matmul_tflops or self.matmul_tflops
+        attention = (attention_tflops[0], attention_tflops[1]) if attention_tflops else self.attention_tflops
+        return dataclasses.replace(self, matmul_tflops=matmul, attention_tflops=attention)
 
-H100 = GPU("h100-80gb", 989, 79.6, 3350, 450, 50, 794.5, (370, 335))
+
+H100 = GPU("h100-80gb", 989, 79.6, 3350, 450, 50, 794.5, (370, 322))
 A100 = GPU("a100-80gb", 312, 79.2, 2039, 300, 25, 271.2, (225, 170))
 
 GPUS: dict[str, GPU] = {
@@ -61,9 +67,9 @@ Peaks, memory, NVLink: NVIDIA's data sheets of A100, A800, H100 SXM, H200 and DG
 sparsity; NVLink's total is both directions, so half of that too). ``mem_gib``: the sizes that ``nvidia-smi`` shows, less
 than the name says. Network: one 400 Gb/s ConnectX-7 per GPU in DGX H100, H200 and B200, one 200 Gb/s ConnectX-6 in DGX
 A100. ``matmul_tflops``: "maximum achievable matmul FLOPS" of stas00/ml-engineering, compute/accelerator/README.md.
-``attention_tflops``: Hopper forward, FlashAttention-3 (arXiv 2407.08608), Figure 5, FlashAttention 2 at head dimension 128
-and 16K; Hopper both ways, FlashAttention-2 (arXiv 2307.08691), section 4.1; A100, the same paper: up to 73 % of the peak
-forward, of which 72 % is taken, and up to 63 % backward, of which 55 % is taken for the causal case at 16K.
+``attention_tflops``: Hopper, FlashAttention-3 (arXiv 2407.08608), Figures 5 and 6, FlashAttention 2 at head dimension 128
+and 16K tokens; A100, FlashAttention-2 (arXiv 2307.08691), section 4.1: 50-73 % of the peak forward and up to 63 % backward,
+of which 72 % and 55 % are taken; Blackwell is a guess.
 """
 
 MEASURED_LINK_SHARE = 0.8

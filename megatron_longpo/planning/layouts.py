@@ -93,20 +93,6 @@ def candidates(
                     yield Candidate((*base, *words), config, option.name)
 
 
-def nearest_num_gpus(
-    base: Sequence[str], model: ModelConfig, num_gpus: int, gpus_per_node: int, count: int = 2
-) -> list[int]:
-    """The numbers of GPUs nearest to this one on which some layout can run."""
-    found: list[int] = []
-    for distance in range(num_gpus):
-        for number in sorted({num_gpus - distance, num_gpus + distance}):
-            if next(candidates(base, model, number, gpus_per_node), None) is not None:
-                found.append(number)
-        if len(found) >= count:
-            break
-    return found[:count]
-
-
 def _layouts(model: ModelConfig, num_gpus: int, gpus_per_node: int) -> Iterator[list[str]]:
     """Sizes whose product divides the number of GPUs, with how keys and values travel and the optimizer is held."""
     for tp in _divisors(num_gpus, gpus_per_node):

@@ -15,11 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_longpo.config import ModelConfig, RunConfig
-from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.model.flops import attended_pairs, forward_flops, step_flops
 from megatron_longpo.planning.hardware import GPU
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, neighbour_s
 from megatron_longpo.planning.recomputation import Repeated, repeated
+from megatron_longpo.planning.workload import Work
 
 FLASH_BACKWARD = 2.5
 """FLOPs of FlashAttention's backward over its forward: five matrix products for two (arXiv 2307.08691, section 4.1)."""
@@ -29,19 +29,6 @@ HEAD_PRODUCTS = 4
 
 HEAD_PASSES = 13
 """Passes over the fp32 logits between these products, read or written (`objective/logprobs.py`)."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one micro-batch asks for.
-
-    Args:
-        layout: The row.
-        num_predictions: Next-token predictions over all ranks.
-    """
-
-    layout: RowLayout
-    num_predictions: int
 
 
 @dataclass(frozen=True)

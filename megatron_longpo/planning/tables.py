@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory
 from megatron_longpo.planning.hardware import GPU, usable_gib
 from megatron_longpo.planning.ledger import Part
+from megatron_longpo.planning.step_time import StepTime
+
+
+if TYPE_CHECKING:
+    from megatron_longpo.planning.search import Plan
 
 
 def table(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -72,3 +78,41 @@ def memory_table(stages: Sequence[RankMemory], gpu: GPU | None) -> str:
     needed, usable = max(stage.gib for stage in stages), usable_gib(gpu)
     verdict = "fits" if needed <= usable else "does NOT fit"
     return f"{text}\n\n{needed:.1f} GiB {verdict} in {gpu.name}: {usable:.1f} of {gpu.mem_gib:.1f} GiB are for tensors"
+
+
+def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
+    """One line per layout, fastest first."""
+    lines = [
+        [
+            str(number),
+            layout_text(plan.candidate.config, num_gpus),
+            plan.candidate.option,
+            f"{plan.time.seconds_per_document:.2f}",
+            f"{plan.time.tokens_per_s_per_gpu:,.0f}",
+            f"{100 * plan.time.mfu:.1f}",
+            f"{plan.gib:.1f}",
+        ]
+        for number, plan in enumerate(plans, 1)
+    ]
+    heading = ["#", "layout", "recomputed", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
+    return table(heading, lines, left=3)
+
+
+def time_table(time: StepTime) -> str:
+    """Seconds of a step by part, and their shares."""
+    lines = [
+        [name, f"{seconds:.2f}", f"{100 * seconds / time.seconds:.1f}"]
+        for name, seconds in time.parts.items()
+        if seconds > 0
+    ]
+    return table(["part", "s", "%"], lines)
+
+
+def cost_line(time: StepTime, num_documents: int) -> str:
+    """What a whole run costs."""
+    hours = time.gpu_hours(num_documents)
+    days = hours / time.num_gpus / 24
+    return (
+        f"{num_documents:,} documents: {hours:,.0f} GPU-hours, {days:.1f} days on {time.num_gpus} GPUs "
+        f"({time.tflops_per_gpu:.0f} TFLOP/s per GPU)"
+    )

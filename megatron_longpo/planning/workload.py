@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_longpo.config import ConfigError, RunConfig
+from megatron_longpo.config import ConfigError, ParallelConfig, RunConfig
 from megatron_longpo.data.batch import Batch, collate
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.document import CHOSEN
+from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.data.predictions import ReferenceTurns
 from megatron_longpo.data.rows import OBJECTIVE_ROLES, RowBranch, TrainingRow
 
@@ -23,6 +26,19 @@ TURNS_PER_DOCUMENT = 4
 """The paper's highest number of turns."""
 
 RESPONSE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one micro-batch asks for.
+
+    Args:
+        layout: The row.
+        num_predictions: Next-token predictions over all ranks.
+    """
+
+    layout: RowLayout
+    num_predictions: int
 
 
 def longest_rows(config: RunConfig, dataset: PreferenceDataset) -> list[TrainingRow]:
@@ -73,6 +89,19 @@ def batch_of(config: RunConfig, rows: Sequence[TrainingRow], cp_rank: int = 0) -
         max_sequence_tokens=config.data.seq_length,
         reference=_NoReference(rows),
     )
+
+
+def num_predictions(config: RunConfig, rows: Sequence[TrainingRow]) -> int:
+    """Next-token predictions that the objective asks for in a micro-batch, over all ranks."""
+    whole = dataclasses.replace(config, parallel=ParallelConfig())
+    return len(batch_of(whole, rows).predictions.targets)
+
+
+def work_of(config: RunConfig, rows: Sequence[TrainingRow], predictions: int) -> Work:
+    """A micro-batch laid out for a run's ranks."""
+    parallel = config.parallel
+    documents = tuple(row.layout for row in rows)
+    return Work(RowLayout(documents, parallel.context_parallel_size, parallel.row_multiple), predictions)
 
 
 class _NoReference:
