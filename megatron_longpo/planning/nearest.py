@@ -36,8 +36,8 @@ def nothing_fits(search: Search, timed: Sequence[Timed]) -> str:
     usable = usable_gib(search.gpu)
     text = (
         f"no layout of {search.num_gpus} × {search.gpu.name} fits: the leanest, "
-        f"{layout_text(leanest.config, search.num_gpus)}, recomputing {leanest.option}, needs about {gib:.0f} GiB per "
-        f"GPU and {usable:.0f} are usable"
+        f"{layout_text(leanest.config, search.num_gpus)}, recomputing {leanest.option}, needs about {gib:.1f} GiB per "
+        f"GPU and {usable:.1f} are usable"
     )
     rows = made_up_rows(leanest.config, search.num_turns, search.response_tokens)
     factor = 2

@@ -105,7 +105,9 @@ def nemo_long_sequences(attention_tflops: tuple[float, float]) -> list[Compariso
     comparisons = []
     for kilo, num_gpus, tp, cp, published in NEMO:
         tokens = kilo * 1024
-        words = f"{LLAMA2_7B} --tensor-model-parallel-size {tp} --context-parallel-size {cp} --use-distributed-optimizer"
+        words = (
+            f"{LLAMA2_7B} --tensor-model-parallel-size {tp} --context-parallel-size {cp} --use-distributed-optimizer"
+        )
         config = _config(words + " --sequence-parallel", tokens, NEMO_TOKENS_PER_BATCH // tokens)
         layout = RowLayout((DocumentLayout(tokens, ()),), cp, cp * tp)
         step = step_time(config, num_gpus, Work(layout, tokens - 1), gpu)

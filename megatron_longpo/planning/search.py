@@ -130,6 +130,4 @@ def _measured(
         bar.update(before + finished - bar.n)
 
     memories = dry_runs([(option.config, search.num_gpus) for option, _ in chosen], rows, done)
-    return [
-        Plan(option, time, tuple(stages)) for (option, time), stages in zip(chosen, memories, strict=True)
-    ]
+    return [Plan(option, time, tuple(stages)) for (option, time), stages in zip(chosen, memories, strict=True)]

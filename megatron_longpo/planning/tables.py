@@ -12,7 +12,6 @@ from megatron_longpo.planning.hardware import GPU, usable_gib
 from megatron_longpo.planning.ledger import Part
 from megatron_longpo.planning.step_time import StepTime
 
-
 if TYPE_CHECKING:
     from megatron_longpo.planning.search import Plan
 
