@@ -2,8 +2,8 @@
 
     python tools/plan_run.py --hf-model models/llama-3.1-70b --seq-length 131072 --num-gpus 64 --gpu h100-80gb
 
-Memory is measured: each layout's training step runs on fake tensors at the real world size. Time is predicted from stated
-rates; docs/performance.md has the formulas, their sources, and how far they are from published results.
+Memory is measured: each layout's training step runs on fake tensors at the real world size. Time is predicted from
+stated rates; docs/performance.md has the formulas, their sources, and how far they are from published results.
 """
 
 from __future__ import annotations

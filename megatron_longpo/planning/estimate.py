@@ -1,8 +1,9 @@
 """A quick estimate of peak memory, to leave out layouts that cannot fit before the others are measured.
 
-Per token and layer, what backward needs of the unfused layers in the training dtype: norms' inputs and outputs 4H (split
-over TP with sequence parallel), queries, keys, values and attention's output, the MLP's hidden layer five times (gate,
-linear, linear plus its offset, activated gate, product), RoPE's cosines and sines. The same counting as in arXiv 2205.05198, section 4.1.
+Per token and layer, what backward needs of the unfused layers in the training dtype: norms' inputs and outputs 4H
+(split over TP with sequence parallel), queries, keys, values and attention's output, the MLP's hidden layer five times
+(gate, linear, linear plus its offset, activated gate, product), RoPE's cosines and sines. The same counting as in arXiv
+2205.05198, section 4.1.
 """
 
 # t=tokens of a rank H=hidden_size F=ffn N=query heads G=key/value heads D=head_dim

@@ -63,13 +63,13 @@ GPUS: dict[str, GPU] = {
 }
 """Sources.
 
-Peaks, memory, NVLink: NVIDIA's data sheets of A100, A800, H100 SXM, H200 and DGX B200 (dense, so half of the figures with
-sparsity; NVLink's total is both directions, so half of that too). ``mem_gib``: the sizes that ``nvidia-smi`` shows, less
-than the name says. Network: one 400 Gb/s ConnectX-7 per GPU in DGX H100, H200 and B200, one 200 Gb/s ConnectX-6 in DGX
-A100. ``matmul_tflops``: "maximum achievable matmul FLOPS" of stas00/ml-engineering, compute/accelerator/README.md.
-``attention_tflops``: Hopper, FlashAttention-3 (arXiv 2407.08608), Figures 5 and 6, FlashAttention 2 at head dimension 128
-and 16K tokens; A100, FlashAttention-2 (arXiv 2307.08691), section 4.1: 50-73 % of the peak forward and up to 63 % backward,
-of which 72 % and 55 % are taken; Blackwell is a guess.
+Peaks, memory, NVLink: NVIDIA's data sheets of A100, A800, H100 SXM, H200 and DGX B200 (dense, so half of the figures
+with sparsity; NVLink's total is both directions, so half of that too). ``mem_gib``: the sizes that ``nvidia-smi``
+shows, less than the name says. Network: one 400 Gb/s ConnectX-7 per GPU in DGX H100, H200 and B200, one 200 Gb/s
+ConnectX-6 in DGX A100. ``matmul_tflops``: "maximum achievable matmul FLOPS" of stas00/ml-engineering,
+compute/accelerator/README.md. ``attention_tflops``: Hopper, FlashAttention-3 (arXiv 2407.08608), Figures 5 and 6,
+FlashAttention 2 at head dimension 128 and 16K tokens; A100, FlashAttention-2 (arXiv 2307.08691), section 4.1: 50-73 %
+of the peak forward and up to 63 % backward, of which 72 % and 55 % are taken; Blackwell is a guess.
 """
 
 MEASURED_LINK_SHARE = 0.8

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from types import FrameType
 from typing import Any
 
 import torch
@@ -178,10 +179,10 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def _source() -> Part | None:
     """The part of the innermost frame whose file has one."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         for ending, part in _SOURCES:
             if ending in frame.f_code.co_filename:
                 return part
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None

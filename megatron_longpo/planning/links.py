@@ -1,8 +1,8 @@
 """Seconds of collectives: bytes over the slowest link that a ring crosses, without latency.
 
-A ring moves (n − 1)/n of the bytes through every rank, twice for an all-reduce (nccl-tests, doc/PERFORMANCE.md). Inside a
-node it runs on NVLink. Across nodes each rank of a node carries a ring of its own through its own network card, so a group
-with k ranks in every node has k cards' bandwidth.
+A ring moves (n − 1)/n of the bytes through every rank, twice for an all-reduce (nccl-tests, doc/PERFORMANCE.md). Inside
+a node it runs on NVLink. Across nodes each rank of a node carries a ring of its own through its own network card, so a
+group with k ranks in every node has k cards' bandwidth.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def all_reduce_s(gpu: GPU, num_bytes: float, group_size: int, stride: int) -> fl
 
 
 def all_to_all_s(gpu: GPU, num_bytes: float, group_size: int, stride: int) -> float:
-    """Every rank keeps 1/n of its ``num_bytes`` and sends the rest; the share for other nodes leaves by its own card."""
+    """Every rank keeps 1/n of its ``num_bytes`` and sends the rest, to other nodes by its own card."""
     together = ranks_per_node(gpu, group_size, stride)
     inside = (together - 1) / group_size * num_bytes / (gpu.nvlink_gbs * 1e9)
     outside = (group_size - together) / group_size * num_bytes / (gpu.network_gbs * 1e9)

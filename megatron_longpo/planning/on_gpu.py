@@ -1,7 +1,7 @@
 """What a step allocates on CUDA and not on a CPU, where the dry run computes.
 
-Four places differ. The LM head multiplies half precision into fp32 there, without an fp32 copy of its weight. RMSNorm is
-one kernel that keeps its input and one number per token. FlashAttention's backward allocates inside its kernel. And
+Four places differ. The LM head multiplies half precision into fp32 there, without an fp32 copy of its weight. RMSNorm
+is one kernel that keeps its input and one number per token. FlashAttention's backward allocates inside its kernel. And
 torch's Adam goes over lists of tensors at once. Everything else is the same operators in the same order.
 """
 

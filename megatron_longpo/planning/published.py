@@ -97,9 +97,9 @@ def longpo_paper() -> list[Comparison]:
 def nemo_long_sequences(attention_tflops: tuple[float, float]) -> list[Comparison]:
     """Llama 2 7B in FP8 with context parallelism, TFLOP/s per GPU.
 
-    NeMo counts attention without the causal half here (``flops_formulas.py`` of that release). Its ring of keys and values
-    is taken as hidden behind attention. Matrix products run at FP8's measured rate; which attention kernel the container
-    of March 2024 used is not said, so it is an argument.
+    NeMo counts attention without the causal half here (``flops_formulas.py`` of that release). Its ring of keys and
+    values is taken as hidden behind attention. Matrix products run at FP8's measured rate; which attention kernel the
+    container of March 2024 used is not said, so it is an argument.
     """
     gpu = dataclasses.replace(H100, matmul_tflops=FP8_MATMUL_TFLOPS, attention_tflops=attention_tflops)
     comparisons = []

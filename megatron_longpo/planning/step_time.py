@@ -157,9 +157,9 @@ def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[s
 def _element_wise_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> float:
     """Norms, residuals, RoPE, SwiGLU and copies between kernels: bytes over memory bandwidth, backward twice forward.
 
-    Values read and written per token and layer, counted from the operators: two norms 4H, two residuals 6H, RoPE 9(N+G)D,
-    heads laid out for attention and back 2(N+2G)D + 2ND, SwiGLU 5F. Then the weight gradients of the micro-batch: 12
-    bytes each, from bf16 into the fp32 buffer.
+    Values read and written per token and layer, counted from the operators: two norms 4H, two residuals 6H, RoPE
+    9(N+G)D, heads laid out for attention and back 2(N+2G)D + 2ND, SwiGLU 5F. Then the weight gradients of the
+    micro-batch: 12 bytes each, from bf16 into the fp32 buffer.
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
@@ -217,7 +217,7 @@ def _pipeline_s(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> float
 
 
 def _once_per_step(config: RunConfig, num_gpus: int, gpu: GPU) -> dict[str, float]:
-    """Gradients summed over data and context parallel ranks in fp32, weights gathered, Adam (ZeRO, arXiv 1910.02054)."""
+    """Gradients summed in fp32 over DP and CP ranks, Adam, weights gathered (ZeRO, arXiv 1910.02054)."""
     parallel = config.parallel
     parameters = parameters_of_rank(config)
     ranks = parallel.context_parallel_size * parallel.data_parallel_size(num_gpus)

@@ -17,8 +17,8 @@ from megatron_longpo.planning.workload import made_up_rows, num_predictions, wor
 
 SHAPE = (
     "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention "
-    "--num-query-groups 8 --swiglu --disable-bias-linear --vocab-size 32000 --untie-embeddings-and-output-weights --bf16 "
-    "--seq-length 32768 --max-position-embeddings 32768 "
+    "--num-query-groups 8 --swiglu --disable-bias-linear --vocab-size 32000 --untie-embeddings-and-output-weights "
+    "--bf16 --seq-length 32768 --max-position-embeddings 32768 "
 )
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
