@@ -30,7 +30,7 @@ def planned(words: str = "", world_size: int = 1) -> list[RankMemory]:
 @pytest.mark.parametrize(
     "words",
     [
-        "--global-batch-size 2",
+        pytest.param("--global-batch-size 2", marks=pytest.mark.slow),
         f"--global-batch-size 2 --use-distributed-optimizer {FULL}",
         "--global-batch-size 1 --bf16 --recompute-granularity selective --recompute-modules mlp --turns independent",
     ],
@@ -78,7 +78,8 @@ MORE_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layouts", [LAYOUTS, MORE_LAYOUTS])
 def test_one_rank_of_a_fake_world_counts_what_the_real_rank_allocates(layouts: dict[str, tuple[str, float]]) -> None:
     by_rank = run_ranks(_measure_layouts, 2, layouts)
     for name, (words, tolerance) in layouts.items():
@@ -113,6 +114,7 @@ def test_parts_are_what_arithmetic_says() -> None:
     assert memory.parts[Part.OPTIMIZER] == pytest.approx(12 * weights, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_every_kind_of_parallelism_divides_its_part() -> None:
     (whole,) = planned("--bf16 --use-distributed-optimizer")
     (sharded,) = planned("--bf16 --use-distributed-optimizer", 8)
@@ -134,8 +136,12 @@ def test_every_kind_of_parallelism_divides_its_part() -> None:
     ("words", "world_size"),
     [
         ("--global-batch-size 4", 1),
-        ("--pipeline-model-parallel-size 2 --global-batch-size 6", 2),
-        ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 8", 2),
+        pytest.param("--pipeline-model-parallel-size 2 --global-batch-size 6", 2, marks=pytest.mark.slow),
+        pytest.param(
+            "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 8",
+            2,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_more_micro_batches_than_are_measured_need_no_more_memory(
