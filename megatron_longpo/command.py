@@ -17,14 +17,15 @@ if TYPE_CHECKING:  # `--help` and mistakes in flags do not wait for torch
     Job = Callable[[RunConfig, PreferenceDataset], None]
 
 
-def run_command(job: Job) -> None:
+def run_command(job: Job, dry_run: Callable[[RunConfig], None] | None = None) -> None:
     """Run a job on this rank with the configuration of the command line; the process group is up inside.
 
+    ``dry_run`` takes its place with ``--dry-run``, without data and process group.
     A mistake of the user ends in a message without a traceback: exit code 2 for flags, 1 for everything else.
     """
     config = parse_command_line()
     try:
-        _run(job, config)
+        _run(job, dry_run, config)
     except ConfigError as error:
         mistakes = error
         leave(2, lambda: print_errors(mistakes))
@@ -36,7 +37,12 @@ def run_command(job: Job) -> None:
         sys.exit(130)
 
 
-def _run(job: Job, config: RunConfig) -> None:
+def _run(job: Job, dry_run: Callable[[RunConfig], None] | None, config: RunConfig) -> None:
+    if config.planning.dry_run:
+        if dry_run is None:
+            raise ConfigError("--dry-run is for pretrain_longpo.py: this command has none")
+        return dry_run(config)
+
     from megatron_longpo.training.distributed import initialize, shut_down
     from megatron_longpo.training.prepare import open_dataset, prepared
 

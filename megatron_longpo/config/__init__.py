@@ -8,6 +8,7 @@ from megatron_longpo.config.model import ModelConfig
 from megatron_longpo.config.objective import ObjectiveConfig
 from megatron_longpo.config.optimizer import OptimizerConfig
 from megatron_longpo.config.parallel import ParallelConfig
+from megatron_longpo.config.planning import PlanningConfig
 from megatron_longpo.config.run import RunConfig
 from megatron_longpo.config.training import TrainingConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanningConfig",
     "RunConfig",
     "TokenizerConfig",
     "TrainingConfig",

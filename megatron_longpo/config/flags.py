@@ -19,6 +19,7 @@ from megatron_longpo.config.model import ModelConfig
 from megatron_longpo.config.objective import ObjectiveConfig
 from megatron_longpo.config.optimizer import OptimizerConfig
 from megatron_longpo.config.parallel import ParallelConfig
+from megatron_longpo.config.planning import PlanningConfig
 from megatron_longpo.config.training import TrainingConfig
 
 GROUPS: dict[str, type] = {
@@ -31,6 +32,7 @@ GROUPS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
+    "planning": PlanningConfig,
 }
 """The attributes of `RunConfig` in the order of the help page."""
 

@@ -17,6 +17,7 @@ from megatron_longpo.config.model import ModelConfig
 from megatron_longpo.config.objective import ObjectiveConfig
 from megatron_longpo.config.optimizer import OptimizerConfig
 from megatron_longpo.config.parallel import ParallelConfig
+from megatron_longpo.config.planning import PlanningConfig
 from megatron_longpo.config.training import TrainingConfig
 from megatron_longpo.config.yaml_file import to_yaml
 from megatron_longpo.files import atomic_writer
@@ -40,6 +41,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
     explicit: frozenset[str] = field(default=frozenset(), compare=False)
     source_model: ModelConfig | None = field(default=None, compare=False)
 

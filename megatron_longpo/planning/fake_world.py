@@ -1,0 +1,106 @@
+"""One rank of a world of any size, alone in this process: PyTorch's fake process group, and fake tensors in it.
+
+A fake tensor has shape, dtype and storage size, and no data. Collectives of the fake process group return at once. What
+remains are the few places where a step wants a number or another rank's object; they are answered here.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import clip_grads
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_longpo.attention import row_order
+from megatron_longpo.config import RunConfig
+from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.planning.replaced import replaced
+from megatron_longpo.training import loop
+from megatron_longpo.training.distributed import initialize, shut_down
+
+
+@contextmanager
+def fake_world(config: RunConfig, rank: int, world_size: int) -> Iterator[None]:
+    """This process is one rank of a world: Megatron's parallel state is up, every collective does nothing.
+
+    Args:
+        config: A validated run; computes on the CPU.
+        rank: Which rank.
+        world_size: Of how many.
+    """
+    assert not dist.is_initialized(), "a dry run needs a process without a process group"
+    make_group = dist.new_group
+
+    def fake_group(
+        ranks: Sequence[int] | None = None, timeout: datetime.timedelta | None = None, backend: Any = None, **rest: Any
+    ) -> Any:
+        return make_group(ranks, timeout=timeout, backend="fake", **rest)
+
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        with replaced(dist, "new_group", fake_group):
+            initialize(config)
+        yield
+    finally:
+        shut_down()
+
+
+@contextmanager
+def fake_tensors(layout: RowLayout) -> Iterator[FakeTensorMode]:
+    """Tensors made inside have no data.
+
+    Args:
+        layout: The layout of every row. Layers read it from a tensor, which here has none.
+    """
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (RowLayout, "from_tensor", staticmethod(lambda encoded: layout)),
+            (dist, "all_gather_object", _gather_own_object),
+            (torch.utils, "swap_tensors", _set_data),
+            (clip_grads, "multi_tensor_applier", _norm_of_lists),
+            (loop, "any_rank", lambda flag: False),
+        ):
+            stack.enter_context(replaced(owner, name, value))
+        _forget_index_tensors()
+        try:
+            yield stack.enter_context(FakeTensorMode())
+        finally:
+            _forget_index_tensors()
+
+
+def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Results of operators that fake tensors do not have: numbers are 1 and true, grouped collectives are done."""
+    if func is torch.ops.aten._local_scalar_dense.default:
+        dtype = args[0].dtype
+        return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+    if func.namespace == "c10d" and "coalesced" in func.__name__:
+        return FakeWork().boxed()
+    return NotImplemented
+
+
+def _gather_own_object(objects: list[Any], own: Any, group: Any = None) -> None:
+    """All ranks of a layout's stage say the same."""
+    objects[:] = [own] * len(objects)
+
+
+def _set_data(parameter: torch.Tensor, converted: torch.Tensor) -> None:
+    """`torch.nn.Module.to` for fake parameters, whose weak references forbid the swap that torch would do."""
+    parameter.data = converted.data
+
+
+def _norm_of_lists(*_: Any) -> tuple[torch.Tensor, None]:
+    """The norm of a list of gradients; Megatron's version for CPUs makes a tensor of numbers on the way."""
+    return torch.ones(1), None
+
+
+def _forget_index_tensors() -> None:
+    """Index tensors are kept per layout; real ones must not meet fake tensors, nor the reverse."""
+    row_order.to_row_order.cache_clear()
+    row_order.to_rank_order.cache_clear()

@@ -1,0 +1,77 @@
+"""What a step allocates on CUDA and not on a CPU, where the dry run computes.
+
+Four places differ. The LM head multiplies half precision into fp32 there, without an fp32 copy of its weight. RMSNorm
+is one kernel that keeps its input and one number per token. FlashAttention's backward allocates inside its kernel. And
+torch's Adam goes over lists of tensors at once. Everything else is the same operators in the same order.
+"""
+
+# T=tokens H=hidden_size N=query heads G=key/value heads D=head_dim
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from megatron_longpo.objective import logprobs
+from megatron_longpo.planning.replaced import replaced
+
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@contextmanager
+def as_on_gpu(on_gpu: bool) -> Iterator[None]:
+    """Let the model allocate inside as it does on CUDA, if that is asked. For fake tensors: results have no values."""
+    with ExitStack() as stack:
+        if on_gpu:
+            stack.enter_context(replaced(logprobs, "_operand", lambda weight: weight))
+            stack.enter_context(replaced(torch.nn.RMSNorm, "forward", _fused_norm))
+        yield
+
+
+def use_list_adam(optimizer: Any) -> None:
+    """Let torch's Adam take its CUDA path, which holds a temporary of all parameters of the optimizer."""
+    for group in optimizer.param_groups:
+        if "foreach" in group:
+            group["foreach"] = True
+
+
+def hidden_bytes(func: Any, args: tuple[Any, ...]) -> int:
+    """What FlashAttention 2 allocates inside its backward kernel and frees at its end.
+
+    fp32 ``dq`` and row sums, queries rounded up to 128 and the head to 32; with grouped queries also the gradients of
+    keys and values for every query head, in half precision. Source: ``mha_bwd`` in PyTorch's
+    aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp.
+    """
+    if func is not _FLASH_BACKWARD:
+        return 0
+    _, q, k = args[:3]  # [1, N, Tq, D], [1, G, Tk, D]
+    _, heads, num_queries, head_dim = q.shape
+    _, groups, num_keys, _ = k.shape
+    rounded_queries = -(-num_queries // 128) * 128
+    rounded_dim = -(-head_dim // 32) * 32
+    num_bytes = 4 * heads * rounded_queries * (rounded_dim + 1)
+    if heads != groups:
+        num_bytes += 2 * heads * num_keys * head_dim * k.element_size()
+    return num_bytes
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The allocations of ``aten::_fused_rms_norm`` and its backward on CUDA; no values."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        reciprocal_rms = hidden.new_empty((*hidden.shape[:-1], 1), dtype=torch.float32)
+        ctx.save_for_backward(hidden, weight, reciprocal_rms)
+        return torch.empty_like(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        hidden, weight, _ = ctx.saved_tensors
+        return torch.empty_like(hidden), torch.empty_like(weight)
+
+
+def _fused_norm(module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    return _FusedNorm.apply(hidden, module.weight)

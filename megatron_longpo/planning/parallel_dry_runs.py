@@ -1,0 +1,51 @@
+"""Dry runs side by side: every pipeline stage of every layout is a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+from megatron_longpo.config import RunConfig
+from megatron_longpo.data.rows import TrainingRow
+from megatron_longpo.planning.dry_run import RankMemory, dry_run_stage, measured_stages
+
+
+def dry_runs(
+    runs: Sequence[tuple[RunConfig, int]],
+    rows: Sequence[TrainingRow],
+    done: Callable[[int, int], None] = lambda finished, total: None,
+) -> list[list[RankMemory]]:
+    """The peaks of several runs, each with its number of ranks, over the same rows.
+
+    Args:
+        runs: Validated configurations, and their numbers of ranks.
+        rows: The longest micro-batch.
+        done: Called after every process with the number of finished ones and of all.
+
+    Returns:
+        For every run its first and its last pipeline stage.
+    """
+    tasks = [(number, stage) for number, (config, _) in enumerate(runs) for stage in measured_stages(config)]
+    results: list[list[RankMemory]] = [[] for _ in runs]
+    if len(tasks) == 1:
+        (config, world_size), (_, stage) = runs[0], tasks[0]
+        results[0].append(dry_run_stage(config, world_size, stage, rows))
+        done(1, 1)
+        return results
+    workers = min(len(tasks), os.cpu_count() or 1)
+    # Fresh processes: the fake world is global state, and forked ones would inherit torch's threads.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        waiting = {pool.submit(dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
+        for finished, future in enumerate(as_completed(waiting), 1):
+            results[waiting[future]].append(future.result())
+            done(finished, len(tasks))
+    return [sorted(stages, key=lambda stage: stage.stage) for stages in results]
+
+
+def _one_thread() -> None:
+    """Fake tensors compute nothing that threads could share."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,80 @@
+"""``tools/plan_run.py``: from a model, a length and a number of GPUs to ranked layouts and a command."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_longpo.config import ConfigError, ModelConfig
+from megatron_longpo.conversion.hf_config import CONFIG_FILE, read_hf_model
+from megatron_longpo.planning.command import launch_command
+from megatron_longpo.planning.hardware import GPU, gpu_named
+from megatron_longpo.planning.search import Plan, Search, find_plans
+from megatron_longpo.planning.tables import cost_line, memory_table, plans_table, rows_line, time_table
+from megatron_longpo.planning.workload import made_up_rows
+
+
+def print_plan(arguments: Namespace) -> None:
+    """Find the layouts, print them and the winner's times, memory, cost and command.
+
+    Raises:
+        ConfigError: Unknown GPU, no possible layout, or none that fits.
+        ValueError: The model's config.json cannot be read.
+    """
+    gpu = _gpu(arguments)
+    search = Search(
+        base=_base(arguments),
+        model=_model(Path(arguments.hf_model)),
+        source=f"--hf-model {arguments.hf_model}",
+        num_gpus=arguments.num_gpus,
+        gpu=gpu,
+        num_turns=arguments.turns_per_document,
+        response_tokens=arguments.response_tokens,
+        num_plans=arguments.num_plans,
+    )
+    plans = find_plans(search)
+    best = plans[0]
+    rows = made_up_rows(best.candidate.config, search.num_turns, search.response_tokens)
+    print(f"{search.num_gpus} × {gpu.name}, {arguments.objective}, {rows_line(rows, made_up=True)}\n")
+    print(plans_table(plans, search.num_gpus))
+    print(f"\nTime of the first, {best.time.seconds:.1f} s per step of {best.time.documents} documents\n")
+    print(time_table(best.time))
+    print("\nPeak memory of the first\n")
+    print(memory_table(best.memory, gpu))
+    print("\n" + cost_line(best.time, arguments.num_documents))
+    print("\n" + command_of(best, gpu))
+
+
+def command_of(plan: Plan, gpu: GPU) -> str:
+    """The command that starts a plan."""
+    return launch_command(plan.candidate.words, plan.time.num_gpus, gpu.gpus_per_node)
+
+
+def _gpu(arguments: Namespace) -> GPU:
+    return gpu_named(
+        arguments.gpu, arguments.peak_tflops, arguments.mem_gib, arguments.link_gbs, arguments.gpus_per_node
+    ).with_rates(arguments.matmul_tflops, arguments.attention_tflops)
+
+
+def _base(arguments: Namespace) -> list[str]:
+    path = Path(arguments.hf_model)
+    folder = path.parent if path.is_file() else path
+    words = ["--load-hf", str(folder), "--data-path", arguments.data_path, "--objective", arguments.objective]
+    words += ["--seq-length", str(arguments.seq_length), "--max-position-embeddings", str(arguments.seq_length)]
+    if arguments.rotary_base is not None:
+        words += ["--rotary-base", arguments.rotary_base]
+    words += ["--global-batch-size", str(arguments.global_batch_size), "--bf16"]
+    return [*words, "--save", arguments.save, "--load", arguments.save]
+
+
+def _model(path: Path) -> ModelConfig:
+    """The shape in a Hugging Face folder or in a config.json of any name."""
+    if not path.exists():
+        raise ConfigError(f"--hf-model {path} does not exist: give a Hugging Face folder or a config.json")
+    if path.is_dir() or path.name == CONFIG_FILE:
+        return read_hf_model(path if path.is_dir() else path.parent)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(path, Path(folder) / CONFIG_FILE)
+        return read_hf_model(folder)

@@ -1,0 +1,147 @@
+"""Published training speeds, and what the time model says of the same runs: the two tables of docs/performance.md.
+
+    python -m megatron_longpo.planning.published
+
+No rate is fitted to these results. Where a publication leaves something open, what was assumed stands beside its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.config import RunConfig
+from megatron_longpo.data.layout import DocumentLayout, RowLayout
+from megatron_longpo.model.flops import attended_pairs
+from megatron_longpo.planning.hardware import GPUS, H100
+from megatron_longpo.planning.links import all_gather_s
+from megatron_longpo.planning.step_time import StepTime, layer_weights, step_time
+from megatron_longpo.planning.tables import table
+from megatron_longpo.planning.workload import Work
+
+MISTRAL_7B = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention "
+    "--num-query-groups 8 --vocab-size 32000 --untie-embeddings-and-output-weights"
+)
+LLAMA2_7B = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 11008 --num-attention-heads 32 --vocab-size 32000 "
+    "--untie-embeddings-and-output-weights"
+)
+ALL_LAYERS = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+LONGPO = ((131_072, 8, 4401), (262_144, 16, 4120), (524_288, 16, 2744))
+"""Tokens, A800s, tokens/s of all GPUs (arXiv 2502.13922)."""
+
+CHUNK_TOKENS = 16_384
+"""Of the short prompts of the reference model, half of their limit."""
+
+NEMO = (
+    (16, 16, 2, 1, 660),
+    (32, 32, 2, 2, 610),
+    (64, 64, 4, 2, 574),
+    (128, 128, 4, 4, 555),
+    (256, 256, 4, 8, 549),
+    (512, 512, 8, 16, 549),
+    (1024, 1024, 8, 32, 536),
+)
+"""Thousands of tokens, H100s, TP, CP, TFLOP/s per GPU of Llama 2 7B in FP8 (NeMo, performance_long_sequence.md)."""
+
+NEMO_TOKENS_PER_BATCH = 4 * 2**20
+"""As in the same page's later table of Llama 3 8B, which has the batch sizes."""
+
+FP8_MATMUL_TFLOPS = 1402.6
+"""On H100, the source of ``matmul_tflops``."""
+
+CUDNN_ATTENTION_TFLOPS = (595.0, 516.0)
+"""cuDNN, Transformer Engine's kernel on Hopper: arXiv 2407.08608, Figures 5 and 6, head dimension 128, 16K tokens."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One published number and the model's."""
+
+    run: str
+    published: float
+    predicted: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.published
+
+
+def longpo_paper() -> list[Comparison]:
+    """The authors' trainer: both conversations in full, checkpointing, reference in every step, Ulysses, ZeRO-3.
+
+    Sequences are split over the 8 GPUs of a node; 16 GPUs are two such groups. ZeRO-3 gathers the weights for forward,
+    recomputation and backward. Tokens are those of the document, once per pair.
+    """
+    gpu = GPUS["a800-80gb"]
+    comparisons = []
+    for tokens, num_gpus, published in LONGPO:
+        config = _config(f"{MISTRAL_7B} {ALL_LAYERS} --context-parallel-size 8 --cp-comm-type a2a", tokens, 8)
+        pair = RowLayout((DocumentLayout(tokens, ()), DocumentLayout(tokens, ())), 8)
+        step = step_time(config, num_gpus, Work(pair, 2 * (tokens - 1)), gpu)
+        short = RowLayout((DocumentLayout(CHUNK_TOKENS, ()),) * 2, 8)
+        reference = step_time(config, num_gpus, Work(short, 2), gpu).parts
+        # A forward pass is a third of the matrix products and 1 of 3.5 of attention's.
+        reference_s = reference["matrix products"] / 3 + reference["attention"] / 3.5
+        weights = 2 * config.model.num_layers * layer_weights(config.model)
+        gathered_s = 3 * config.num_microbatches(num_gpus) * all_gather_s(gpu, weights, num_gpus, stride=1)
+        seconds = step.seconds + reference_s + gathered_s
+        name = f"{tokens // 1024}K, {num_gpus} A800"
+        comparisons.append(Comparison(name, published, step.documents * tokens / seconds))
+    return comparisons
+
+
+def nemo_long_sequences(attention_tflops: tuple[float, float]) -> list[Comparison]:
+    """Llama 2 7B in FP8 with context parallelism, TFLOP/s per GPU.
+
+    NeMo counts attention without the causal half here (``flops_formulas.py`` of that release). Its ring of keys and
+    values is taken as hidden behind attention. Matrix products run at FP8's measured rate; which attention kernel the
+    container of March 2024 used is not said, so it is an argument.
+    """
+    gpu = dataclasses.replace(H100, matmul_tflops=FP8_MATMUL_TFLOPS, attention_tflops=attention_tflops)
+    comparisons = []
+    for kilo, num_gpus, tp, cp, published in NEMO:
+        tokens = kilo * 1024
+        words = (
+            f"{LLAMA2_7B} --tensor-model-parallel-size {tp} --context-parallel-size {cp} --use-distributed-optimizer"
+        )
+        config = _config(words + " --sequence-parallel", tokens, NEMO_TOKENS_PER_BATCH // tokens)
+        layout = RowLayout((DocumentLayout(tokens, ()),), cp, cp * tp)
+        step = step_time(config, num_gpus, Work(layout, tokens - 1), gpu)
+        step = dataclasses.replace(step, parts=step.parts | {"context parallel": 0.0})
+        comparisons.append(Comparison(f"{kilo}K, {num_gpus} H100", published, _non_causal_tflops(config, layout, step)))
+    return comparisons
+
+
+def _non_causal_tflops(config: RunConfig, layout: RowLayout, step: StepTime) -> float:
+    model = config.model
+    per_pair = 3 * 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels
+    skipped = layout.num_tokens**2 - attended_pairs(layout)
+    flops = step.flops + step.documents * per_pair * skipped
+    return flops / step.seconds / step.num_gpus / 1e12
+
+
+def _config(words: str, tokens: int, documents: int) -> RunConfig:
+    shared = f"--swiglu --disable-bias-linear --bf16 --seq-length {tokens} --max-position-embeddings {tokens}"
+    return parse_arguments(f"{words} {shared} --global-batch-size {documents}".split())
+
+
+def comparison_table(comparisons: list[Comparison], unit: str) -> str:
+    """Publication beside prediction."""
+    lines = [[c.run, f"{c.published:,.0f}", f"{c.predicted:,.0f}", f"{c.ratio:.2f}"] for c in comparisons]
+    return table(["run", f"published {unit}", f"predicted {unit}", "predicted/published"], lines)
+
+
+def main() -> None:
+    """Print the tables."""
+    print(comparison_table(longpo_paper(), "tokens/s"))
+    for kernel, rates in (("FlashAttention 2", H100.attention_tflops), ("cuDNN", CUDNN_ATTENTION_TFLOPS)):
+        print(f"\nattention at the rates of {kernel}: {rates[0]:.0f} forward, {rates[1]:.0f} backward")
+        print(comparison_table(nemo_long_sequences(rates), "TFLOP/s/GPU"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Seconds of one optimizer step: work over rate, part by part.
+
+    step = m · t · (1 + (p − 1) / (v · m)) + data parallel + optimizer,    t = Σ over the parts of one micro-batch
+
+with m micro-batches, p pipeline stages of v virtual ones each: the bubble of interleaved 1F1B (Narayanan et al. 2021,
+arXiv 2104.04473, section 2.2). t is that of the last stage, which has the LM head and sets the pace. Nothing is assumed
+to overlap but what the schedule overlaps by itself (transfers between interleaved stages).
+`docs/performance.md` gives every formula with its source.
+"""
+
+# T=tokens of a row t=tokens of a rank H=hidden_size F=ffn V=vocabulary N=query heads G=key/value heads D=head_dim
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.model.flops import attended_pairs, forward_flops, step_flops
+from megatron_longpo.planning.hardware import GPU
+from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, neighbour_s
+from megatron_longpo.planning.recomputation import Repeated, repeated
+from megatron_longpo.planning.workload import Work
+
+FLASH_BACKWARD = 2.5
+"""FLOPs of FlashAttention's backward over its forward: five matrix products for two (arXiv 2307.08691, section 4.1)."""
+
+HEAD_PRODUCTS = 4
+"""Matrix products of the LM head: logits forward, again in backward, and the two gradients."""
+
+HEAD_PASSES = 13
+"""Passes over the fp32 logits between these products, read or written (`objective/logprobs.py`)."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One optimizer step.
+
+    Args:
+        parts: Seconds by part; they add up to the step.
+        documents: Documents of the step.
+        tokens: Tokens of the step, those of a shared prefix once.
+        flops: Model FLOPs of the step: forward and backward, nothing computed again.
+        num_gpus: Ranks.
+        peak_tflops: Of each, dense bf16.
+    """
+
+    parts: dict[str, float]
+    documents: int
+    tokens: int
+    flops: float
+    num_gpus: int
+    peak_tflops: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return sum(self.parts.values())
+
+    @property
+    def seconds_per_document(self) -> float:
+        return self.seconds / self.documents
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.tokens / self.seconds / self.num_gpus
+
+    @property
+    def tflops_per_gpu(self) -> float:
+        return self.flops / self.seconds / self.num_gpus / 1e12
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the GPUs could do at their peak, 0 to 1."""
+        return self.tflops_per_gpu / self.peak_tflops
+
+    def gpu_hours(self, num_documents: int) -> float:
+        """Of a run over this many documents, without its reference pass and its checkpoints."""
+        return self.seconds_per_document * num_documents * self.num_gpus / 3600
+
+
+def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> StepTime:
+    """Predict one optimizer step of a validated run."""
+    parallel, training = config.parallel, config.training
+    stages = parallel.pipeline_model_parallel_size
+    virtual = num_virtual(config)
+    micro_batches = config.num_microbatches(num_gpus)
+    again = repeated(config)
+    one = {
+        **_compute(config, work, gpu, again),
+        "element-wise": _element_wise_s(config, work, gpu, again),
+        "tensor parallel": _tensor_parallel_s(config, work, gpu, again),
+        "context parallel": _context_parallel_s(config, work, gpu, again),
+        "pipeline transfers": _pipeline_s(config, num_gpus, work, gpu),
+    }
+    parts = {name: micro_batches * seconds for name, seconds in one.items()}
+    parts["pipeline bubble"] = (stages - 1) / virtual * sum(one.values())
+    parts |= _once_per_step(config, num_gpus, gpu)
+    documents = training.global_batch_size
+    rows = documents // training.micro_batch_size
+    return StepTime(
+        parts,
+        documents,
+        rows * work.layout.num_tokens,
+        rows * step_flops(config.model, work.layout, work.num_predictions),
+        num_gpus,
+        gpu.peak_tflops,
+    )
+
+
+def num_virtual(config: RunConfig) -> int:
+    """Model chunks of one pipeline rank."""
+    per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
+    return config.model.num_layers // config.parallel.pipeline_model_parallel_size // per_stage if per_stage else 1
+
+
+def parameters_of_rank(config: RunConfig) -> float:
+    """Weights that a rank of the last stage holds."""
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    vocabulary = model.padded_vocab_size(tp) * model.hidden_size
+    tied_or_first = config.parallel.pipeline_model_parallel_size == 1 and model.untie_embeddings_and_output_weights
+    layers = model.num_layers / config.parallel.pipeline_model_parallel_size
+    return (layers * layer_weights(model) + vocabulary * (2 if tied_or_first else 1)) / tp
+
+
+def layer_weights(model: ModelConfig) -> float:
+    """Weights of a layer's matrices."""
+    heads = model.num_attention_heads * model.kv_channels
+    return model.hidden_size * (2 * heads + 2 * _kv_width(model) + 3 * model.ffn_hidden_size)
+
+
+def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[str, float]:
+    model, parallel = config.model, config.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    whole = forward_flops(model, work.layout, 0)
+    attention = 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels * attended_pairs(work.layout)
+    head = forward_flops(model, work.layout, work.num_predictions) - whole
+    forward, backward = (tflops * 1e12 for tflops in gpu.attention_tflops)
+    matmul_s = (whole - attention) / ranks / stages / (gpu.matmul_tflops * 1e12)
+    attention_s = attention / ranks / stages / forward
+    local_predictions = work.num_predictions / parallel.context_parallel_size
+    local_vocabulary = model.padded_vocab_size(parallel.tensor_model_parallel_size) / (
+        parallel.tensor_model_parallel_size
+    )
+    # Every chunk's weight gradient is written, read, and added to an fp32 sum.
+    chunks = local_predictions / config.training.logits_chunk_tokens
+    head_bytes = 4 * HEAD_PASSES * local_predictions * local_vocabulary
+    head_bytes += chunks * 16 * local_vocabulary * model.hidden_size
+    return {
+        "matrix products": 3 * matmul_s,
+        "attention": attention_s + FLASH_BACKWARD * attention / ranks / stages / backward,
+        "LM head": HEAD_PRODUCTS * head / ranks / (gpu.matmul_tflops * 1e12) + head_bytes / (gpu.mem_gbs * 1e9),
+        "recomputation": again.matmul * matmul_s + again.attention * attention_s,
+    }
+
+
+def _element_wise_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> float:
+    """Norms, residuals, RoPE, SwiGLU and copies between kernels: bytes over memory bandwidth, backward twice forward.
+
+    Values read and written per token and layer, counted from the operators: two norms 4H, two residuals 6H, RoPE
+    9(N+G)D, heads laid out for attention and back 2(N+2G)D + 2ND, SwiGLU 5F. Then the weight gradients of the
+    micro-batch: 12 bytes each, from bf16 into the fp32 buffer.
+    """
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    query, key = model.num_attention_heads * model.kv_channels, _kv_width(model)
+    split = 9 * (query + key) + 2 * (query + 2 * key) + 2 * query + 5 * model.ffn_hidden_size
+    values = 10 * model.hidden_size / (tp if parallel.sequence_parallel else 1) + split / tp
+    layers = model.num_layers / parallel.pipeline_model_parallel_size
+    tokens = work.layout.padded_tokens / parallel.context_parallel_size
+    num_bytes = (3 + again.matmul) * _element_bytes(config) * values * tokens * layers
+    return (num_bytes + 12 * parameters_of_rank(config)) / (gpu.mem_gbs * 1e9)
+
+
+def _tensor_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> float:
+    """Two all-reduces of ``[t, H]`` per layer and direction (Megatron-LM, arXiv 1909.08053, section 3).
+
+    With sequence parallel each is an all-gather and a reduce-scatter, the same bytes (arXiv 2205.05198, section 4.2.2).
+    """
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    tokens = work.layout.padded_tokens / parallel.context_parallel_size
+    num_bytes = _element_bytes(config) * tokens * model.hidden_size
+    layers = model.num_layers / parallel.pipeline_model_parallel_size
+    # The embedding and the LM head need about one more in each direction.
+    return (layers * (4 + 2 * again.matmul) + 2) * all_reduce_s(gpu, num_bytes, tp, stride=1)
+
+
+def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> float:
+    """Per layer. ``all_gather``: K and V of the row in forward and again in backward, their gradients back in fp32.
+
+    ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2).
+    """
+    model, parallel = config.model, config.parallel
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    layers = model.num_layers / parallel.pipeline_model_parallel_size
+    tokens, size = work.layout.padded_tokens, _element_bytes(config)
+    query, key = model.num_attention_heads * model.kv_channels / tp, _kv_width(model) / tp
+    if parallel.cp_comm_type == "a2a":
+        one_way = all_to_all_s(gpu, size * tokens / cp * (2 * query + 2 * key), cp, stride=tp)
+        return layers * (2 + again.attention) * one_way
+    gather = all_gather_s(gpu, size * tokens * 2 * key, cp, stride=tp)
+    scatter = all_gather_s(gpu, 4 * tokens * 2 * key, cp, stride=tp)
+    return layers * ((2 + again.attention) * gather + scatter)
+
+
+def _pipeline_s(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> float:
+    """Hidden states to the next stage and their gradients back; interleaved schedules send while they compute."""
+    model, parallel = config.model, config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    if stages == 1 or parallel.num_layers_per_virtual_pipeline_stage is not None:
+        return 0.0
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    tokens = work.layout.padded_tokens / parallel.context_parallel_size
+    num_bytes = _element_bytes(config) * tokens * model.hidden_size / split
+    return 2 * neighbour_s(gpu, num_bytes, stride=num_gpus // stages, group_size=stages)
+
+
+def _once_per_step(config: RunConfig, num_gpus: int, gpu: GPU) -> dict[str, float]:
+    """Gradients summed in fp32 over DP and CP ranks, Adam, weights gathered (ZeRO, arXiv 1910.02054)."""
+    parallel = config.parallel
+    parameters = parameters_of_rank(config)
+    ranks = parallel.context_parallel_size * parallel.data_parallel_size(num_gpus)
+    tp = parallel.tensor_model_parallel_size
+    if parallel.use_distributed_optimizer:
+        data_s = all_gather_s(gpu, (4 + _element_bytes(config)) * parameters, ranks, stride=tp)
+        updated = parameters / ranks
+    else:
+        data_s = all_reduce_s(gpu, 4 * parameters, ranks, stride=tp)
+        updated = parameters
+    # Adam reads gradient, weight and moments and writes all but the first; gradients are zeroed, checked and normed.
+    num_bytes = 28 * updated + 12 * parameters
+    return {"data parallel": data_s, "optimizer": num_bytes / (gpu.mem_gbs * 1e9)}
+
+
+def _kv_width(model: ModelConfig) -> int:
+    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
+    return groups * model.kv_channels
+
+
+def _element_bytes(config: RunConfig) -> int:
+    return 2 if config.training.bf16 else 4

@@ -1,0 +1,117 @@
+"""Plans as text: aligned columns, units in the heading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_longpo.config import RunConfig
+from megatron_longpo.data.rows import TrainingRow
+from megatron_longpo.planning.dry_run import RankMemory
+from megatron_longpo.planning.hardware import GPU, usable_gib
+from megatron_longpo.planning.ledger import Part
+from megatron_longpo.planning.step_time import StepTime
+
+if TYPE_CHECKING:
+    from megatron_longpo.planning.search import Plan
+
+
+def table(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns under their headings; the first ``left`` ones are aligned left, the others right."""
+    widths = [max(len(row[column]) for row in (heading, *lines)) for column in range(len(heading))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(heading), "  ".join("─" * width for width in widths), *map(line, lines)])
+
+
+def layout_text(config: RunConfig, num_gpus: int) -> str:
+    """``TP 8 · PP 2 × 4 · CP 4 all_gather · DP 1``; × is the number of virtual stages."""
+    parallel = config.parallel
+    stages = f"PP {parallel.pipeline_model_parallel_size}"
+    if (layers := parallel.num_layers_per_virtual_pipeline_stage) is not None:
+        stages += f" × {config.model.num_layers // parallel.pipeline_model_parallel_size // layers}"
+    context = f"CP {parallel.context_parallel_size}"
+    if parallel.context_parallel_size > 1:
+        context += f" {parallel.cp_comm_type}"
+    return (
+        f"TP {parallel.tensor_model_parallel_size} · {stages} · {context} · DP {parallel.data_parallel_size(num_gpus)}"
+    )
+
+
+def layout_line(config: RunConfig, num_gpus: int) -> str:
+    """One line about a run's layout."""
+    training = config.training
+    recompute = training.recompute_granularity or "none"
+    if recompute == "selective":
+        recompute += f" ({' '.join(training.recompute_modules)})"
+    sharded = "sharded optimizer" if config.parallel.use_distributed_optimizer else "whole optimizer"
+    return (
+        f"{num_gpus} GPUs: {layout_text(config, num_gpus)}, {sharded}, {config.num_microbatches(num_gpus)} "
+        f"micro-batches, recompute {recompute}, {'bf16' if training.bf16 else 'fp32'}"
+    )
+
+
+def rows_line(rows: Sequence[TrainingRow], made_up: bool) -> str:
+    """One line about the longest micro-batch."""
+    row = rows[0]
+    branches = " + ".join(f"{len(branch.tokens):,}" for branch in row.branches)
+    count = f"{len(rows)} documents, longest " if len(rows) > 1 else ""
+    source = "as long as --seq-length allows" if made_up else f"the dataset's longest, {row.id}"
+    return f"row: {count}{len(row.prefix):,} shared + {branches} tokens ({source})"
+
+
+def memory_table(stages: Sequence[RankMemory], gpu: GPU | None) -> str:
+    """Peak memory per rank by part, and whether it fits."""
+    names = ["GiB at the peak"] if len(stages) == 1 else ["first stage", "last stage"]
+    lines = [[str(part), *(f"{stage.parts[part] / 2**30:.2f}" for stage in stages)] for part in Part]
+    lines.append(["total", *(f"{stage.gib:.2f}" for stage in stages)])
+    text = table(["GiB per rank" if len(stages) > 1 else "part", *names], lines)
+    if gpu is None:
+        return text
+    needed, usable = max(stage.gib for stage in stages), usable_gib(gpu)
+    verdict = "fits" if needed <= usable else "does NOT fit"
+    return f"{text}\n\n{needed:.1f} GiB {verdict} in {gpu.name}: {usable:.1f} of {gpu.mem_gib:.1f} GiB are for tensors"
+
+
+def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
+    """One line per layout, fastest first."""
+    lines = [
+        [
+            str(number),
+            layout_text(plan.candidate.config, num_gpus),
+            plan.candidate.option,
+            f"{plan.time.seconds_per_document:.2f}",
+            f"{plan.time.tokens_per_s_per_gpu:,.0f}",
+            f"{100 * plan.time.mfu:.1f}",
+            f"{plan.gib:.1f}",
+        ]
+        for number, plan in enumerate(plans, 1)
+    ]
+    heading = ["#", "layout", "recomputed", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
+    return table(heading, lines, left=3)
+
+
+def time_table(time: StepTime) -> str:
+    """Seconds of a step by part, and their shares."""
+    lines = [
+        [name, f"{seconds:.2f}", f"{100 * seconds / time.seconds:.1f}"]
+        for name, seconds in time.parts.items()
+        if seconds > 0
+    ]
+    return table(["part", "s", "%"], lines)
+
+
+def cost_line(time: StepTime, num_documents: int) -> str:
+    """What a whole run costs."""
+    hours = time.gpu_hours(num_documents)
+    days = hours / time.num_gpus / 24
+    return (
+        f"{num_documents:,} documents: {hours:,.0f} GPU-hours, {days:.1f} days on {time.num_gpus} GPUs "
+        f"({time.tflops_per_gpu:.0f} TFLOP/s per GPU)"
+    )

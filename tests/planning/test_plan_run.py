@@ -1,0 +1,132 @@
+"""tools/plan_run.py and ``pretrain_longpo.py --dry-run``, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.config import ConfigError
+from megatron_longpo.planning.command import launch_command
+from megatron_longpo.planning.dry_run_command import print_dry_run
+from megatron_longpo.planning.layouts import MEMORY_OPTIONS, candidates
+from megatron_longpo.training.initial import with_initial_model
+from megatron_longpo.validation import validate
+from tests.planning.cases import MODEL
+from tests.tiny import MODEL_FLAGS, write_tiny_dataset
+from tools import plan_run
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def plan(monkeypatch: pytest.MonkeyPatch, model: Path, words: str) -> None:
+    start = f"plan_run.py --hf-model {model} --seq-length 1024 --response-tokens 50 --num-plans 1 --num-documents 9 "
+    monkeypatch.setattr(sys, "argv", (start + words).split())
+    plan_run.main()
+
+
+def words_of(command: str) -> list[str]:
+    """What a shell makes of the part behind the script's name."""
+    lines = command.replace("\\\n", " ").partition("pretrain_longpo.py")[2]
+    return shlex.split(lines.removesuffix("END"))
+
+
+def test_the_plan_ends_in_a_command_that_the_trainer_takes(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(monkeypatch, model, "--num-gpus 2 --gpu h100-80gb")
+    shown = capsys.readouterr().out
+    for text in ("tokens/s/GPU", "MFU %", "peak GiB", "attention workspace", "fits in h100-80gb", "9 documents: "):
+        assert text in shown
+    config = with_initial_model(parse_arguments(words_of("torchrun" + shown.partition("torchrun")[2])))
+    validate(config, 2)
+    assert config.data.seq_length == 1024 and config.training.bf16 and config.model.hidden_size == 128
+
+
+def test_every_layout_of_the_search_passes_the_trainer_s_checks() -> None:
+    base = ["--load-hf", "x", "--data-path", "y", "--seq-length", "512", "--bf16"]
+    model = parse_arguments(MODEL.split()).model
+    found = list(candidates(base, model, 8, 8))
+    for one in found:
+        validate(one.config, 8)
+        again = parse_arguments(one.words).with_model(model).with_device_defaults("local", "nccl")
+        assert again == one.config
+    layouts = {one.config.parallel for one in found}
+    sizes = {(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size) for p in layouts}
+    assert {(1, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8)} <= sizes
+    assert (8, 1, 1) not in sizes  # 4 key/value heads
+    assert {p.cp_comm_type for p in layouts} == {"all_gather", "a2a"}
+    assert {p.num_layers_per_virtual_pipeline_stage for p in layouts} == {None, 1}
+    assert {one.option for one in found} == {option.name for option in MEMORY_OPTIONS}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-gpus 11 --gpu h100-80gb", "--num-gpus 11 has no possible layout.*nearest possible: 8 .TP"),
+        (
+            "--num-gpus 1 --gpu mine --peak-tflops 9 --mem-gib 3.18 --link-gbs 1",
+            "no layout of 1 × mine fits: the leanest.* nearest possible: --num-gpus 2 .TP",
+        ),
+        ("--num-gpus 2 --gpu h100", "--gpu h100 is not known; did you mean h100-80gb"),
+        ("--num-gpus 2 --gpu h100-80gb --turns-per-document 99", "has no room for a document"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_what_can(
+    words: str, message: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        plan(monkeypatch, model, words)
+
+
+def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
+    words = ["--load-hf", "models/my model", "--bf16", *(f"--flag-{n}" for n in range(30))]
+    command = launch_command(words, 16, 8)
+    assert command.startswith(
+        "sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 <<'END'\n#!/bin/bash\nsrun torchrun"
+    )
+    assert words_of(command) == words
+    assert words_of(launch_command(words, 4, 8)) == words
+    assert max(map(len, launch_command(words, 4, 8).splitlines())) <= 112
+
+
+def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*MODEL_FLAGS, "--seq-length=4096", "--bf16", "--dry-run", "--num-gpus=4", "--context-parallel-size=2"]
+    print_dry_run(parse_arguments(flags))
+    made_up = capsys.readouterr().out
+    assert "4 GPUs: TP 1 · PP 1 · CP 2 all_gather · DP 2, whole optimizer" in made_up
+    assert "as long as --seq-length allows" in made_up and "total" in made_up
+    data = write_tiny_dataset(model / "data")
+    print_dry_run(parse_arguments([*flags, f"--data-path={data}", "--gpu=h100-80gb"]))
+    real = capsys.readouterr().out
+    assert "the dataset's longest, tiny-" in real and "fits in h100-80gb" in real
+    with pytest.raises(ConfigError, match="--num-query-groups 2 must be a multiple of --tensor-model-parallel-size 4"):
+        print_dry_run(parse_arguments([*flags[:-1], "--tensor-model-parallel-size=4"]))
+    with pytest.raises(ConfigError, match="--num-gpus 4 has no effect"):
+        parse_arguments([*MODEL_FLAGS, "--num-gpus=4"])

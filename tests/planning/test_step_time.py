@@ -1,0 +1,133 @@
+"""Predicted time: the formulas at sizes where they are known, and what they say of published runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.config import ConfigError, RunConfig
+from megatron_longpo.planning.hardware import GPUS, H100, MEASURED_LINK_SHARE, gpu_named, usable_gib
+from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, ring_bytes_per_s
+from megatron_longpo.planning.published import longpo_paper, nemo_long_sequences
+from megatron_longpo.planning.recomputation import Repeated, repeated
+from megatron_longpo.planning.step_time import StepTime, step_time
+from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
+
+SHAPE = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention "
+    "--num-query-groups 8 --swiglu --disable-bias-linear --vocab-size 32000 --untie-embeddings-and-output-weights "
+    "--bf16 --seq-length 32768 --max-position-embeddings 32768 "
+)
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+
+def config_of(words: str = "") -> RunConfig:
+    return parse_arguments((SHAPE + words).split())
+
+
+def predicted(words: str = "", num_gpus: int = 8) -> StepTime:
+    config = config_of(words)
+    rows = made_up_rows(config)
+    return step_time(config, num_gpus, work_of(config, rows, num_predictions(config, rows)), H100)
+
+
+def test_compute_is_flops_over_rate_and_divides_over_all_ranks() -> None:
+    one = predicted(num_gpus=1)
+    # 3 passes · 2 FLOPs · 32 layers · weights of a layer · tokens · documents.
+    weights = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    tokens = 32768 + 2240
+    assert one.tokens == 8 * tokens
+    assert one.parts["matrix products"] == pytest.approx(6 * 32 * weights * one.tokens / (H100.matmul_tflops * 1e12))
+    for words in (
+        "",
+        "--tensor-model-parallel-size 8",
+        "--context-parallel-size 8",
+        "--pipeline-model-parallel-size 8",
+    ):
+        eighth = predicted(words).parts
+        for part in ("matrix products", "attention"):
+            assert eighth[part] == pytest.approx(one.parts[part] / 8, rel=1e-3), (words, part)
+
+
+def test_mfu_is_model_flops_over_peak_and_cannot_exceed_the_rates() -> None:
+    step = predicted()
+    assert step.mfu == pytest.approx(step.flops / step.seconds / 8 / (H100.peak_tflops * 1e12))
+    assert 0.2 < step.mfu < H100.matmul_tflops / H100.peak_tflops
+    assert step.gpu_hours(100) == pytest.approx(100 * step.seconds / 8 * 8 / 3600)
+    assert sum(step.parts.values()) == pytest.approx(step.seconds)
+
+
+def test_the_bubble_shrinks_with_micro_batches_and_virtual_stages() -> None:
+    plain = predicted("--pipeline-model-parallel-size 4 --context-parallel-size 2")
+    per_micro_batch = (
+        plain.seconds - sum(plain.parts[p] for p in ("pipeline bubble", "data parallel", "optimizer"))
+    ) / 8
+    assert plain.parts["pipeline bubble"] == pytest.approx(3 * per_micro_batch)
+    virtual = predicted(
+        "--pipeline-model-parallel-size 4 --context-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2"
+    )
+    assert virtual.parts["pipeline bubble"] < plain.parts["pipeline bubble"] / 3.9
+    assert virtual.parts["pipeline transfers"] == 0 < plain.parts["pipeline transfers"]
+
+
+def test_recomputation_repeats_its_share_of_the_forward_pass() -> None:
+    none, full = predicted(), predicted(FULL)
+    assert none.parts["recomputation"] == 0
+    forward = none.parts["matrix products"] / 3
+    # Backward is 2.5 times the FLOPs at another rate.
+    attention = none.parts["attention"] / (1 + 2.5 * H100.attention_tflops[0] / H100.attention_tflops[1])
+    assert full.parts["recomputation"] == pytest.approx(forward + attention)
+    block = "--recompute-granularity full --recompute-method block --recompute-num-layers 8"
+    assert repeated(config_of(block)) == Repeated(0.25, 0.25)
+    mlp = repeated(config_of("--recompute-granularity selective --recompute-modules mlp"))
+    assert mlp.attention == 0 and mlp.matmul == pytest.approx(3 * 14336 / (3 * 14336 + 2 * 4096 + 2 * 1024))
+    assert repeated(config_of("--recompute-granularity selective")) == Repeated(0.0, 1.0)
+
+
+def test_rings_run_on_nvlink_inside_a_node_and_on_every_network_card_outside() -> None:
+    nvlink, network = H100.nvlink_gbs * 1e9 * MEASURED_LINK_SHARE, H100.network_gbs * 1e9 * MEASURED_LINK_SHARE
+    assert ring_bytes_per_s(H100, 8, stride=1) == nvlink
+    assert ring_bytes_per_s(H100, 8, stride=2) == 4 * network
+    assert ring_bytes_per_s(H100, 8, stride=8) == network
+    assert all_reduce_s(H100, 1e9, 8, stride=1) == pytest.approx(2 * 7 / 8 * 1e9 / nvlink)
+    assert all_gather_s(H100, 1e9, 1, stride=1) == all_to_all_s(H100, 1e9, 1, stride=1) == 0
+    assert all_to_all_s(H100, 1e9, 8, stride=8) == pytest.approx(7 / 8 * 1e9 / network)
+
+
+def test_grouped_queries_make_gathering_cheap_and_exchange_does_not_grow_with_ranks() -> None:
+    def context_s(kind: str, cp: int) -> float:
+        return predicted(f"--context-parallel-size {cp} --cp-comm-type {kind}", 8).parts["context parallel"]
+
+    # A gather brings the whole row's keys and values to every rank, an exchange only moves the rank's own tokens.
+    assert context_s("all_gather", 8) / context_s("all_gather", 4) == pytest.approx(7 / 8 / (3 / 4) * 2, rel=0.01)
+    assert context_s("a2a", 8) / context_s("a2a", 4) == pytest.approx(7 / 8 / (3 / 4), rel=0.01)
+
+
+def test_an_unknown_gpu_is_described_by_three_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"--gpu h100 is not known; did you mean h100-80gb.*--peak-tflops.*--mem-gib"):
+        gpu_named("h100")
+    with pytest.raises(ConfigError, match="--link-gbs"):
+        gpu_named("mine", peak_tflops=500, mem_gib=64)
+    mine = gpu_named("mine", peak_tflops=494.5, mem_gib=64, link_gbs=25)
+    assert mine.matmul_tflops == pytest.approx(H100.matmul_tflops / 2)
+    assert gpu_named("h100-80gb", mem_gib=60).mem_gib == 60
+    for gpu in GPUS.values():
+        assert gpu.matmul_tflops < gpu.peak_tflops and usable_gib(gpu) < gpu.mem_gib
+    measured = H100.with_rates(700, [400, 350])
+    assert (measured.matmul_tflops, measured.attention_tflops) == (700, (400, 350))
+    assert dataclasses.replace(measured, matmul_tflops=794.5, attention_tflops=(370, 322)) == H100
+
+
+def test_predictions_of_published_runs_stay_as_near_as_the_documentation_says() -> None:
+    assert [round(c.ratio, 2) for c in longpo_paper()] == [0.85, 1.03, 0.83]
+    assert [round(c.ratio, 2) for c in nemo_long_sequences(H100.attention_tflops)] == [
+        1.05,
+        1.07,
+        1.03,
+        1.05,
+        1.05,
+        1.02,
+        1.05,
+    ]

@@ -1,0 +1,67 @@
+"""Plan a run without its GPUs: ranked parallel layouts, their memory and time, and the command of the best.
+
+    python tools/plan_run.py --hf-model models/llama-3.1-70b --seq-length 131072 --num-gpus 64 --gpu h100-80gb
+
+Memory is measured: each layout's training step runs on fake tensors at the real world size. Time is predicted from
+stated rates; docs/performance.md has the formulas, their sources, and how far they are from published results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_longpo.config import ConfigError
+from megatron_longpo.config.flags import FLAGS
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = made.add_argument
+    add("--hf-model", required=True, metavar="PATH", help="Hugging Face folder, or its config.json")
+    add("--seq-length", type=int, required=True, metavar="TOKENS", help="longest conversation")
+    add("--num-gpus", type=int, required=True, metavar="GPUS")
+    add("--gpu", required=True, help="h100-80gb, h200-141gb, a100-80gb, a800-80gb, b200-192gb, or a name of your own")
+    add("--gpus-per-node", type=int, metavar="GPUS", help="default: 8")
+    add("--objective", default="longpo", choices=FLAGS["objective"].info.choices)
+    add("--global-batch-size", type=int, default=8, metavar="DOCUMENTS", help="default: 8")
+    add("--turns-per-document", type=int, default=4, metavar="TURNS", help="default: 4")
+    add("--response-tokens", type=int, default=512, metavar="TOKENS", help="of every answer; default: 512")
+    add("--rotary-base", metavar="X", help="default: the model's")
+    add("--num-documents", type=int, default=45_000, help="for GPU-hours and days; default: 45000, the paper's")
+    add("--num-plans", type=int, default=3, metavar="N", help="layouts to measure and show; default: 3")
+    add("--data-path", default="data/pairs", metavar="PREFIX", help="for the command; default: data/pairs")
+    add("--save", default="runs/longpo", metavar="FOLDER", help="for the command; default: runs/longpo")
+    rates = made.add_argument_group("rates, in place of the table's")
+    rates.add_argument("--peak-tflops", type=float, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
+    rates.add_argument("--mem-gib", type=float, metavar="GIB", help="memory of one GPU")
+    rates.add_argument("--link-gbs", type=float, metavar="GB/S", help="network card of one GPU, in each direction")
+    rates.add_argument("--matmul-tflops", type=float, metavar="TFLOP/S", help="measured on matrix products")
+    rates.add_argument(
+        "--attention-tflops", type=float, nargs=2, metavar=("FORWARD", "BACKWARD"), help="measured on attention"
+    )
+    return made
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = parser().parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is the same on a machine with GPUs
+    from megatron_longpo.planning.plan_command import print_plan
+
+    try:
+        print_plan(arguments)
+    except ConfigError as error:
+        sys.exit("\n".join(f"plan_run.py: error: {line}" for line in error.errors))
+    except (ValueError, OSError) as error:
+        sys.exit(f"plan_run.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
