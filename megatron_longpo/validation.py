@@ -202,6 +202,8 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
                     f"--recompute-num-layers {training.recompute_num_layers} must be at most the {local} layers of a "
                     f"pipeline stage"
                 )
+    if training.recompute_keep_attention and training.fp8_format is not None:
+        yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
     if "layernorm" in training.recompute_modules and training.transformer_impl == "local":
         yield "--recompute-modules layernorm needs --transformer-impl transformer_engine"
     if training.fp8_format is not None and not training.bf16:

@@ -33,6 +33,7 @@ MEGATRON_FLAGS = """
 OUR_FLAGS = """
 --objective --beta --lambda --nll-weight --turns --turn-reduction --reference-rotary-base --reference-dir
 --metrics-jsonl --logits-chunk-tokens --max-skipped-steps --load-hf --use-cpu --train-epochs --chat-template
+--recompute-keep-attention
 """
 
 
@@ -153,6 +154,7 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
         ("--sgd-momentum 0.8", "--sgd-momentum 0.8", "with --optimizer sgd"),
         ("--recompute-granularity selective --recompute-method block", "--recompute-method", "-granularity full"),
         ("--recompute-num-layers 1", "--recompute-num-layers 1", "with --recompute-granularity full"),
+        ("--recompute-keep-attention", "--recompute-keep-attention", "with --recompute-granularity full"),
         ("--recompute-modules mlp", "--recompute-modules mlp", "with --recompute-granularity selective"),
         ("--transformer-impl local --fp8-format e4m3", "--fp8-format e4m3", "-impl transformer_engine"),
         ("--num-query-groups 2", "--num-query-groups 2", "with --group-query-attention"),

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megatron_longpo.attention.kept import computed_once
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
 from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.shared_prefix import backward_tiles, check_shapes, compact, forward_tiles
@@ -31,6 +32,7 @@ def all_gather_attention(
     """Attention of this rank's queries on the whole row.
 
     Collectives: 1 CP all-gather forward; 1 CP all-gather and 1 CP reduce-scatter backward. K and V travel together.
+    Recomputed with its results kept (`kept.KeptResults`) it communicates nothing.
 
     Args:
         q: ``[t, N, D]``, in the rank's local order.
@@ -62,9 +64,13 @@ class _AllGatherAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         q, k, v = compact(q), compact(k), compact(v)
-        row_k, row_v = _gather_row(k, v, layout, cp_group)
         tiles = plan(layout, dist.get_rank(cp_group))
-        out, lse = forward_tiles(q, row_k, row_v, tiles, scale, select_kernel(q.device, q.dtype))
+        kernel = select_kernel(q.device, q.dtype)
+
+        def attend() -> tuple[torch.Tensor, torch.Tensor]:
+            return forward_tiles(q, *_gather_row(k, v, layout, cp_group), tiles, scale, kernel)
+
+        out, lse = computed_once(attend)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.cp_group, ctx.scale = layout, cp_group, scale
         return out

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from megatron_longpo.attention.kept import computed_once
 from megatron_longpo.attention.kernels import AttentionKernel
 from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.tiles import Plan, plan
@@ -49,7 +50,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Plan, scale: float) -> torch.Tensor:
         q, k, v = compact(q), compact(k), compact(v)
-        out, lse = forward_tiles(q, k, v, tiles, scale, select_kernel(q.device, q.dtype))
+        kernel = select_kernel(q.device, q.dtype)
+        out, lse = computed_once(lambda: forward_tiles(q, k, v, tiles, scale, kernel))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tiles, ctx.scale = tiles, scale
         return out

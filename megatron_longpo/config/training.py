@@ -77,6 +77,12 @@ class TrainingConfig:
         needs=_FULL,
         default_text="required with full",
     )
+    recompute_keep_attention: bool = flag(
+        False,
+        "keep attention's output and log-sum-exps and recompute the rest: its kernels, most of a long step, run once",
+        needs=_FULL,
+        source="ours",
+    )
     recompute_modules: tuple[str, ...] = flag(
         ("core_attn",),
         "parts of a layer to recompute; layernorm needs --transformer-impl transformer_engine",

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
 from megatron_longpo.model.gpt import SharedPrefixGPT
+from megatron_longpo.model.recompute import keep_attention
 from megatron_longpo.model.rope import attention_factor
 from megatron_longpo.model.specs import block_spec
 
@@ -108,6 +109,8 @@ def build_model(config: RunConfig) -> list[torch.nn.Module]:
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
             )
+            if config.training.recompute_keep_attention:
+                keep_attention(chunk.decoder)
             chunk.to(platform.device())
             chunks.append(Float16Module(settings, chunk) if config.training.bf16 else chunk)
     return chunks

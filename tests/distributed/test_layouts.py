@@ -17,6 +17,8 @@ from tests.distributed.harness import fresh_world, run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 TP, PP, CP = "--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--context-parallel-size=2"
+FULL = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
+KEPT = [*FULL, "--recompute-keep-attention"]
 LAYOUTS = {
     "DP 4": [],
     "DP 2 of two documents a row": ["--micro-batch-size=2", TP],
@@ -31,12 +33,11 @@ LAYOUTS = {
     "TP 2 x CP 2 + sequence parallel": [TP, CP, "--sequence-parallel"],
     "TP 2 x PP 2": [TP, PP],
     "PP 2 x CP 2": [PP, CP],
-    "TP 2 + full recompute": [
-        TP,
-        "--recompute-granularity=full",
-        "--recompute-method=uniform",
-        "--recompute-num-layers=1",
-    ],
+    "TP 2 + full recompute": [TP, *FULL],
+    "PP 2 + attention kept": [PP, *KEPT],
+    "interleaved PP 2 + attention kept": [PP, "--num-layers-per-virtual-pipeline-stage=1", *KEPT],
+    "CP 2 all-gather + attention kept": [CP, *KEPT],
+    "CP 2 all-to-all + attention kept": [CP, "--cp-comm-type=a2a", *KEPT],
     "CP 2 + selective recompute": [CP, "--recompute-granularity=selective", "--recompute-modules=core_attn"],
 }
 OBJECTIVES = {
@@ -64,6 +65,8 @@ DEFAULT: list[Case] = [
     ("longpo", "CP 2 all-to-all"),
     ("longpo", "TP 2 x CP 2"),
     ("longpo", "TP 2 x PP 2"),
+    ("longpo", "PP 2 + attention kept"),
+    ("longpo", "CP 2 all-gather + attention kept"),
     ("dpo", "TP 2 x CP 2"),
     ("constraint", "CP 2 all-to-all"),
 ]
