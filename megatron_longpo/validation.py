@@ -22,7 +22,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     errors = list(_ranges(config))
     # Divisions below assume sizes of at least 1.
     if not errors:
-        for check in (_model, _data, _world, _tensor_parallel, _pipeline, _context, _batch, _training, _optimizer):
+        sizes = (_model, _data, _world, _tensor_parallel, _pipeline, _context, _batch)
+        for check in (*sizes, _training, _optimizer, _profile):
             errors += check(config, world_size)
     if errors:
         raise ConfigError(*errors)
@@ -238,6 +239,22 @@ def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--end-weight-decay {end:g} must be at least --start-weight-decay {start:g}"
     if config.parallel.use_distributed_optimizer and optimizer.optimizer != "adam":
         yield f"--use-distributed-optimizer needs --optimizer adam, not {optimizer.optimizer}"
+
+
+def _profile(config: RunConfig, world_size: int) -> Iterator[str]:
+    settings, steps = config.logging, config.training.train_iters
+    if not settings.profile:
+        return
+    first, last = settings.profile_step_start, settings.profile_step_end
+    if last <= first:
+        yield f"--profile-step-end {last} must be greater than --profile-step-start {first}"
+    if steps is not None and first >= steps:
+        yield f"--profile-step-start {first} must be less than --train-iters {steps}: nothing would be profiled"
+    absent = [str(rank) for rank in settings.profile_ranks if rank >= world_size]
+    if absent:
+        yield f"--profile-ranks {' '.join(absent)} must be less than the number of ranks {world_size}"
+    if config.training.use_cpu and not settings.use_pytorch_profiler:
+        yield "--no-use-pytorch-profiler is for Nsight Systems and needs a GPU: remove it or --use-cpu"
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

@@ -27,13 +27,14 @@ MEGATRON_FLAGS = """
 --recompute-modules --save --load --pretrained-checkpoint --save-interval --async-save --ckpt-format --no-load-optim
 --no-load-rng --no-save-optim --no-save-rng --finetune --use-checkpoint-args --log-interval --eval-interval --eval-iters
 --tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --exit-interval
---exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format
+--exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --profile --profile-step-start
+--profile-step-end --profile-ranks
 """
 
 OUR_FLAGS = """
 --objective --beta --lambda --nll-weight --turns --turn-reduction --reference-rotary-base --reference-dir
 --metrics-jsonl --logits-chunk-tokens --max-skipped-steps --load-hf --use-cpu --train-epochs --chat-template
---recompute-keep-attention
+--recompute-keep-attention --profile-dir
 """
 
 
@@ -101,6 +102,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("--lr inf", "--lr 'inf' must be a finite number"),
         ("--lr -1", "--lr -1.0 must be greater than 0"),
         ("--num-layers 0", "--num-layers 0 must be at least 1 layers"),
+        ("--profile --profile-ranks 0 x", "--profile-ranks 'x' must be a whole number"),
+        ("--profile --profile-ranks -1", "--profile-ranks -1 must be at least 0"),
         ("--adam-beta1 1", "--adam-beta1 1.0 must be less than 1"),
         ("--train-iters 1.5", "--train-iters '1.5' must be a whole number"),
         ("--objective ppo", "--objective ppo must be longpo or dpo or sft-chosen"),
@@ -166,6 +169,7 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
             "with --position-embedding-type rope",
         ),
         ("--position-embedding-type yarn --yarn-mscale 1", "--yarn-mscale 1", "with --yarn-mscale-all-dim"),
+        ("--profile-ranks 0 1", "--profile-ranks 0 1", "with --profile"),
         ("--no-load-optim", "--no-load-optim", "with --load"),
         ("--finetune", "--finetune", "with --load"),
         ("--no-save-rng", "--no-save-rng", "with --save"),

@@ -44,6 +44,8 @@ def values_of(spec: FlagSpec) -> st.SearchStrategy[Any]:
         values = st.booleans()
     elif spec.kind is int:
         values = st.integers(int(info.at_least or 0), 2**40)
+    elif spec.kind is tuple:
+        values = st.lists(st.integers(int(info.at_least or 0), 2**40), min_size=1)
     elif spec.kind is float:
         low = info.at_least if info.at_least is not None else info.above
         values = st.floats(low, 1.0 if info.below else 1e12, exclude_min=info.at_least is None, exclude_max=True)

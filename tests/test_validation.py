@@ -134,6 +134,16 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
         ("--fp8-format hybrid", 1, "--fp8-format hybrid needs --bf16"),
         ("--use-cpu --transformer-impl transformer_engine", 1, "--transformer-impl transformer_engine needs a GPU"),
         ("--use-cpu --distributed-backend nccl", 1, "--distributed-backend nccl needs GPUs"),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --bf16 "
+            "--recompute-keep-attention --fp8-format hybrid --transformer-impl transformer_engine",
+            1,
+            "--recompute-keep-attention does not know fp8 recomputation",
+        ),
+        ("--profile", 1, "--profile-step-start 10 must be less than --train-iters 10: nothing would be profiled"),
+        ("--profile --profile-step-start 5 --profile-step-end 5", 1, "--profile-step-end 5 must be greater than"),
+        ("--profile --profile-step-start 1 --profile-ranks 0 2 3", 2, "--profile-ranks 2 3 must be less than the"),
+        ("--profile --profile-step-start 1 --use-cpu --no-use-pytorch-profiler", 1, "Nsight Systems and needs a GPU"),
         ("--min-lr 1e-6", 1, "--min-lr 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-init 1e-6", 1, "--lr-warmup-init 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-iters 10", 1, "--lr-warmup-iters 10 must be less than the decay's 10"),

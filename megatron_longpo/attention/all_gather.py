@@ -20,6 +20,7 @@ from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.shared_prefix import backward_tiles, check_shapes, compact, forward_tiles
 from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.ranges import COMM, named_range
 
 # torch 2.13 renamed both.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -93,7 +94,8 @@ def _gather_row(
     """Local ``[t, G, D]`` to two views ``[T, G, D]`` in row order. 1 CP all-gather."""
     local = torch.stack((k, v), 1)
     by_rank = local.new_empty((layout.padded_tokens, *local.shape[1:]))
-    _all_gather(by_rank, local, group=cp_group)
+    with named_range(COMM):
+        _all_gather(by_rank, local, group=cp_group)
     row_k, row_v = by_rank.index_select(0, to_row_order(layout, k.device)).unbind(1)
     return row_k, row_v
 
@@ -109,6 +111,7 @@ def _sum_local(
     row = torch.stack((row_dk.to(dtype), row_dv.to(dtype)), 1)
     by_rank = row.index_select(0, to_rank_order(layout, row.device))
     local = by_rank.new_empty((layout.local_tokens, *by_rank.shape[1:]))
-    _reduce_scatter(local, by_rank, group=cp_group)
+    with named_range(COMM):
+        _reduce_scatter(local, by_rank, group=cp_group)
     dk, dv = local.unbind(1)
     return dk, dv

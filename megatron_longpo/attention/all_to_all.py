@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
 from megatron_longpo.attention.shared_prefix import check_shapes, shared_prefix_attention
 from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.ranges import COMM, named_range
 
 
 def all_to_all_attention(
@@ -108,5 +109,6 @@ def _exchange(x: torch.Tensor, cp_group: dist.ProcessGroup) -> torch.Tensor:
     """Send ``x[i]`` of ``[cp, ...]`` to rank i; returns what rank i sent at index i. 1 CP all-to-all."""
     x = x.contiguous()
     received = torch.empty_like(x)
-    dist.all_to_all_single(received, x, group=cp_group)
+    with named_range(COMM):
+        dist.all_to_all_single(received, x, group=cp_group)
     return received

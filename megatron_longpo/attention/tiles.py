@@ -26,7 +26,8 @@ class Tile:
     """One kernel call: a range of the local queries on a range of the row's keys.
 
     ``queries_first`` says that no earlier tile of the plan has any of these queries, ``keys_first`` the same of its
-    keys: such a tile may store its result, where others must merge or add theirs to what is there.
+    keys: such a tile may store its result, where others must merge or add theirs to what is there. ``of_branch`` tells
+    a branch's queries from a prefix's, for profiles.
     """
 
     query_start: int
@@ -36,6 +37,7 @@ class Tile:
     causal: bool
     queries_first: bool
     keys_first: bool
+    of_branch: bool
 
     @property
     def queries(self) -> slice:
@@ -132,7 +134,8 @@ def _of_document(runs: list[_Run]) -> list[Tile]:
     for queries, keys, causal in _shapes(runs):
         queries_first = all(_disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
         keys_first = all(_disjoint(keys, (t.key_start, t.key_stop)) for t in tiles)
-        tiles.append(Tile(*queries, *keys, causal, queries_first, keys_first))
+        of_branch = any(run.segment.branch != PREFIX and run.local == queries[0] for run in runs)
+        tiles.append(Tile(*queries, *keys, causal, queries_first, keys_first, of_branch))
     return tiles
 
 
