@@ -152,11 +152,32 @@ def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
 def _context(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, groups = config.parallel, config.model.num_query_groups
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    name = "--num-query-groups" if config.model.group_query_attention else "--num-attention-heads"
+    if cp > 1 and parallel.cp_comm_type == "a2a+p2p":
+        yield from _hierarchical(config, name)
     if cp > 1 and parallel.cp_comm_type == "a2a" and groups % (tp * cp):
-        name = "--num-query-groups" if config.model.group_query_attention else "--num-attention-heads"
         yield (
             f"--cp-comm-type a2a needs {name} {groups} to be a multiple of --tensor-model-parallel-size {tp} * "
             f"--context-parallel-size {cp} = {tp * cp}; use --cp-comm-type all_gather"
+        )
+
+
+def _hierarchical(config: RunConfig, name: str) -> Iterator[str]:
+    parallel, groups = config.parallel, config.model.num_query_groups
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    sizes = parallel.hierarchical_context_parallel_sizes
+    if sizes is None:
+        yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: ranks of a2a, then ranks of the ring"
+    elif len(sizes) != 2 or sizes[0] * sizes[1] != cp:
+        shown = " ".join(map(str, sizes))
+        yield (
+            f"--hierarchical-context-parallel-sizes {shown} must be two sizes that multiply to "
+            f"--context-parallel-size {cp}: ranks of a2a, then ranks of the ring"
+        )
+    elif groups % (tp * sizes[0]):
+        yield (
+            f"--cp-comm-type a2a+p2p needs {name} {groups} to be a multiple of --tensor-model-parallel-size {tp} * "
+            f"the first of --hierarchical-context-parallel-sizes {sizes[0]} = {tp * sizes[0]}; use --cp-comm-type p2p"
         )
 
 

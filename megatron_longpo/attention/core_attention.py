@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
@@ -27,7 +28,7 @@ class SharedPrefixAttention(MegatronModule):
         attention_type: Unused: self-attention.
         attention_dropout: Must be 0, here and in ``config``.
         softmax_scale: Factor on the scores; ``1 / sqrt(kv_channels)`` if None.
-        cp_comm_type: ``all_gather`` or ``a2a``.
+        cp_comm_type: One of `context_parallel.COMM_TYPES`.
         pg_collection: Gives the context-parallel group; Megatron's global one if None.
 
     Raises:
@@ -62,6 +63,9 @@ class SharedPrefixAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group = pg_collection.cp
+        # Megatron's layers hand on no group collection with these two in it.
+        levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
+        self.cp_hierarchy = (levels[0], levels[1]) if levels else None
 
     def forward(
         self,
@@ -107,5 +111,6 @@ class SharedPrefixAttention(MegatronModule):
             self.cp_group,
             self.cp_comm_type,
             self.softmax_scale,
+            self.cp_hierarchy,
         )
         return out.flatten(1).unsqueeze(1)

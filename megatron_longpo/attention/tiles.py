@@ -102,8 +102,8 @@ def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
     num_queries = layout.padded_tokens if cp_rank is None else layout.local_tokens
     return Plan(
         tuple(tiles),
-        _complement([(t.query_start, t.query_stop) for t in tiles if t.queries_first], num_queries),
-        _complement([(t.key_start, t.key_stop) for t in tiles if t.keys_first], layout.padded_tokens),
+        complement([(t.query_start, t.query_stop) for t in tiles if t.queries_first], num_queries),
+        complement([(t.key_start, t.key_stop) for t in tiles if t.keys_first], layout.padded_tokens),
     )
 
 
@@ -132,8 +132,8 @@ def _of_document(runs: list[_Run]) -> list[Tile]:
     """The tiles of one document, which shares no query and no key with another."""
     tiles: list[Tile] = []
     for queries, keys, causal in _shapes(runs):
-        queries_first = all(_disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
-        keys_first = all(_disjoint(keys, (t.key_start, t.key_stop)) for t in tiles)
+        queries_first = all(disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
+        keys_first = all(disjoint(keys, (t.key_start, t.key_stop)) for t in tiles)
         of_branch = any(run.segment.branch != PREFIX and run.local == queries[0] for run in runs)
         tiles.append(Tile(*queries, *keys, causal, queries_first, keys_first, of_branch))
     return tiles
@@ -167,11 +167,11 @@ def _on_prefix(branch_runs: Iterable[_Run]) -> Iterator[tuple[Span, Span, bool]]
         yield pending, keys, False
 
 
-def _disjoint(a: Span, b: Span) -> bool:
+def disjoint(a: Span, b: Span) -> bool:
     return a[1] <= b[0] or b[1] <= a[0]
 
 
-def _complement(spans: Iterable[Span], length: int) -> tuple[Span, ...]:
+def complement(spans: Iterable[Span], length: int) -> tuple[Span, ...]:
     """The ranges of ``range(length)`` outside disjoint spans."""
     edges = [(0, 0), *sorted(spans), (length, length)]
     return tuple((stop, start) for (_, stop), (start, _) in pairwise(edges) if stop < start)
