@@ -109,7 +109,10 @@ def mark_module(module: torch.nn.Module, name: str) -> None:
         if not passages:
             return None
         stage = passages.pop()
+        if output is None:  # it raised, as a checkpoint does once it has recomputed what it needs
+            stage._stop()
+            return None
         return (stage.leave(output[0]), *output[1:]) if isinstance(output, tuple) else stage.leave(output)
 
     module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+    module.register_forward_hook(leave, always_call=True)

@@ -206,6 +206,8 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _training(config: RunConfig, world_size: int) -> Iterator[str]:
     training, parallel = config.training, config.parallel
+    local = config.model.num_layers // parallel.pipeline_model_parallel_size
+    local = parallel.num_layers_per_virtual_pipeline_stage or local
     if training.train_samples is not None and training.train_samples < training.global_batch_size:
         yield (
             f"--train-samples {training.train_samples} is less than one step; at least --global-batch-size "
@@ -216,14 +218,18 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
             yield "--recompute-granularity full needs --recompute-method uniform or block"
         if training.recompute_num_layers is None:
             yield "--recompute-granularity full needs --recompute-num-layers; 1 saves most memory with uniform"
-        elif config.model.num_layers:
-            local = config.model.num_layers // parallel.pipeline_model_parallel_size
-            local = parallel.num_layers_per_virtual_pipeline_stage or local
-            if training.recompute_num_layers > local:
-                yield (
-                    f"--recompute-num-layers {training.recompute_num_layers} must be at most the {local} layers of a "
-                    f"pipeline stage"
-                )
+        elif config.model.num_layers and training.recompute_num_layers > local:
+            yield (
+                f"--recompute-num-layers {training.recompute_num_layers} must be at most the {local} layers of a "
+                f"pipeline stage"
+            )
+    if config.model.num_layers and training.cpu_offloading_num_layers > local:
+        yield (
+            f"--cpu-offloading-num-layers {training.cpu_offloading_num_layers} must be at most the {local} layers of a "
+            "pipeline stage"
+        )
+    if training.mlp_chunk_tokens is not None:
+        yield from _mlp_chunks(config)
     if training.recompute_keep_attention and training.fp8_format is not None:
         yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
     if "layernorm" in training.recompute_modules and training.transformer_impl == "local":
@@ -234,6 +240,18 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--transformer-impl transformer_engine needs a GPU: remove it or --use-cpu"
     if training.use_cpu and parallel.distributed_backend == "nccl":
         yield "--distributed-backend nccl needs GPUs: remove it or --use-cpu"
+
+
+def _mlp_chunks(config: RunConfig) -> Iterator[str]:
+    training, chunk = config.training, config.training.mlp_chunk_tokens
+    if training.fp8_format is not None:
+        yield f"--mlp-chunk-tokens {chunk} does not know fp8 recomputation: leave it or --fp8-format out"
+    again = {"mlp", "layernorm"} & set(training.recompute_modules)
+    if training.recompute_granularity == "selective" and again:
+        yield (
+            f"--mlp-chunk-tokens {chunk} recomputes norm and MLP already: take {' and '.join(sorted(again))} out of "
+            "--recompute-modules"
+        )
 
 
 def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -28,13 +28,13 @@ MEGATRON_FLAGS = """
 --no-load-rng --no-save-optim --no-save-rng --finetune --use-checkpoint-args --log-interval --eval-interval --eval-iters
 --tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --exit-interval
 --exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --profile --profile-step-start
---profile-step-end --profile-ranks
+--profile-step-end --profile-ranks --cpu-offloading-num-layers --hierarchical-context-parallel-sizes
 """
 
 OUR_FLAGS = """
 --objective --beta --lambda --nll-weight --turns --turn-reduction --reference-rotary-base --reference-dir
 --metrics-jsonl --logits-chunk-tokens --max-skipped-steps --load-hf --use-cpu --train-epochs --chat-template
---recompute-keep-attention --profile-dir
+--recompute-keep-attention --profile-dir --mlp-chunk-tokens
 """
 
 
@@ -143,6 +143,11 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
         ),
         ("--objective sft-chosen --reference-dir x", "--reference-dir x", "with --objective"),
         ("--cp-comm-type a2a", "--cp-comm-type a2a", "with --context-parallel-size > 1"),
+        (
+            "--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2",
+            "--hierarchical-context-parallel-sizes 2 2",
+            "with --cp-comm-type a2a+p2p",
+        ),
         ("--sequence-parallel", "--sequence-parallel", "with --tensor-model-parallel-size > 1"),
         ("--num-layers-per-virtual-pipeline-stage 1", "--num-layers-per", "with --pipeline-model-parallel-size > 1"),
         (

@@ -32,6 +32,8 @@ def errors_of(words: str, world_size: int = 1) -> tuple[str, ...]:
         ("--tensor-model-parallel-size 4 --sequence-parallel", 8),
         ("--context-parallel-size 2 --cp-comm-type a2a --tensor-model-parallel-size 2", 4),
         ("--context-parallel-size 8 --tensor-model-parallel-size 2", 16),
+        ("--context-parallel-size 8 --cp-comm-type p2p", 8),
+        ("--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 4 2", 8),
         ("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1", 4),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 2", 1),
@@ -90,6 +92,19 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             "--cp-comm-type a2a needs --num-query-groups 4 to be a multiple of --tensor-model-parallel-size 2 * "
             "--context-parallel-size 4 = 8; use --cp-comm-type all_gather",
         ),
+        ("--context-parallel-size 4 --cp-comm-type a2a+p2p", 4, "needs --hierarchical-context-parallel-sizes"),
+        (
+            "--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+            8,
+            "--hierarchical-context-parallel-sizes 2 2 must be two sizes that multiply to --context-parallel-size 8",
+        ),
+        (
+            "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2 "
+            "--tensor-model-parallel-size 4",
+            16,
+            "a2a+p2p needs --num-query-groups 4 to be a multiple of --tensor-model-parallel-size 4 * the first of "
+            "--hierarchical-context-parallel-sizes 2 = 8; use --cp-comm-type p2p",
+        ),
         (
             "--pipeline-model-parallel-size 3",
             3,
@@ -139,6 +154,17 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             "--recompute-keep-attention --fp8-format hybrid --transformer-impl transformer_engine",
             1,
             "--recompute-keep-attention does not know fp8 recomputation",
+        ),
+        ("--cpu-offloading-num-layers 9", 1, "--cpu-offloading-num-layers 9 must be at most the 8 layers"),
+        (
+            "--mlp-chunk-tokens 8 --bf16 --fp8-format hybrid --transformer-impl transformer_engine",
+            1,
+            "--mlp-chunk-tokens 8 does not know fp8 recomputation",
+        ),
+        (
+            "--mlp-chunk-tokens 8 --recompute-granularity selective --recompute-modules core_attn mlp",
+            1,
+            "--mlp-chunk-tokens 8 recomputes norm and MLP already: take mlp out of --recompute-modules",
         ),
         ("--profile", 1, "--profile-step-start 10 must be less than --train-iters 10: nothing would be profiled"),
         ("--profile --profile-step-start 5 --profile-step-end 5", 1, "--profile-step-end 5 must be greater than"),

@@ -43,6 +43,7 @@ LAYOUTS = {
     "TP 2 x PP 2": [TP, PP],
     "PP 2 x CP 2": [PP, CP],
     "TP 2 + full recompute": [TP, *FULL],
+    "TP 2 + sequence parallel + MLP in pieces": [TP, "--sequence-parallel", "--mlp-chunk-tokens=16", *KEPT],
     "PP 2 + attention kept": [PP, *KEPT],
     "interleaved PP 2 + attention kept": [PP, "--num-layers-per-virtual-pipeline-stage=1", *KEPT],
     "CP 2 all-gather + attention kept": [CP, *KEPT],
@@ -77,6 +78,7 @@ DEFAULT: list[Case] = [
     ("longpo", "TP 2 x CP 2"),
     ("longpo", "TP 2 x PP 2"),
     ("longpo", "PP 2 + attention kept"),
+    ("longpo", "TP 2 + sequence parallel + MLP in pieces"),
     ("dpo", "TP 2 x CP 2"),
     ("constraint", "CP 2 all-to-all"),
 ]
