@@ -3,7 +3,7 @@
 Megatron-Core assumes CUDA in a few dozen places. On a machine without it `prepare` gives the modules listed in
 `_MODULES_THAT_NAME_CUDA` a stand-in for the global name ``torch`` that answers for the CPU; ``torch`` itself stays
 untouched, and so does every other package. On CUDA `prepare` only mends what is wrong there too (`_fix_zero1_resume`,
-`_tie_checkpoint_manager_to_its_rank`).
+`_tie_checkpoint_manager_to_its_rank`, `_group_ranks_without_einops`).
 Each adapter says when it can be removed. All were checked against the versions in `CHECKED_VERSIONS`.
 """
 
@@ -233,6 +233,7 @@ def prepare(use_cpu: bool = False) -> None:
                 importlib.import_module(f"megatron.core.{name}").torch = _CpuTorch()  # type: ignore[attr-defined]
         _use_cpu_rng_tracker()
         _replace_grad_clipping()
+    _group_ranks_without_einops()
     _fix_zero1_resume()
     _tie_checkpoint_manager_to_its_rank()
     _prepared = True
@@ -341,6 +342,24 @@ def _replace_grad_clipping() -> None:
 
     for module in (clip_grads, optimizer):
         module.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+
+
+def _group_ranks_without_einops() -> None:
+    """Let hierarchical context-parallel groups be made where einops is not installed: Megatron does not require it.
+
+    Remove when ``create_hierarchical_groups`` does without.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state.HAVE_EINOPS:
+        return
+
+    def rearrange(ranks: Any, pattern: str, u: int, s: int, l: int) -> Any:  # noqa: E741  the names of the pattern
+        assert pattern == "(l s u) -> (l u) s", f"einops is not installed and was asked for {pattern!r}"
+        return ranks.reshape(l, s, u).swapaxes(1, 2).reshape(l * u, s)
+
+    parallel_state.einops = types.SimpleNamespace(rearrange=rearrange)
+    parallel_state.HAVE_EINOPS = True
 
 
 def _fix_zero1_resume() -> None:

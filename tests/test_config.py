@@ -227,7 +227,7 @@ def test_the_device_decides_what_is_auto() -> None:
         ("lr: !!python/object:os.system {}\n", ":1: lr is not a group of flags"),
         ("save: !!python/name:os.system\n", ":1: save is not a plain value"),
         ("turns: null\n", ":1: turns None must be text"),
-        ("cp-comm-type: p2p\n", "p2p must be all_gather or a2a (Megatron-LM's p2p ring"),
+        ("cp-comm-type: ring\n", "ring must be all_gather or a2a or p2p or a2a+p2p"),
     ],
 )
 def test_a_bad_yaml_file_is_an_error_with_its_line(tmp_path: Path, text: str, message: str) -> None:

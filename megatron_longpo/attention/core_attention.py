@@ -11,7 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_longpo.attention.context_parallel import context_parallel_attention
+from megatron_longpo.attention.context_parallel import HIERARCHICAL, context_parallel_attention
+from megatron_longpo.attention.hierarchical import Hierarchy
 from megatron_longpo.data.layout import RowLayout
 
 
@@ -63,9 +64,11 @@ class SharedPrefixAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group = pg_collection.cp
-        # Megatron's layers hand on no group collection with these two in it.
-        levels = parallel_state.get_hierarchical_context_parallel_groups(check_initialized=False)
-        self.cp_hierarchy = (levels[0], levels[1]) if levels else None
+        self.cp_hierarchy: Hierarchy | None = None
+        if self.cp_comm_type == HIERARCHICAL and config.context_parallel_size > 1:
+            # Megatron's layers hand on no group collection with these two in it.
+            inner, ring = parallel_state.get_hierarchical_context_parallel_groups()
+            self.cp_hierarchy = inner, ring
 
     def forward(
         self,
