@@ -143,7 +143,8 @@ def _describe(case: StepCase) -> str:
 def _describe_model(case: StepCase) -> str:
     return (
         f"{case.num_layers} layers, hidden {case.hidden_size}, MLP {case.ffn_hidden_size}, "
-        f"heads {case.num_attention_heads}/{case.num_query_groups}, vocabulary {case.vocab_size:,}, {'bf16' if case.bf16 else 'fp32'}, {case.device}"
+        f"heads {case.num_attention_heads}/{case.num_query_groups}, "
+        f"vocabulary {case.vocab_size:,}, {'bf16' if case.bf16 else 'fp32'}, {case.device}"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_longpo.attention import all_gather
 from megatron_longpo.attention.context_parallel import COMM_TYPES, HIERARCHICAL, context_parallel_attention
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
@@ -43,7 +44,10 @@ def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
     if cp_size == 4:
         groups = [[dist.new_group(ranks) for ranks in level] for level in ([[0, 1], [2, 3]], [[0, 2], [1, 3]])]
         comm_types, hierarchy = COMM_TYPES, (groups[0][rank // 2], groups[1][rank % 2])
-    for comm_type, (number, layout) in itertools.product(comm_types, enumerate(layouts(cp_size))):
+    cases = [(name, 2**60, *numbered) for name in comm_types for numbered in enumerate(layouts(cp_size))]
+    cases += [("all_gather", 0, *numbered) for numbered in enumerate(layouts(cp_size))]  # in chunks of heads
+    for comm_type, all_gather.CHUNKED_FROM_BYTES, number, layout in cases:
+        chunked = " in chunks" if all_gather.CHUNKED_FROM_BYTES == 0 else ""
         mine = layout.local_index(rank)
         *row, row_grad = random_row(layout)
         local = [x[mine].clone().requires_grad_() for x in row]
@@ -54,14 +58,14 @@ def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
         expected = [dense, *torch.autograd.grad(dense, leaves, row_grad)]
         assert [x.shape for x in actual] == [x[mine].shape for x in expected]
         for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-            errors[f"{comm_type} row {number} {name}"] = (a - b[mine]).abs().max().item()
+            errors[f"{comm_type}{chunked} row {number} {name}"] = (a - b[mine]).abs().max().item()
     return errors
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_equals_dense_twin(cp_size: int) -> None:
     for rank, errors in enumerate(run_ranks(errors_of_rank, cp_size, cp_size)):
-        assert len(errors) == (3 if cp_size == 2 else 4) * len(ROWS) * 4
+        assert len(errors) == (4 if cp_size == 2 else 5) * len(ROWS) * 4
         for what, error in errors.items():
             assert error < 1e-12, f"rank {rank}, {what}: off by {error:.1e}"
 
@@ -185,6 +189,13 @@ def test_module_in_bf16_errors_and_the_order_of_a_ring() -> None:
         assert hierarchy == "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes"
         assert "laid out for 4 context-parallel ranks in a group of 2" in cp_size
         assert "for a layout of" in tokens
+
+
+def test_heads_are_gathered_in_chunks_where_it_pays() -> None:
+    assert len(all_gather.head_chunks(32, 8, 2**20)) == 1
+    chunks = all_gather.head_chunks(32, 8, 2**30)
+    assert [(c.keys, c.queries) for c in chunks[:2]] == [(slice(0, 2), slice(0, 8)), (slice(2, 4), slice(8, 16))]
+    assert [len(all_gather.head_chunks(12, heads, 2**30)) for heads in (1, 2, 3, 6)] == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])
