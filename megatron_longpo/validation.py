@@ -256,6 +256,10 @@ def _mlp_chunks(config: RunConfig) -> Iterator[str]:
 
 def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:
     optimizer = config.optimizer
+    if optimizer.optimizer_offload_fraction > 1:
+        yield f"--optimizer-offload-fraction {optimizer.optimizer_offload_fraction:g} must be at most 1"
+    if optimizer.optimizer_cpu_offload and config.training.use_cpu:
+        yield "--optimizer-cpu-offload needs a GPU: remove it or --use-cpu"
     if optimizer.min_lr > optimizer.lr:
         yield f"--min-lr {optimizer.min_lr:g} must be at most --lr {optimizer.lr:g}"
     if optimizer.lr_warmup_init > optimizer.lr:

@@ -29,6 +29,7 @@ MEGATRON_FLAGS = """
 --tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --exit-interval
 --exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --profile --profile-step-start
 --profile-step-end --profile-ranks --cpu-offloading-num-layers --hierarchical-context-parallel-sizes
+--optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
 """
 
 OUR_FLAGS = """
@@ -159,6 +160,8 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
         ("--lr-warmup-iters 5 --lr-warmup-fraction 0.2", "--lr-warmup-fraction 0.2", "without --lr-warmup-iters"),
         ("--train-iters 5 --train-epochs 2", "--train-epochs 2", "without --train-iters or --train-samples"),
         ("--optimizer sgd --adam-beta1 0.8", "--adam-beta1 0.8", "with --optimizer adam"),
+        ("--optimizer-cpu-offload", "--optimizer-cpu-offload", "with --use-distributed-optimizer"),
+        ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction 0.5", "with --optimizer-cpu-offload"),
         ("--sgd-momentum 0.8", "--sgd-momentum 0.8", "with --optimizer sgd"),
         ("--recompute-granularity selective --recompute-method block", "--recompute-method", "-granularity full"),
         ("--recompute-num-layers 1", "--recompute-num-layers 1", "with --recompute-granularity full"),
