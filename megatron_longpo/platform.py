@@ -85,6 +85,11 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device()) if has_cuda() else "CPU"
+
+
 def default_backend() -> str:
     """The collective backend of `device`."""
     return "nccl" if has_cuda() else "gloo"
