@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from megatron_longpo.report import COLOURS, GRID, INK, MUTED
 
@@ -67,7 +67,7 @@ def _growth(axes: Axes, summaries: Sequence[Summary], key: str, title: str) -> N
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.6, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(**_LEGEND)
 
 
 def _ratio(axes: Axes, summaries: Sequence[Summary], key: str, title: str, level: float) -> None:
@@ -92,9 +92,16 @@ def _ratio(axes: Axes, summaries: Sequence[Summary], key: str, title: str, level
         axes.plot([], [], color=MUTED, marker=marker, markersize=5, linestyle="none", label=label)
     axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(**_LEGEND)
 
 
+_LEGEND: dict[str, Any] = {
+    "facecolor": "white",
+    "edgecolor": "none",
+    "framealpha": 0.9,
+    "fontsize": 8,
+    "labelcolor": INK,
+}
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 9.5, "color": INK, "linespacing": 1.5}
 
 
@@ -102,7 +109,8 @@ def _style(axes: Axes, lengths: Sequence[int]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(lengths, [_tokens(length) for length in lengths])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    if axes.get_yscale() == "log":
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens of the document", fontsize=8.5, color=MUTED)
     axes.tick_params(colors=MUTED, labelsize=8, length=0)
     axes.grid(color=GRID, linewidth=0.7)
