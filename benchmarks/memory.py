@@ -66,6 +66,7 @@ def measure(folder: Path, name: str, case: StepCase) -> dict[str, float]:
             )
             return outputs[0]["metrics"]["loss"].mean().item()
 
+        step()  # a warm-up
         began = time.process_time()
         loss = step()
         seconds = time.process_time() - began
