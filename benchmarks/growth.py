@@ -36,7 +36,7 @@ def draw_growth(summaries: Sequence[Summary], output: Path) -> None:
         summaries: What `summarize` made of every case.
         output: A PNG file; replaced.
     """
-    figure = Figure(figsize=(10.5, 8.2), dpi=150, facecolor="white")
+    figure = Figure(figsize=(10.5, 9.2), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     (time, memory), (faster, smaller) = figure.subplots(2, 2)
     main = [s for s in summaries if (s["case"]["turns"], s["case"]["response_tokens"]) == (1, 128)]
@@ -46,7 +46,7 @@ def draw_growth(summaries: Sequence[Summary], output: Path) -> None:
     _ratio(smaller, summaries, "memory_ratio_vs_", "Share of the rival's peak memory", 1.0)
     for axes in (time, memory, faster, smaller):
         _style(axes, sorted({s["case"]["prefix_tokens"] for s in summaries}))
-    figure.tight_layout(rect=(0, 0, 1, 0.94), h_pad=2.5, w_pad=2.5)
+    figure.tight_layout(rect=(0, 0, 1, 0.94), h_pad=2.0, w_pad=2.5)
     figure.text(0.012, 0.985, "One training step over document length", fontsize=14, weight="bold", color=INK, va="top")
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
@@ -96,9 +96,11 @@ def _ratio(axes: Axes, summaries: Sequence[Summary], key: str, title: str, level
 
 
 _LEGEND: dict[str, Any] = {
-    "facecolor": "white",
-    "edgecolor": "none",
-    "framealpha": 0.9,
+    # Below the diagram: curves fill it in ways that no one place inside would spare.
+    "loc": "upper left",
+    "bbox_to_anchor": (0, -0.17),
+    "ncol": 2,
+    "frameon": False,
     "fontsize": 8,
     "labelcolor": INK,
 }
