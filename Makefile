@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 LINTED := megatron_longpo benchmarks tools tests examples setup.py $(wildcard pretrain_longpo.py)
 
-.PHONY: help install quickstart test test-slow test-gpu lint format
+.PHONY: help install quickstart test test-slow test-gpu bench bench-gpu lint format
 
 help:
 	@echo "make install     .venv with the locked versions (CPU build of torch where there is no CUDA)"
@@ -18,6 +18,8 @@ help:
 	@echo "make test        the default tests (under 4 minutes on 2 cores)"
 	@echo "make test-slow   the opt-in long tests"
 	@echo "make test-gpu    the tests that need a CUDA device"
+	@echo "make bench       a step against its rivals over document length, on this CPU (under 10 minutes on an idle one)"
+	@echo "make bench-gpu   kernels, speed, lengths and rivals on this machine's GPU"
 	@echo "make lint        ruff check, ruff format --check, mypy"
 	@echo "make format      let ruff fix and format"
 
@@ -39,6 +41,12 @@ test-slow: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(PYTEST) -m gpu
+
+bench: $(INSTALLED)
+	$(RUN) -m benchmarks.suite
+
+bench-gpu: $(INSTALLED)
+	$(RUN) -m benchmarks.gpu
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check $(LINTED)

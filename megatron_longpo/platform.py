@@ -3,13 +3,14 @@
 Megatron-Core assumes CUDA in a few dozen places. On a machine without it `prepare` gives the modules listed in
 `_MODULES_THAT_NAME_CUDA` a stand-in for the global name ``torch`` that answers for the CPU; ``torch`` itself stays
 untouched, and so does every other package. On CUDA `prepare` only mends what is wrong there too (`_fix_zero1_resume`,
-`_tie_checkpoint_manager_to_its_rank`).
+`_tie_checkpoint_manager_to_its_rank`, `_group_ranks_without_einops`).
 Each adapter says when it can be removed. All were checked against the versions in `CHECKED_VERSIONS`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import multiprocessing
 import os
@@ -84,6 +85,11 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else torch.device("cpu")
 
 
+def device_name() -> str:
+    """What the device calls itself."""
+    return torch.cuda.get_device_name(device()) if has_cuda() else "CPU"
+
+
 def default_backend() -> str:
     """The collective backend of `device`."""
     return "nccl" if has_cuda() else "gloo"
@@ -102,12 +108,99 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
+    """What a profile records: the host, and the device where there is one."""
+    activity = torch.profiler.ProfilerActivity
+    return [activity.CPU, activity.CUDA] if has_cuda() else [activity.CPU]
+
+
+@contextlib.contextmanager
+def nsight_range() -> Iterator[None]:
+    """What runs inside is captured by ``nsys profile --capture-range=cudaProfilerApi``, with its named ranges."""
+    with torch.autograd.profiler.emit_nvtx():
+        torch.cuda.cudart().cudaProfilerStart()
+        try:
+            yield
+        finally:
+            torch.cuda.cudart().cudaProfilerStop()
+
+
+@contextlib.contextmanager
+def around_waits(make_context: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Wait for collectives, whoever waits, in a context of its own: what a profile shows as communication on a CPU.
+
+    Remove when torch's profiler has a range for ``Work.wait``.
+    """
+    work: Any = torch.distributed.Work
+    wait = work.wait
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with make_context():
+            return wait(*args, **kwargs)
+
+    work.wait = wrapped
+    try:
+        yield
+    finally:
+        work.wait = wait
+
+
 def peak_memory_gib() -> float:
     """Peak memory of this process: allocated CUDA memory, or the resident set on a CPU. GiB."""
     if has_cuda():
         return torch.cuda.max_memory_allocated() / 2**30
     kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
+
+
+class HostCopy:
+    """A copy of a device's tensor in pinned host memory, made and brought back behind computation.
+
+    On a CPU it is a plain copy in the same memory: it saves nothing there, and behaves the same.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._device = tensor.device
+        self._returned: torch.Tensor | None = None
+        if not tensor.is_cuda:
+            self._host = tensor.clone()
+            return
+        to_host, _ = _copy_streams()
+        to_host.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(to_host):
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._made = to_host.record_event()
+        # The allocator must not give the memory away before it is copied.
+        tensor.record_stream(to_host)
+
+    def start_return(self) -> None:
+        """Start to copy back."""
+        if self._returned is not None:
+            return
+        if self._device.type != "cuda":
+            self._returned = self._host
+            return
+        _, to_device = _copy_streams()
+        to_device.wait_event(self._made)
+        with torch.cuda.stream(to_device):
+            self._returned = self._host.to(self._device, non_blocking=True)
+            self._arrived = to_device.record_event()
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor on its device; work queued from now on waits for it."""
+        self.start_return()
+        assert self._returned is not None
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().wait_event(self._arrived)
+            self._returned.record_stream(torch.cuda.current_stream())
+        return self._returned
+
+
+@functools.cache
+def _copy_streams() -> tuple[Any, Any]:
+    """To the host and to the device: a bus carries both at once."""
+    return torch.cuda.Stream(), torch.cuda.Stream()
 
 
 def pipeline_options(pipeline_size: int, interleaved: bool) -> dict[str, bool]:
@@ -145,6 +238,7 @@ def prepare(use_cpu: bool = False) -> None:
                 importlib.import_module(f"megatron.core.{name}").torch = _CpuTorch()  # type: ignore[attr-defined]
         _use_cpu_rng_tracker()
         _replace_grad_clipping()
+    _group_ranks_without_einops()
     _fix_zero1_resume()
     _tie_checkpoint_manager_to_its_rank()
     _prepared = True
@@ -253,6 +347,24 @@ def _replace_grad_clipping() -> None:
 
     for module in (clip_grads, optimizer):
         module.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+
+
+def _group_ranks_without_einops() -> None:
+    """Let hierarchical context-parallel groups be made where einops is not installed: Megatron does not require it.
+
+    Remove when ``create_hierarchical_groups`` does without.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state.HAVE_EINOPS:
+        return
+
+    def rearrange(ranks: Any, pattern: str, u: int, s: int, l: int) -> Any:  # noqa: E741  the names of the pattern
+        assert pattern == "(l s u) -> (l u) s", f"einops is not installed and was asked for {pattern!r}"
+        return ranks.reshape(l, s, u).swapaxes(1, 2).reshape(l * u, s)
+
+    parallel_state.einops = types.SimpleNamespace(rearrange=rearrange)
+    parallel_state.HAVE_EINOPS = True
 
 
 def _fix_zero1_resume() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.config.data import split_shares
 from megatron_longpo.config.flags import FLAGS
+from megatron_longpo.config.parallel import WINDOWED
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -22,7 +23,8 @@ def validate(config: RunConfig, world_size: int) -> None:
     errors = list(_ranges(config))
     # Divisions below assume sizes of at least 1.
     if not errors:
-        for check in (_model, _data, _world, _tensor_parallel, _pipeline, _context, _batch, _training, _optimizer):
+        sizes = (_model, _data, _world, _tensor_parallel, _pipeline, _context, _batch)
+        for check in (*sizes, _training, _optimizer, _profile):
             errors += check(config, world_size)
     if errors:
         raise ConfigError(*errors)
@@ -151,11 +153,38 @@ def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
 def _context(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, groups = config.parallel, config.model.num_query_groups
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    name = "--num-query-groups" if config.model.group_query_attention else "--num-attention-heads"
+    window = config.model.window_size
+    if cp > 1 and parallel.cp_comm_type not in WINDOWED and window.num_tokens is not None:
+        yield (
+            f"--cp-comm-type {parallel.cp_comm_type} does not know --window-size {window}: use --cp-comm-type "
+            f"{' or '.join(WINDOWED)}, or --window-size full"
+        )
+    if cp > 1 and parallel.cp_comm_type == "a2a+p2p":
+        yield from _hierarchical(config, name)
     if cp > 1 and parallel.cp_comm_type == "a2a" and groups % (tp * cp):
-        name = "--num-query-groups" if config.model.group_query_attention else "--num-attention-heads"
         yield (
             f"--cp-comm-type a2a needs {name} {groups} to be a multiple of --tensor-model-parallel-size {tp} * "
             f"--context-parallel-size {cp} = {tp * cp}; use --cp-comm-type all_gather"
+        )
+
+
+def _hierarchical(config: RunConfig, name: str) -> Iterator[str]:
+    parallel, groups = config.parallel, config.model.num_query_groups
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    sizes = parallel.hierarchical_context_parallel_sizes
+    if sizes is None:
+        yield "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes: ranks of a2a, then ranks of the ring"
+    elif len(sizes) != 2 or sizes[0] * sizes[1] != cp:
+        shown = " ".join(map(str, sizes))
+        yield (
+            f"--hierarchical-context-parallel-sizes {shown} must be two sizes that multiply to "
+            f"--context-parallel-size {cp}: ranks of a2a, then ranks of the ring"
+        )
+    elif groups % (tp * sizes[0]):
+        yield (
+            f"--cp-comm-type a2a+p2p needs {name} {groups} to be a multiple of --tensor-model-parallel-size {tp} * "
+            f"the first of --hierarchical-context-parallel-sizes {sizes[0]} = {tp * sizes[0]}; use --cp-comm-type p2p"
         )
 
 
@@ -184,6 +213,8 @@ def _batch(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _training(config: RunConfig, world_size: int) -> Iterator[str]:
     training, parallel = config.training, config.parallel
+    local = config.model.num_layers // parallel.pipeline_model_parallel_size
+    local = parallel.num_layers_per_virtual_pipeline_stage or local
     if training.train_samples is not None and training.train_samples < training.global_batch_size:
         yield (
             f"--train-samples {training.train_samples} is less than one step; at least --global-batch-size "
@@ -194,14 +225,20 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
             yield "--recompute-granularity full needs --recompute-method uniform or block"
         if training.recompute_num_layers is None:
             yield "--recompute-granularity full needs --recompute-num-layers; 1 saves most memory with uniform"
-        elif config.model.num_layers:
-            local = config.model.num_layers // parallel.pipeline_model_parallel_size
-            local = parallel.num_layers_per_virtual_pipeline_stage or local
-            if training.recompute_num_layers > local:
-                yield (
-                    f"--recompute-num-layers {training.recompute_num_layers} must be at most the {local} layers of a "
-                    f"pipeline stage"
-                )
+        elif config.model.num_layers and training.recompute_num_layers > local:
+            yield (
+                f"--recompute-num-layers {training.recompute_num_layers} must be at most the {local} layers of a "
+                f"pipeline stage"
+            )
+    if config.model.num_layers and training.cpu_offloading_num_layers > local:
+        yield (
+            f"--cpu-offloading-num-layers {training.cpu_offloading_num_layers} must be at most the {local} layers of a "
+            "pipeline stage"
+        )
+    if training.mlp_chunk_tokens is not None:
+        yield from _mlp_chunks(config)
+    if training.recompute_keep_attention and training.fp8_format is not None:
+        yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
     if "layernorm" in training.recompute_modules and training.transformer_impl == "local":
         yield "--recompute-modules layernorm needs --transformer-impl transformer_engine"
     if training.fp8_format is not None and not training.bf16:
@@ -212,8 +249,24 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--distributed-backend nccl needs GPUs: remove it or --use-cpu"
 
 
+def _mlp_chunks(config: RunConfig) -> Iterator[str]:
+    training, chunk = config.training, config.training.mlp_chunk_tokens
+    if training.fp8_format is not None:
+        yield f"--mlp-chunk-tokens {chunk} does not know fp8 recomputation: leave it or --fp8-format out"
+    again = {"mlp", "layernorm"} & set(training.recompute_modules)
+    if training.recompute_granularity == "selective" and again:
+        yield (
+            f"--mlp-chunk-tokens {chunk} recomputes norm and MLP already: take {' and '.join(sorted(again))} out of "
+            "--recompute-modules"
+        )
+
+
 def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:
     optimizer = config.optimizer
+    if optimizer.optimizer_offload_fraction > 1:
+        yield f"--optimizer-offload-fraction {optimizer.optimizer_offload_fraction:g} must be at most 1"
+    if optimizer.optimizer_cpu_offload and config.training.use_cpu:
+        yield "--optimizer-cpu-offload needs a GPU: remove it or --use-cpu"
     if optimizer.min_lr > optimizer.lr:
         yield f"--min-lr {optimizer.min_lr:g} must be at most --lr {optimizer.lr:g}"
     if optimizer.lr_warmup_init > optimizer.lr:
@@ -236,6 +289,22 @@ def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:
             yield f"--end-weight-decay {end:g} must be at least --start-weight-decay {start:g}"
     if config.parallel.use_distributed_optimizer and optimizer.optimizer != "adam":
         yield f"--use-distributed-optimizer needs --optimizer adam, not {optimizer.optimizer}"
+
+
+def _profile(config: RunConfig, world_size: int) -> Iterator[str]:
+    settings, steps = config.logging, config.training.train_iters
+    if not settings.profile:
+        return
+    first, last = settings.profile_step_start, settings.profile_step_end
+    if last <= first:
+        yield f"--profile-step-end {last} must be greater than --profile-step-start {first}"
+    if steps is not None and first >= steps:
+        yield f"--profile-step-start {first} must be less than --train-iters {steps}: nothing would be profiled"
+    absent = [str(rank) for rank in settings.profile_ranks if rank >= world_size]
+    if absent:
+        yield f"--profile-ranks {' '.join(absent)} must be less than the number of ranks {world_size}"
+    if config.training.use_cpu and not settings.use_pytorch_profiler:
+        yield "--no-use-pytorch-profiler is for Nsight Systems and needs a GPU: remove it or --use-cpu"
 
 
 def _largest_divisor(number: int, at_most: int) -> int:

@@ -27,12 +27,15 @@ MEGATRON_FLAGS = """
 --recompute-modules --save --load --pretrained-checkpoint --save-interval --async-save --ckpt-format --no-load-optim
 --no-load-rng --no-save-optim --no-save-rng --finetune --use-checkpoint-args --log-interval --eval-interval --eval-iters
 --tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --exit-interval
---exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format
+--exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --profile --profile-step-start
+--profile-step-end --profile-ranks --cpu-offloading-num-layers --hierarchical-context-parallel-sizes
+--optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
 """
 
 OUR_FLAGS = """
 --objective --beta --lambda --nll-weight --turns --turn-reduction --reference-rotary-base --reference-dir
 --metrics-jsonl --logits-chunk-tokens --max-skipped-steps --load-hf --use-cpu --train-epochs --chat-template
+--recompute-keep-attention --profile-dir --mlp-chunk-tokens
 """
 
 
@@ -100,6 +103,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("--lr inf", "--lr 'inf' must be a finite number"),
         ("--lr -1", "--lr -1.0 must be greater than 0"),
         ("--num-layers 0", "--num-layers 0 must be at least 1 layers"),
+        ("--profile --profile-ranks 0 x", "--profile-ranks 'x' must be a whole number"),
+        ("--profile --profile-ranks -1", "--profile-ranks -1 must be at least 0"),
         ("--adam-beta1 1", "--adam-beta1 1.0 must be less than 1"),
         ("--train-iters 1.5", "--train-iters '1.5' must be a whole number"),
         ("--objective ppo", "--objective ppo must be longpo or dpo or sft-chosen"),
@@ -139,6 +144,11 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
         ),
         ("--objective sft-chosen --reference-dir x", "--reference-dir x", "with --objective"),
         ("--cp-comm-type a2a", "--cp-comm-type a2a", "with --context-parallel-size > 1"),
+        (
+            "--context-parallel-size 4 --hierarchical-context-parallel-sizes 2 2",
+            "--hierarchical-context-parallel-sizes 2 2",
+            "with --cp-comm-type a2a+p2p",
+        ),
         ("--sequence-parallel", "--sequence-parallel", "with --tensor-model-parallel-size > 1"),
         ("--num-layers-per-virtual-pipeline-stage 1", "--num-layers-per", "with --pipeline-model-parallel-size > 1"),
         (
@@ -150,9 +160,12 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
         ("--lr-warmup-iters 5 --lr-warmup-fraction 0.2", "--lr-warmup-fraction 0.2", "without --lr-warmup-iters"),
         ("--train-iters 5 --train-epochs 2", "--train-epochs 2", "without --train-iters or --train-samples"),
         ("--optimizer sgd --adam-beta1 0.8", "--adam-beta1 0.8", "with --optimizer adam"),
+        ("--optimizer-cpu-offload", "--optimizer-cpu-offload", "with --use-distributed-optimizer"),
+        ("--optimizer-offload-fraction 0.5", "--optimizer-offload-fraction 0.5", "with --optimizer-cpu-offload"),
         ("--sgd-momentum 0.8", "--sgd-momentum 0.8", "with --optimizer sgd"),
         ("--recompute-granularity selective --recompute-method block", "--recompute-method", "-granularity full"),
         ("--recompute-num-layers 1", "--recompute-num-layers 1", "with --recompute-granularity full"),
+        ("--recompute-keep-attention", "--recompute-keep-attention", "with --recompute-granularity full"),
         ("--recompute-modules mlp", "--recompute-modules mlp", "with --recompute-granularity selective"),
         ("--transformer-impl local --fp8-format e4m3", "--fp8-format e4m3", "-impl transformer_engine"),
         ("--num-query-groups 2", "--num-query-groups 2", "with --group-query-attention"),
@@ -164,6 +177,7 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
             "with --position-embedding-type rope",
         ),
         ("--position-embedding-type yarn --yarn-mscale 1", "--yarn-mscale 1", "with --yarn-mscale-all-dim"),
+        ("--profile-ranks 0 1", "--profile-ranks 0 1", "with --profile"),
         ("--no-load-optim", "--no-load-optim", "with --load"),
         ("--finetune", "--finetune", "with --load"),
         ("--no-save-rng", "--no-save-rng", "with --save"),

@@ -103,7 +103,7 @@ def test_ratios() -> None:
     assert "2.00x faster (target at least 1.8: met), 0.50x the peak memory (target at most 0.65: met)" in text
     assert "target" not in table(summarize(TINY, runs, by_cpu_time=True))
     page = markdown([result], circumstances(1, by_cpu_time=True), "a machine")
-    assert "| shared prefix against two sequences | 8,192 | 2.00 | 0.50x |" in page
+    assert "| shared prefix against two sequences | 8,192 | 128 | 1 | 2.00 | 0.50x |" in page
     assert "a machine, 1 thread, CPU time" in page and "commit" in page
 
 

@@ -44,6 +44,8 @@ def values_of(spec: FlagSpec) -> st.SearchStrategy[Any]:
         values = st.booleans()
     elif spec.kind is int:
         values = st.integers(int(info.at_least or 0), 2**40)
+    elif spec.kind is tuple:
+        values = st.lists(st.integers(int(info.at_least or 0), 2**40), min_size=1)
     elif spec.kind is float:
         low = info.at_least if info.at_least is not None else info.above
         values = st.floats(low, 1.0 if info.below else 1e12, exclude_min=info.at_least is None, exclude_max=True)
@@ -259,7 +261,7 @@ def test_the_device_decides_what_is_auto() -> None:
         ("lr: !!python/object:os.system {}\n", ":1: lr is not a group of flags"),
         ("save: !!python/name:os.system\n", ":1: save is not a plain value"),
         ("turns: null\n", ":1: turns None must be text"),
-        ("cp-comm-type: p2p\n", "p2p must be all_gather or a2a (Megatron-LM's p2p ring"),
+        ("cp-comm-type: ring\n", "ring must be all_gather or a2a or p2p or a2a+p2p"),
     ],
 )
 def test_a_bad_yaml_file_is_an_error_with_its_line(tmp_path: Path, text: str, message: str) -> None:

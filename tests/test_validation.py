@@ -32,6 +32,8 @@ def errors_of(words: str, world_size: int = 1) -> tuple[str, ...]:
         ("--tensor-model-parallel-size 4 --sequence-parallel", 8),
         ("--context-parallel-size 2 --cp-comm-type a2a --tensor-model-parallel-size 2", 4),
         ("--context-parallel-size 8 --tensor-model-parallel-size 2", 16),
+        ("--context-parallel-size 8 --cp-comm-type p2p", 8),
+        ("--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 4 2", 8),
         ("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1", 4),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
         ("--lr-decay-style WSD --lr-wsd-decay-iters 2", 1),
@@ -90,6 +92,19 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             "--cp-comm-type a2a needs --num-query-groups 4 to be a multiple of --tensor-model-parallel-size 2 * "
             "--context-parallel-size 4 = 8; use --cp-comm-type all_gather",
         ),
+        ("--context-parallel-size 4 --cp-comm-type a2a+p2p", 4, "needs --hierarchical-context-parallel-sizes"),
+        (
+            "--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
+            8,
+            "--hierarchical-context-parallel-sizes 2 2 must be two sizes that multiply to --context-parallel-size 8",
+        ),
+        (
+            "--context-parallel-size 4 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2 "
+            "--tensor-model-parallel-size 4",
+            16,
+            "a2a+p2p needs --num-query-groups 4 to be a multiple of --tensor-model-parallel-size 4 * the first of "
+            "--hierarchical-context-parallel-sizes 2 = 8; use --cp-comm-type p2p",
+        ),
         (
             "--pipeline-model-parallel-size 3",
             3,
@@ -134,6 +149,33 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
         ("--fp8-format hybrid", 1, "--fp8-format hybrid needs --bf16"),
         ("--use-cpu --transformer-impl transformer_engine", 1, "--transformer-impl transformer_engine needs a GPU"),
         ("--use-cpu --distributed-backend nccl", 1, "--distributed-backend nccl needs GPUs"),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --bf16 "
+            "--recompute-keep-attention --fp8-format hybrid --transformer-impl transformer_engine",
+            1,
+            "--recompute-keep-attention does not know fp8 recomputation",
+        ),
+        ("--cpu-offloading-num-layers 9", 1, "--cpu-offloading-num-layers 9 must be at most the 8 layers"),
+        (
+            "--mlp-chunk-tokens 8 --bf16 --fp8-format hybrid --transformer-impl transformer_engine",
+            1,
+            "--mlp-chunk-tokens 8 does not know fp8 recomputation",
+        ),
+        (
+            "--mlp-chunk-tokens 8 --recompute-granularity selective --recompute-modules core_attn mlp",
+            1,
+            "--mlp-chunk-tokens 8 recomputes norm and MLP already: take mlp out of --recompute-modules",
+        ),
+        ("--profile", 1, "--profile-step-start 10 must be less than --train-iters 10: nothing would be profiled"),
+        ("--profile --profile-step-start 5 --profile-step-end 5", 1, "--profile-step-end 5 must be greater than"),
+        ("--profile --profile-step-start 1 --profile-ranks 0 2 3", 2, "--profile-ranks 2 3 must be less than the"),
+        ("--profile --profile-step-start 1 --use-cpu --no-use-pytorch-profiler", 1, "Nsight Systems and needs a GPU"),
+        ("--use-distributed-optimizer --use-cpu --optimizer-cpu-offload", 1, "--optimizer-cpu-offload needs a GPU"),
+        (
+            "--use-distributed-optimizer --optimizer-cpu-offload --optimizer-offload-fraction 1.5",
+            1,
+            "--optimizer-offload-fraction 1.5 must be at most 1",
+        ),
         ("--min-lr 1e-6", 1, "--min-lr 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-init 1e-6", 1, "--lr-warmup-init 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-iters 10", 1, "--lr-warmup-iters 10 must be less than the decay's 10"),

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from benchmarks.step.summary import COMPARISONS, ROOT, circumstances, markdown, 
 
 _MAIN_VARIANTS = ("shared_prefix", "two_sequences")
 """Those with a target of speed are measured in every round, the others once."""
-_RELATIVE_COST = {
+RELATIVE_COST = {
     "shared_prefix": 1.0,
     "two_sequences": 1.9,
     "two_sequences_full_logits": 2.4,
@@ -81,7 +81,16 @@ def _run(arguments: argparse.Namespace, cases: Sequence[StepCase]) -> None:
                 write_files(case, Path(folder))
                 for name in names:
                     bar.set_description(f"P {case.prefix_tokens}: {name}")
-                    measured.setdefault(name, []).append(_measure(arguments, case, name, Path(folder), bar))
+                    step = _cost(arguments, case, name) / (1 + arguments.steps)
+                    run = run_variant(
+                        case,
+                        name,
+                        Path(folder),
+                        1 + arguments.steps,
+                        arguments.threads,
+                        lambda step=step: bar.update(step),  # type: ignore[misc]
+                    )
+                    measured.setdefault(name, []).append(run)
             summaries.append(summarize(case, measured, by_cpu_time))
     around = circumstances(arguments.threads, by_cpu_time)
     for summary in summaries:
@@ -98,31 +107,50 @@ def _run(arguments: argparse.Namespace, cases: Sequence[StepCase]) -> None:
 
 def _schedule(arguments: argparse.Namespace, case: StepCase, last: bool) -> list[str]:
     """Which variants to run for a case, in order: A B A B, so that a disturbance does not hit one of them alone."""
-    chosen = list(arguments.variants)
-    missing = None
-    if "trl" in chosen and case.turns > 1:
-        missing = "it has no conversations of several turns as one comparison"
-    elif "trl" in chosen and importlib.util.find_spec("trl") is None:
-        missing = "it is not installed (pip install 'megatron_longpo[dev]')"
-    if missing:
-        print(f"no comparison with TRL: {missing}")
-        chosen = [name for name in chosen if COMPARISONS.get("trl") != name != "trl"]
+    available = available_variants(case)
+    chosen = [name for name in arguments.variants if name in available]
     if not last and "lm_head" in chosen:
         chosen.remove("lm_head")  # does not depend on the length
     again = [name for name in chosen if name in _MAIN_VARIANTS]
     return chosen + again * (arguments.rounds - 1)
 
 
+def available_variants(case: StepCase) -> list[str]:
+    """The variants that can compute a case; says why where TRL cannot."""
+    missing = None
+    if case.turns > 1:
+        missing = "it has no conversations of several turns as one comparison"
+    elif importlib.util.find_spec("trl") is None:
+        missing = "it is not installed (pip install 'megatron_longpo[dev]')"
+    if missing is None:
+        return list(VARIANTS)
+    print(f"P {case.prefix_tokens}, n {case.turns}: no comparison with TRL: {missing}")
+    return [name for name in VARIANTS if COMPARISONS["trl"] != name != "trl"]
+
+
 def _cost(arguments: argparse.Namespace, case: StepCase, variant: str) -> float:
-    return (1 + arguments.steps) * _RELATIVE_COST[variant] * case.pair_tokens
+    return (1 + arguments.steps) * RELATIVE_COST[variant] * case.pair_tokens
 
 
-def _measure(arguments: argparse.Namespace, case: StepCase, variant: str, folder: Path, bar: Any) -> Measurement:
-    """Run one process to its end, moving the progress bar with every step."""
-    num_steps = 1 + arguments.steps
+def run_variant(
+    case: StepCase, variant: str, folder: Path, num_steps: int, num_threads: int, step_done: Callable[[], Any]
+) -> Measurement:
+    """Run one variant in a process of its own to its end.
+
+    Args:
+        case: Whose files `write_files` wrote.
+        variant: One of `VARIANTS`.
+        folder: Where the files are.
+        num_steps: Steps, warm-up included.
+        num_threads: Threads of PyTorch.
+        step_done: Called after every step.
+
+    Raises:
+        RuntimeError: The process failed; the message ends with what it wrote last.
+    """
     words = [variant, str(folder), str(num_steps), json.dumps(dataclasses.asdict(case))]
     environment = os.environ | {
-        "OMP_NUM_THREADS": str(arguments.threads),
+        "OMP_NUM_THREADS": str(num_threads),
         # Otherwise glibc keeps a heap per thread, and the peak depends on which thread freed what.
         "MALLOC_ARENA_MAX": "1",
         "PYTHONPATH": str(ROOT),
@@ -148,7 +176,7 @@ def _measure(arguments: argparse.Namespace, case: StepCase, variant: str, folder
             for line in process.stdout:
                 last = json.loads(line)
                 if "losses" not in last:
-                    bar.update(_cost(arguments, case, variant) / num_steps)
+                    step_done()
             code = process.wait()
         if code != 0:
             errors.seek(0)

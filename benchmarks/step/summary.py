@@ -137,9 +137,13 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def _describe(case: StepCase) -> str:
     turns = f", {case.turns} turns" if case.turns > 1 else ""
+    return f"P {case.prefix_tokens:,}, R {case.response_tokens}{turns}, {_describe_model(case)}"
+
+
+def _describe_model(case: StepCase) -> str:
     return (
-        f"P {case.prefix_tokens:,}, R {case.response_tokens}{turns}, {case.num_layers} layers, hidden "
-        f"{case.hidden_size}, MLP {case.ffn_hidden_size}, heads {case.num_attention_heads}/{case.num_query_groups}, "
+        f"{case.num_layers} layers, hidden {case.hidden_size}, MLP {case.ffn_hidden_size}, "
+        f"heads {case.num_attention_heads}/{case.num_query_groups}, "
         f"vocabulary {case.vocab_size:,}, {'bf16' if case.bf16 else 'fp32'}, {case.device}"
     )
 
@@ -155,10 +159,11 @@ def _verdict(case: StepCase, summary: Mapping[str, Any], key: str) -> str:
 
 def markdown(summaries: Sequence[Mapping[str, Any]], around: Mapping[str, Any], machine: str) -> str:
     """The ratios of several cases as a table for the docs: ratios carry over to other machines, seconds do not."""
-    lines = ["| | P | times faster | peak memory |", "| --- | --: | --: | --: |"]
+    lines = ["| | P | R | n | times faster | peak memory |", "| --- | --: | --: | --: | --: | --: |"]
     for theirs, title in _TITLES.items():
         lines += [
-            f"| {title} | {s['case']['prefix_tokens']:,} | {s[f'speedup_vs_{theirs}']:.2f} | "
+            f"| {title} | {s['case']['prefix_tokens']:,} | {s['case']['response_tokens']} | {s['case']['turns']} | "
+            f"{s[f'speedup_vs_{theirs}']:.2f} | "
             f"{s[f'memory_ratio_vs_{theirs}']:.2f}x |"
             for s in summaries
             if f"speedup_vs_{theirs}" in s
@@ -172,7 +177,7 @@ def markdown(summaries: Sequence[Mapping[str, Any]], around: Mapping[str, Any], 
     lines += [
         "",
         f"{machine}, {around['threads']} thread{'s' if around['threads'] > 1 else ''}, {around['time']}; "
-        f"{_describe(case).partition(', ')[2]}; {versions}; commit {around['commit']}.",
+        f"{_describe_model(case)}; {versions}; commit {around['commit']}.",
     ]
     return "\n".join(lines)
 

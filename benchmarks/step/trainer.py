@@ -61,7 +61,7 @@ def _run(
     shared: bool = True,
     full_logits: bool = False,
 ) -> list[float]:
-    config = _config(case, folder, objective, num_steps)
+    config = run_config(case, folder, objective, num_steps)
     dataset = PreferenceDataset(folder / DATASET)
     initialize(config)
     try:
@@ -82,7 +82,8 @@ def _run(
         shut_down()
 
 
-def _config(case: StepCase, folder: Path, objective: list[str], num_steps: int) -> RunConfig:
+def run_config(case: StepCase, folder: Path, objective: list[str], num_steps: int) -> RunConfig:
+    """The trainer's configuration of a case."""
     flags = [
         *objective,
         f"--load-hf={folder / WEIGHTS}",

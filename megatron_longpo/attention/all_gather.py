@@ -2,27 +2,41 @@
 
 Every rank keeps its zigzag queries and gathers the keys and values of the whole row, layer by layer. With grouped
 queries those are small. Only local shards are saved: backward gathers again and reduce-scatters the gradients.
+
+A layer's keys depend on the layer before it, so they cannot be gathered ahead of it. Its heads do not depend on each
+other: on long rows they go in a few chunks, each gathered while attention computes the one before, and the gradients of
+each are reduced while the next one is computed. Only the first gather and the last reduction are waited for, and the
+gathered keys and values of two chunks are all that is in memory.
 """
 
 # t=local tokens T=tokens of the row N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megatron_longpo.attention.kept import computed_once
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
 from megatron_longpo.attention.selection import select_kernel
-from megatron_longpo.attention.shared_prefix import backward_tiles, check_shapes, compact, forward_tiles
+from megatron_longpo.attention.shared_prefix import backward_into, check_shapes, compact, empty_results, forward_into
 from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.ranges import COMM, named_range
 
 # torch 2.13 renamed both.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
+MAX_HEAD_CHUNKS = 4
+"""With so many, three quarters of the transfer are behind computation; more are smaller kernels for little."""
+CHUNKED_FROM_BYTES = 2**23
+"""Local keys and values from which chunks pay: below, the latency of a collective is most of it."""
 
 
 def all_gather_attention(
@@ -30,7 +44,9 @@ def all_gather_attention(
 ) -> torch.Tensor:
     """Attention of this rank's queries on the whole row.
 
-    Collectives: 1 CP all-gather forward; 1 CP all-gather and 1 CP reduce-scatter backward. K and V travel together.
+    Collectives, per chunk of heads (1 to `MAX_HEAD_CHUNKS`): 1 CP all-gather forward; 1 CP all-gather and 1 CP
+    reduce-scatter backward. K and V travel together. Recomputed with its results kept (`kept.KeptResults`) it
+    communicates nothing.
 
     Args:
         q: ``[t, N, D]``, in the rank's local order.
@@ -62,9 +78,7 @@ class _AllGatherAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         q, k, v = compact(q), compact(k), compact(v)
-        row_k, row_v = _gather_row(k, v, layout, cp_group)
-        tiles = plan(layout, dist.get_rank(cp_group))
-        out, lse = forward_tiles(q, row_k, row_v, tiles, scale, select_kernel(q.device, q.dtype))
+        out, lse = computed_once(lambda: _forward(q, k, v, layout, cp_group, scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.cp_group, ctx.scale = layout, cp_group, scale
         return out
@@ -73,36 +87,118 @@ class _AllGatherAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        row_k, row_v = _gather_row(k, v, ctx.layout, ctx.cp_group)
-        tiles = plan(ctx.layout, dist.get_rank(ctx.cp_group))
+        layout, cp_group = ctx.layout, ctx.cp_group
+        tiles = plan(layout, dist.get_rank(cp_group))
         kernel = select_kernel(q.device, q.dtype)
-        dq, row_dk, row_dv = backward_tiles(grad_out, q, row_k, row_v, out, lse, tiles, ctx.scale, kernel)
-        dk, dv = _sum_local(row_dk, row_dv, ctx.layout, ctx.cp_group)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        # Half precision is summed over ranks in fp32; on every rank, also where a plan adds nothing up.
+        sum_dtype = torch.promote_types(k.dtype, torch.float32)
+        key_dtype = sum_dtype if tiles.adds_keys else k.dtype
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        sums = []
+        for heads, row_k, row_v in _gathered(q, k, v, layout, cp_group):
+            row_dk = torch.empty(row_k.shape, dtype=key_dtype, device=k.device)
+            row_dv = torch.empty(row_v.shape, dtype=key_dtype, device=v.device)
+            of = heads.queries
+            backward_into(
+                *(dq[:, of], row_dk, row_dv),
+                *(grad_out[:, of], q[:, of], row_k, row_v, out[:, of], lse[of]),
+                *(tiles, ctx.scale, kernel),
+            )
+            sums.append(_LocalSum(row_dk, row_dv, layout, cp_group, sum_dtype))
+        dk, dv = torch.cat([part.wait() for part in sums], 2).to(k.dtype).unbind(1)
+        return dq, dk, dv, None, None, None
 
 
-def _gather_row(
-    k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Local ``[t, G, D]`` to two views ``[T, G, D]`` in row order. 1 CP all-gather."""
-    local = torch.stack((k, v), 1)
-    by_rank = local.new_empty((layout.padded_tokens, *local.shape[1:]))
-    _all_gather(by_rank, local, group=cp_group)
-    row_k, row_v = by_rank.index_select(0, to_row_order(layout, k.device)).unbind(1)
-    return row_k, row_v
+    tiles = plan(layout, dist.get_rank(cp_group))
+    kernel = select_kernel(q.device, q.dtype)
+    out, lse = empty_results(q)
+    for heads, row_k, row_v in _gathered(q, k, v, layout, cp_group):
+        of = heads.queries
+        forward_into(out[:, of], lse[of], q[:, of], row_k, row_v, tiles, scale, kernel)
+    return out, lse
 
 
-def _sum_local(
-    row_dk: torch.Tensor, row_dv: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial gradients ``[T, G, D]`` in row order to their sums ``[t, G, D]`` for this rank. 1 CP reduce-scatter.
+@dataclass(frozen=True)
+class _Heads:
+    """Key/value heads that are gathered together, and the query heads that attend to them."""
 
-    Half precision is summed in fp32; on every rank, for a rank whose plan adds nothing up comes with half precision.
+    keys: slice
+    queries: slice
+
+
+def head_chunks(num_heads: int, num_key_heads: int, local_bytes: int) -> list[_Heads]:
+    """How the heads are divided.
+
+    Args:
+        num_heads: Query heads.
+        num_key_heads: Key/value heads; every chunk has equally many.
+        local_bytes: Bytes of a rank's keys and values.
     """
-    dtype = torch.promote_types(row_dk.dtype, torch.float32)
-    row = torch.stack((row_dk.to(dtype), row_dv.to(dtype)), 1)
-    by_rank = row.index_select(0, to_rank_order(layout, row.device))
-    local = by_rank.new_empty((layout.local_tokens, *by_rank.shape[1:]))
-    _reduce_scatter(local, by_rank, group=cp_group)
-    dk, dv = local.unbind(1)
-    return dk, dv
+    count = 1
+    if local_bytes >= CHUNKED_FROM_BYTES:
+        count = max(n for n in range(1, MAX_HEAD_CHUNKS + 1) if num_key_heads % n == 0)
+    keys, queries = num_key_heads // count, num_heads // count
+    return [_Heads(slice(i * keys, (i + 1) * keys), slice(i * queries, (i + 1) * queries)) for i in range(count)]
+
+
+def _gathered(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup
+) -> Iterator[tuple[_Heads, torch.Tensor, torch.Tensor]]:
+    """Every chunk of heads with its keys and values ``[T, g, D]`` in row order; the next is under way meanwhile."""
+    chunks = head_chunks(q.shape[1], k.shape[1], k.nbytes + v.nbytes)
+    pending = _Gather(k, v, chunks[0].keys, layout, cp_group)
+    for number, heads in enumerate(chunks):
+        row_k, row_v = pending.wait()
+        if number + 1 < len(chunks):
+            pending = _Gather(k, v, chunks[number + 1].keys, layout, cp_group)
+        yield heads, row_k, row_v
+
+
+class _Gather:
+    """Local keys and values of some heads, on their way to every rank. 1 CP all-gather."""
+
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, heads: slice, layout: RowLayout, cp_group: dist.ProcessGroup
+    ) -> None:
+        self._layout = layout
+        self._local = torch.stack((k[:, heads], v[:, heads]), 1)
+        self._by_rank = self._local.new_empty((layout.padded_tokens, *self._local.shape[1:]))
+        with named_range(COMM):
+            self._work = _all_gather(self._by_rank, self._local, group=cp_group, async_op=True)
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two views ``[T, g, D]`` in row order."""
+        with named_range(COMM):
+            self._work.wait()
+        row_k, row_v = self._by_rank.index_select(0, to_row_order(self._layout, self._by_rank.device)).unbind(1)
+        return row_k, row_v
+
+
+class _LocalSum:
+    """Partial gradients ``[T, g, D]`` in row order, on their way to their sums on the ranks that hold the tokens.
+
+    1 CP reduce-scatter.
+    """
+
+    def __init__(
+        self,
+        row_dk: torch.Tensor,
+        row_dv: torch.Tensor,
+        layout: RowLayout,
+        cp_group: dist.ProcessGroup,
+        dtype: torch.dtype,
+    ) -> None:
+        row = torch.stack((row_dk.to(dtype), row_dv.to(dtype)), 1)
+        self._by_rank = row.index_select(0, to_rank_order(layout, row.device))
+        self._local = row.new_empty((layout.local_tokens, *row.shape[1:]))
+        with named_range(COMM):
+            self._work = _reduce_scatter(self._local, self._by_rank, group=cp_group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        """``[t, 2, g, D]``."""
+        with named_range(COMM):
+            self._work.wait()
+        return self._local

@@ -4,10 +4,11 @@ Before attention every rank gives away its tokens of other ranks' heads and rece
 attention is then local; afterwards the output goes the way back. The two exchanges are each other's adjoint.
 """
 
-# t=local tokens T=tokens of the row H=heads of all ranks h=H/cp D=head_dim
+# t=local tokens T=tokens of all ranks H=heads of all ranks h=H/ranks D=head_dim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
 from megatron_longpo.attention.shared_prefix import check_shapes, shared_prefix_attention
 from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.ranges import COMM, named_range
 
 
 def all_to_all_attention(
@@ -47,66 +49,86 @@ def all_to_all_attention(
             f"tensor-parallel rank are no multiple of --context-parallel-size {layout.cp_size}: "
             "use --cp-comm-type all_gather, or smaller --tensor-model-parallel-size or --context-parallel-size"
         )
-    row_q, row_k, row_v = _TokensToHeads.apply(layout, cp_group, q, k, v)
-    return _HeadsToTokens.apply(layout, cp_group, shared_prefix_attention(row_q, row_k, row_v, layout, scale))
+    exchange = HeadExchange(cp_group, layout.cp_size, to_row_order(layout, q.device), to_rank_order(layout, q.device))
+    row_q, row_k, row_v = tokens_to_heads(exchange, q, k, v)
+    return heads_to_tokens(exchange, shared_prefix_attention(row_q, row_k, row_v, layout, scale))
+
+
+@dataclass(frozen=True)
+class HeadExchange:
+    """A group that exchanges heads for tokens.
+
+    Args:
+        group: Its ranks.
+        num_ranks: How many they are.
+        joint_order: int64 ``[T]``; ``by_rank[joint_order]`` puts the concatenation of all ranks' tokens into the order
+            in which they are held together.
+        rank_order: int64 ``[T]``, its inverse.
+    """
+
+    group: dist.ProcessGroup
+    num_ranks: int
+    joint_order: torch.Tensor
+    rank_order: torch.Tensor
+
+
+def tokens_to_heads(exchange: HeadExchange, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Each ``[t, H, D]`` of this rank's tokens to ``[T, h, D]``, all tokens for this rank's heads.
+
+    Collectives: 1 all-to-all forward, 1 backward.
+    """
+    return _TokensToHeads.apply(exchange, *local)
+
+
+def heads_to_tokens(exchange: HeadExchange, joint: torch.Tensor) -> torch.Tensor:
+    """``[T, h, D]`` back to ``[t, H, D]``. Collectives: 1 all-to-all forward, 1 backward."""
+    return _HeadsToTokens.apply(exchange, joint)
 
 
 class _TokensToHeads(torch.autograd.Function):
-    """Local tokens of all heads to the row for this rank's heads. 1 CP all-to-all forward, 1 backward."""
-
     @staticmethod
-    def forward(
-        ctx: Any, layout: RowLayout, cp_group: dist.ProcessGroup, *local: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.layout, ctx.cp_group = layout, cp_group
-        return _tokens_to_heads(local, layout, cp_group)
+    def forward(ctx: Any, exchange: HeadExchange, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.exchange = exchange
+        return _tokens_to_heads(local, exchange)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *row: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *_heads_to_tokens(row, ctx.layout, ctx.cp_group)
+    def backward(ctx: Any, *joint: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, *_heads_to_tokens(joint, ctx.exchange)
 
 
 class _HeadsToTokens(torch.autograd.Function):
-    """The row for this rank's heads to local tokens of all heads. 1 CP all-to-all forward, 1 backward."""
-
     @staticmethod
-    def forward(ctx: Any, layout: RowLayout, cp_group: dist.ProcessGroup, row: torch.Tensor) -> torch.Tensor:
-        ctx.layout, ctx.cp_group = layout, cp_group
-        (local,) = _heads_to_tokens((row,), layout, cp_group)
+    def forward(ctx: Any, exchange: HeadExchange, joint: torch.Tensor) -> torch.Tensor:
+        ctx.exchange = exchange
+        (local,) = _heads_to_tokens((joint,), exchange)
         return local
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, local: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *_tokens_to_heads((local,), ctx.layout, ctx.cp_group)
+        return None, *_tokens_to_heads((local,), ctx.exchange)
 
 
-def _tokens_to_heads(
-    local: tuple[torch.Tensor, ...], layout: RowLayout, cp_group: dist.ProcessGroup
-) -> tuple[torch.Tensor, ...]:
-    """Each ``[t, H, D]`` to ``[T, h, D]`` in row order; rank r gets heads r * h to (r + 1) * h of every tensor."""
-    by_head_rank = torch.cat([x.unflatten(1, (layout.cp_size, -1)) for x in local], 2).transpose(0, 1)
-    by_token_rank = _exchange(by_head_rank, cp_group).flatten(0, 1)
-    index = to_row_order(layout, by_token_rank.device)
-    parts = by_token_rank.split([x.shape[1] // layout.cp_size for x in local], 1)
-    return tuple(part.index_select(0, index) for part in parts)
+def _tokens_to_heads(local: tuple[torch.Tensor, ...], exchange: HeadExchange) -> tuple[torch.Tensor, ...]:
+    """Rank r gets heads r * h to (r + 1) * h of every tensor."""
+    by_head_rank = torch.cat([x.unflatten(1, (exchange.num_ranks, -1)) for x in local], 2).transpose(0, 1)
+    by_token_rank = _exchange(by_head_rank, exchange.group).flatten(0, 1)
+    parts = by_token_rank.split([x.shape[1] // exchange.num_ranks for x in local], 1)
+    return tuple(part.index_select(0, exchange.joint_order) for part in parts)
 
 
-def _heads_to_tokens(
-    row: tuple[torch.Tensor, ...], layout: RowLayout, cp_group: dist.ProcessGroup
-) -> tuple[torch.Tensor, ...]:
-    """Each ``[T, h, D]`` in row order to ``[t, H, D]``."""
-    index = to_rank_order(layout, row[0].device)
-    by_token_rank = torch.cat([x.index_select(0, index) for x in row], 1).unflatten(0, (layout.cp_size, -1))
-    by_head_rank = _exchange(by_token_rank, cp_group).transpose(0, 1)
-    parts = by_head_rank.split([x.shape[1] for x in row], 2)
+def _heads_to_tokens(joint: tuple[torch.Tensor, ...], exchange: HeadExchange) -> tuple[torch.Tensor, ...]:
+    by_rank = torch.cat([x.index_select(0, exchange.rank_order) for x in joint], 1)
+    by_head_rank = _exchange(by_rank.unflatten(0, (exchange.num_ranks, -1)), exchange.group).transpose(0, 1)
+    parts = by_head_rank.split([x.shape[1] for x in joint], 2)
     return tuple(part.flatten(1, 2).contiguous() for part in parts)
 
 
-def _exchange(x: torch.Tensor, cp_group: dist.ProcessGroup) -> torch.Tensor:
-    """Send ``x[i]`` of ``[cp, ...]`` to rank i; returns what rank i sent at index i. 1 CP all-to-all."""
+def _exchange(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Send ``x[i]`` to rank i of the group; returns what rank i sent at index i. 1 all-to-all."""
     x = x.contiguous()
     received = torch.empty_like(x)
-    dist.all_to_all_single(received, x, group=cp_group)
+    with named_range(COMM):
+        dist.all_to_all_single(received, x, group=group)
     return received

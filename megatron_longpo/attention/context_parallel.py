@@ -7,12 +7,15 @@ import torch.distributed as dist
 
 from megatron_longpo.attention.all_gather import all_gather_attention
 from megatron_longpo.attention.all_to_all import all_to_all_attention
+from megatron_longpo.attention.hierarchical import Hierarchy, hierarchical_attention
+from megatron_longpo.attention.ring import ring_attention
 from megatron_longpo.attention.shared_prefix import shared_prefix_attention
+from megatron_longpo.config.parallel import WINDOWED
 from megatron_longpo.data.layout import RowLayout
 
-COMM_TYPES = {"all_gather": all_gather_attention, "a2a": all_to_all_attention}
-WINDOWED = ("all_gather", "a2a")
-"""Those that know a sliding window."""
+HIERARCHICAL = "a2a+p2p"
+_FLAT = {"all_gather": all_gather_attention, "a2a": all_to_all_attention, "p2p": ring_attention}
+COMM_TYPES = (*_FLAT, HIERARCHICAL)
 
 
 def context_parallel_attention(
@@ -23,10 +26,12 @@ def context_parallel_attention(
     cp_group: dist.ProcessGroup | None,
     comm_type: str,
     scale: float,
+    hierarchy: Hierarchy | None = None,
 ) -> torch.Tensor:
     """Attention of the tokens that this rank holds, on the whole row.
 
-    Collectives: those of `all_gather_attention` or `all_to_all_attention`; none at size 1.
+    Collectives: those of `all_gather_attention`, `all_to_all_attention`, `ring_attention` or `hierarchical_attention`;
+    none at size 1.
 
     Args:
         q: ``[local_tokens, heads, head_dim]``, in the rank's local order (``RowLayout.chunks``).
@@ -34,8 +39,9 @@ def context_parallel_attention(
         v: ``[local_tokens, kv_heads, head_dim]``.
         layout: The whole row.
         cp_group: The context-parallel group; None means a size of 1.
-        comm_type: ``all_gather`` or ``a2a``; of no effect at size 1.
+        comm_type: One of `COMM_TYPES`; of no effect at size 1.
         scale: Factor on the scores.
+        hierarchy: The two groups of ``a2a+p2p``.
 
     Returns:
         ``[local_tokens, heads, head_dim]``.
@@ -58,4 +64,8 @@ def context_parallel_attention(
         )
     if comm_type not in COMM_TYPES:
         raise ValueError(f"--cp-comm-type {comm_type!r} is not one of {', '.join(COMM_TYPES)}")
-    return COMM_TYPES[comm_type](q, k, v, layout, cp_group, scale)
+    if comm_type == HIERARCHICAL:
+        if hierarchy is None:
+            raise ValueError(f"--cp-comm-type {HIERARCHICAL} needs --hierarchical-context-parallel-sizes")
+        return hierarchical_attention(q, k, v, layout, hierarchy, scale)
+    return _FLAT[comm_type](q, k, v, layout, cp_group, scale)

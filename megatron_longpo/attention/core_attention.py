@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_longpo.attention.context_parallel import context_parallel_attention
+from megatron_longpo.attention.context_parallel import HIERARCHICAL, context_parallel_attention
+from megatron_longpo.attention.hierarchical import Hierarchy
 from megatron_longpo.data.layout import RowLayout
 
 
@@ -27,7 +29,7 @@ class SharedPrefixAttention(MegatronModule):
         attention_type: Unused: self-attention.
         attention_dropout: Must be 0, here and in ``config``.
         softmax_scale: Factor on the scores; ``1 / sqrt(kv_channels)`` if None.
-        cp_comm_type: ``all_gather`` or ``a2a``.
+        cp_comm_type: One of `context_parallel.COMM_TYPES`.
         pg_collection: Gives the context-parallel group; Megatron's global one if None.
 
     Raises:
@@ -65,6 +67,11 @@ class SharedPrefixAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group = pg_collection.cp
+        self.cp_hierarchy: Hierarchy | None = None
+        if self.cp_comm_type == HIERARCHICAL and config.context_parallel_size > 1:
+            # Megatron's layers hand on no group collection with these two in it.
+            inner, ring = parallel_state.get_hierarchical_context_parallel_groups()
+            self.cp_hierarchy = inner, ring
 
     def forward(
         self,
@@ -110,5 +117,6 @@ class SharedPrefixAttention(MegatronModule):
             self.cp_group,
             self.cp_comm_type,
             self.softmax_scale,
+            self.cp_hierarchy,
         )
         return out.flatten(1).unsqueeze(1)

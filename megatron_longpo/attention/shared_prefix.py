@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from megatron_longpo.attention.kept import computed_once
 from megatron_longpo.attention.kernels import AttentionKernel
 from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.tiles import Plan, Tile, plan
 from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.ranges import BRANCH_ATTENTION, PREFIX_ATTENTION, named_range
 
 
 def shared_prefix_attention(
@@ -49,7 +51,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Plan, scale: float) -> torch.Tensor:
         q, k, v = compact(q), compact(k), compact(v)
-        out, lse = forward_tiles(q, k, v, tiles, scale, select_kernel(q.device, q.dtype))
+        kernel = select_kernel(q.device, q.dtype)
+        out, lse = computed_once(lambda: forward_tiles(q, k, v, tiles, scale, kernel))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.tiles, ctx.scale = tiles, scale
         return out
@@ -79,25 +82,45 @@ def forward_tiles(
     Returns:
         Output ``[T, N, D]`` in q's dtype, log-sum-exp ``[N, T]`` in fp32 (fp64 for fp64); both zero for padding.
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out, lse = empty_results(q)
+    forward_into(out, lse, q, k, v, tiles, scale, kernel)
+    return out, lse
+
+
+def empty_results(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of `forward_tiles`, not filled yet."""
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=lse_dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, torch.empty((q.shape[1], q.shape[0]), dtype=lse_dtype, device=q.device)
+
+
+def forward_into(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tiles: Plan,
+    scale: float,
+    kernel: AttentionKernel,
+) -> None:
+    """`forward_tiles` with its results as the first arguments; they may be views, and hold earlier tiles' results."""
     for start, stop in tiles.unstored_queries:
         out[start:stop].zero_()
         lse[:, start:stop].zero_()
     for tile in tiles.tiles:
         rows, keys = tile.queries, tile.keys
-        tile_out, tile_lse = kernel.forward(
-            _cut(q, rows, tile), _cut(k, keys, tile), _cut(v, keys, tile), tile.causal, scale
-        )
-        if tile.flipped:
-            tile_out, tile_lse = tile_out.flip(0), tile_lse.flip(1)
-        if tile.queries_first:
-            out[rows].copy_(tile_out)
-            lse[:, rows].copy_(tile_lse)
-        else:
-            _merge(out[rows], lse[:, rows], tile_out, tile_lse)
-    return out, lse
+        with named_range(BRANCH_ATTENTION if tile.of_branch else PREFIX_ATTENTION):
+            tile_out, tile_lse = kernel.forward(
+                _cut(q, rows, tile), _cut(k, keys, tile), _cut(v, keys, tile), tile.causal, scale
+            )
+            if tile.flipped:
+                tile_out, tile_lse = tile_out.flip(0), tile_lse.flip(1)
+            if tile.queries_first:
+                out[rows].copy_(tile_out)
+                lse[:, rows].copy_(tile_lse)
+            else:
+                _merge(out[rows], lse[:, rows], tile_out, tile_lse)
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, tile_out: torch.Tensor, tile_lse: torch.Tensor) -> None:
@@ -130,6 +153,25 @@ def backward_tiles(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=key_dtype, device=k.device)
     dv = torch.empty(v.shape, dtype=key_dtype, device=v.device)
+    backward_into(dq, dk, dv, grad_out, q, k, v, out, lse, tiles, scale, kernel)
+    return dq, dk, dv
+
+
+def backward_into(
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    grad_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: Plan,
+    scale: float,
+    kernel: AttentionKernel,
+) -> None:
+    """`backward_tiles` with its results as the first arguments; they may be views, and hold earlier tiles' results."""
     for start, stop in tiles.unstored_queries:
         dq[start:stop].zero_()
     for start, stop in tiles.unstored_keys:
@@ -137,21 +179,21 @@ def backward_tiles(
         dv[start:stop].zero_()
     for tile in tiles.tiles:
         rows, keys = tile.queries, tile.keys
-        gradients = kernel.backward(
-            _cut(grad_out, rows, tile),
-            _cut(q, rows, tile),
-            _cut(k, keys, tile),
-            _cut(v, keys, tile),
-            _cut(out, rows, tile),
-            lse[:, rows].flip(1) if tile.flipped else lse[:, rows],
-            tile.causal,
-            scale,
-        )
-        tile_dq, tile_dk, tile_dv = (x.flip(0) for x in gradients) if tile.flipped else gradients
-        _store_or_add(dq[rows], tile_dq, tile.queries_first)
-        _store_or_add(dk[keys], tile_dk, tile.keys_first)
-        _store_or_add(dv[keys], tile_dv, tile.keys_first)
-    return dq, dk, dv
+        with named_range(BRANCH_ATTENTION if tile.of_branch else PREFIX_ATTENTION):
+            gradients = kernel.backward(
+                _cut(grad_out, rows, tile),
+                _cut(q, rows, tile),
+                _cut(k, keys, tile),
+                _cut(v, keys, tile),
+                _cut(out, rows, tile),
+                lse[:, rows].flip(1) if tile.flipped else lse[:, rows],
+                tile.causal,
+                scale,
+            )
+            tile_dq, tile_dk, tile_dv = (x.flip(0) for x in gradients) if tile.flipped else gradients
+            _store_or_add(dq[rows], tile_dq, tile.queries_first)
+            _store_or_add(dk[keys], tile_dk, tile.keys_first)
+            _store_or_add(dv[keys], tile_dv, tile.keys_first)
 
 
 def _cut(x: torch.Tensor, tokens: slice, tile: Tile) -> torch.Tensor:

@@ -31,7 +31,8 @@ class Tile:
 
     ``causal`` is said of a square; ``flipped`` of a causal one whose queries and keys count backwards in time.
     ``queries_first`` says that no earlier tile of the plan has any of these queries, ``keys_first`` the same of its
-    keys: such a tile may store its result, where others must merge or add theirs to what is there.
+    keys: such a tile may store its result, where others must merge or add theirs to what is there. ``of_branch`` tells
+    a branch's queries from a prefix's, for profiles.
     """
 
     query_start: int
@@ -41,6 +42,7 @@ class Tile:
     causal: bool
     queries_first: bool
     keys_first: bool
+    of_branch: bool
     flipped: bool = False
 
     @property
@@ -117,8 +119,8 @@ def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
     num_queries = layout.padded_tokens if cp_rank is None else layout.local_tokens
     return Plan(
         tuple(tiles),
-        _complement([(t.query_start, t.query_stop) for t in tiles if t.queries_first], num_queries),
-        _complement([(t.key_start, t.key_stop) for t in tiles if t.keys_first], layout.padded_tokens),
+        complement([(t.query_start, t.query_stop) for t in tiles if t.queries_first], num_queries),
+        complement([(t.key_start, t.key_stop) for t in tiles if t.keys_first], layout.padded_tokens),
     )
 
 
@@ -151,9 +153,10 @@ def _of_document(runs: list[_Run], layout: RowLayout) -> list[Tile]:
         return list(_windowed(runs, layout.window_tokens))
     tiles: list[Tile] = []
     for queries, keys, causal in _shapes(runs):
-        queries_first = all(_disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
-        keys_first = all(_disjoint(keys, (t.key_start, t.key_stop)) for t in tiles)
-        tiles.append(Tile(*queries, *keys, causal, queries_first, keys_first))
+        queries_first = all(disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
+        keys_first = all(disjoint(keys, (t.key_start, t.key_stop)) for t in tiles)
+        of_branch = any(run.segment.branch != PREFIX and run.local == queries[0] for run in runs)
+        tiles.append(Tile(*queries, *keys, causal, queries_first, keys_first, of_branch))
     return tiles
 
 
@@ -193,7 +196,7 @@ def _windowed(runs: list[_Run], window_tokens: int) -> Iterator[Tile]:
     blocks = [block for run in runs for block in run.blocks(window_tokens)]
     for block in blocks:
         own = block.row, block.row + block.length
-        yield Tile(*block.queries, *own, causal=True, queries_first=True, keys_first=True)
+        yield Tile(*block.queries, *own, True, True, True, of_branch=block.segment.branch != PREFIX)
     for block in blocks:
         segment, first = block.segment, block.position
         # Keys by position, and the row index of position 0.
@@ -212,15 +215,16 @@ def _windowed(runs: list[_Run], window_tokens: int) -> Iterator[Tile]:
                     causal=flipped,
                     queries_first=False,
                     keys_first=False,
+                    of_branch=segment.branch != PREFIX,
                     flipped=flipped,
                 )
 
 
-def _disjoint(a: Span, b: Span) -> bool:
+def disjoint(a: Span, b: Span) -> bool:
     return a[1] <= b[0] or b[1] <= a[0]
 
 
-def _complement(spans: Iterable[Span], length: int) -> tuple[Span, ...]:
+def complement(spans: Iterable[Span], length: int) -> tuple[Span, ...]:
     """The ranges of ``range(length)`` outside disjoint spans."""
     edges = [(0, 0), *sorted(spans), (length, length)]
     return tuple((stop, start) for (_, stop), (start, _) in pairwise(edges) if stop < start)

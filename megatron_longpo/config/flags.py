@@ -45,7 +45,8 @@ class FlagSpec:
         group: Attribute of `RunConfig` that holds the field.
         field: Name of the field.
         key: The flag without dashes, with underscores; also its key in YAML files and flat dictionaries.
-        kind: ``int``, ``float``, ``str``, ``bool``, ``tuple`` (of strings) or `Window`.
+        kind: ``int``, ``float``, ``str``, ``bool``, ``tuple`` or `Window`.
+        item: Kind of a tuple's items, ``str`` or ``int``; the kind itself for others.
         optional: The value may be None.
         default: Value when not given.
         info: What the field's declaration says.
@@ -55,6 +56,7 @@ class FlagSpec:
     field: str
     key: str
     kind: type
+    item: type
     optional: bool
     default: Any
     info: FlagInfo
@@ -78,7 +80,7 @@ class FlagSpec:
         """
         if (value is None and self.optional) or (type(value) is self.kind and value == self.default):
             return value  # a default may mean "not given" and lie outside of the range
-        value = _CONVERTERS[self.kind](value)
+        value = _to_tuple(value, self.item) if self.kind is tuple else _CONVERTERS[self.kind](value)
         self.check(value)
         return value
 
@@ -90,8 +92,14 @@ class FlagSpec:
                 if item is not None and item not in info.choices:
                     why = f" ({info.why})" if info.why else ""
                     raise ValueError(f"{item} must be {' or '.join(map(str, info.choices))}{why}")
-        if value is None or self.kind not in (int, float):
-            return
+        if self.kind is tuple and self.item is int:
+            for item in value:
+                self._check_range(item)
+        elif value is not None and self.kind in (int, float):
+            self._check_range(value)
+
+    def _check_range(self, value: Any) -> None:
+        info = self.info
         bounds = (
             (info.at_least, "at least", lambda bound: value >= bound),
             (info.above, "greater than", lambda bound: value > bound),
@@ -137,10 +145,13 @@ def _to_str(value: Any) -> str:
     raise ValueError(f"{value!r} must be text that is not empty; write it in quotes")
 
 
-def _to_strings(value: Any) -> tuple[str, ...]:
+_CONVERTERS: dict[type, Any] = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
+
+
+def _to_tuple(value: Any, item: type) -> tuple[Any, ...]:
     if isinstance(value, (list, tuple)) and value:
-        return tuple(_to_str(item) for item in value)
-    raise ValueError(f"{value!r} must be a list of at least one name")
+        return tuple(_CONVERTERS[item](part) for part in value)
+    raise ValueError(f"{value!r} must be a list of at least one {'number' if item is int else 'name'}")
 
 
 def _to_window(value: Any) -> Window:
@@ -155,14 +166,7 @@ def _to_window(value: Any) -> Window:
     return Window(left, right)
 
 
-_CONVERTERS: dict[type, Any] = {
-    int: _to_int,
-    float: _to_float,
-    bool: _to_bool,
-    str: _to_str,
-    tuple: _to_strings,
-    Window: _to_window,
-}
+_CONVERTERS[Window] = _to_window
 
 
 def _specs() -> Iterable[FlagSpec]:
@@ -175,7 +179,8 @@ def _specs() -> Iterable[FlagSpec]:
                 (hint,) = (member for member in typing.get_args(hint) if member is not type(None))
             info = field.metadata["flag"]
             kind = typing.get_origin(hint) or hint
-            yield FlagSpec(group, field.name, info.key or field.name, kind, optional, field.default, info)
+            item = typing.get_args(hint)[0] if kind is tuple else kind
+            yield FlagSpec(group, field.name, info.key or field.name, kind, item, optional, field.default, info)
 
 
 def _table() -> dict[str, FlagSpec]:
@@ -233,7 +238,7 @@ def _state(key: str, value: Any) -> str:
 def show(value: Any) -> str:
     """A value as typed on the command line."""
     if isinstance(value, tuple) and not isinstance(value, Window):
-        return " ".join(value)
+        return " ".join(map(str, value))
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)

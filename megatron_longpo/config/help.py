@@ -76,7 +76,9 @@ def _placeholder(spec: FlagSpec) -> str:
     if spec.info.choices is not None:
         choices = "|".join(show(choice) for choice in spec.info.choices)
         return f"{choices} ..." if spec.kind is tuple else choices
-    return (spec.info.unit or {int: "number", float: "x", str: "text"}[spec.kind]).upper()
+    return (spec.info.unit or {int: "number", float: "x", str: "text"}[spec.item]).upper() + (
+        " ..." if spec.kind is tuple else ""
+    )
 
 
 def _description(spec: FlagSpec) -> str:

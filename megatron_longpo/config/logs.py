@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from megatron_longpo.config.field import AUTO, flag, given
 
 _WANDB = given("wandb_project")
+_PROFILE = given("profile")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,23 @@ class LoggingConfig:
         None, "file that gets one JSON line per report", unit="file", default_text="none", source="ours"
     )
     tensorboard_dir: str | None = flag(None, "folder for TensorBoard", unit="folder", default_text="none")
+    profile: bool = flag(False, "write a trace of some steps, with a named range per stage, and print their shares")
+    profile_step_start: int = flag(
+        10, "steps before the first one in the trace", unit="steps", at_least=0, needs=_PROFILE
+    )
+    profile_step_end: int = flag(12, "last step in the trace", unit="step", at_least=1, needs=_PROFILE)
+    profile_ranks: tuple[int, ...] = flag((0,), "ranks that write a trace", unit="rank", at_least=0, needs=_PROFILE)
+    profile_dir: str | None = flag(
+        None,
+        "folder for traces (Megatron-LM: --tensorboard-dir)",
+        unit="folder",
+        needs=_PROFILE,
+        default_text="SAVE/profile, or ./profile",
+        source="ours",
+    )
+    use_pytorch_profiler: bool = flag(
+        True, "mark the steps for Nsight Systems instead of writing a trace", needs=_PROFILE, default_text="a trace"
+    )
     wandb_project: str | None = flag(None, "report to this wandb project", unit="name", default_text="no wandb")
     wandb_entity: str | None = flag(
         None, "wandb team or user", needs=_WANDB, unit="name", default_text="the account's own"

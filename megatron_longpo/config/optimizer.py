@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.config.field import absent, equals, flag
+from megatron_longpo.config.field import absent, equals, flag, given
 
+_OFFLOAD = given("optimizer_cpu_offload")
 _ADAM = equals("optimizer", "adam")
 _WSD = equals("lr_decay_style", "WSD")
 _DECAYS = equals("lr_decay_style", "cosine", "linear", "WSD")
@@ -104,3 +105,14 @@ class OptimizerConfig:
     adam_eps: float = flag(1e-8, "added to the root of the mean square", above=0, needs=_ADAM)
     sgd_momentum: float = flag(0.9, "momentum", at_least=0, below=1, needs=equals("optimizer", "sgd"))
     clip_grad: float = flag(1.0, "largest norm of the gradient over all parameters; 0 clips never", at_least=0)
+    optimizer_cpu_offload: bool = flag(
+        False,
+        "keep optimizer state in host memory and update weights there (Megatron's hybrid device optimizer)",
+        needs=(given("use_distributed_optimizer"), _ADAM),
+    )
+    optimizer_offload_fraction: float = flag(
+        1.0, "share of the weights whose state is on the host", above=0, needs=_OFFLOAD
+    )
+    overlap_cpu_optimizer_d2h_h2d: bool = flag(
+        False, "copy gradients and weights behind the update on the host", needs=_OFFLOAD
+    )

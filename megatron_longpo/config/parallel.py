@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.config.field import AUTO, above, flag, given
+from megatron_longpo.config.field import AUTO, above, equals, flag, given
+
+WINDOWED = ("all_gather", "a2a")
+"""Values of ``--cp-comm-type`` that know a sliding window: a ring cuts tiles, which it can do to plain ones only."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,19 @@ class ParallelConfig:
     context_parallel_size: int = flag(1, "ranks that share every row's tokens", unit="ranks", at_least=1)
     cp_comm_type: str = flag(
         "all_gather",
-        "exchange of keys and values: gathered per layer, or sequence swapped for heads (Ulysses)",
-        choices=("all_gather", "a2a"),
-        why="Megatron-LM's p2p ring does not know shared prefixes",
+        "exchange of keys and values: gathered per layer, sequence swapped for heads (Ulysses), passed around a ring "
+        "behind the computation, or swapped among neighbours with a ring between them",
+        choices=("all_gather", "a2a", "p2p", "a2a+p2p"),
         needs=above("context_parallel_size", 1),
+    )
+    hierarchical_context_parallel_sizes: tuple[int, ...] | None = flag(
+        None,
+        "ranks that swap sequence for heads (neighbours, in one node), and ranks of a ring; their product is the "
+        "context-parallel size",
+        unit="ranks",
+        at_least=2,
+        needs=equals("cp_comm_type", "a2a+p2p"),
+        default_text="required with a2a+p2p",
     )
     sequence_parallel: bool = flag(
         False, "split norms and residuals along the row over TP", needs=above("tensor_model_parallel_size", 1)

@@ -77,6 +77,27 @@ class TrainingConfig:
         needs=_FULL,
         default_text="required with full",
     )
+    recompute_keep_attention: bool = flag(
+        False,
+        "keep attention's output and log-sum-exps and recompute the rest: its kernels, most of a long step, run once",
+        needs=_FULL,
+        source="ours",
+    )
+    cpu_offloading_num_layers: int = flag(
+        0,
+        "first layers of each stage whose saved activations wait in host memory for the backward pass, recomputed "
+        "layers or not",
+        unit="layers",
+        at_least=0,
+    )
+    mlp_chunk_tokens: int | None = flag(
+        None,
+        "tokens whose inner activations of an MLP exist at one time; norm and MLP are recomputed in the backward pass",
+        unit="tokens",
+        at_least=1,
+        default_text="the whole row",
+        source="ours",
+    )
     recompute_modules: tuple[str, ...] = flag(
         ("core_attn",),
         "parts of a layer to recompute; layernorm needs --transformer-impl transformer_engine",

@@ -108,11 +108,12 @@ def _python_value(node: yaml.Node) -> Any:
 
 def _yaml_value(spec: FlagSpec, value: Any) -> str:
     """The value on one line, so that it can stand in a comment."""
-    items = list(value) if spec.kind is tuple else [str(value) if isinstance(value, Window) else value]
+    is_list = spec.kind is tuple and value is not None
+    items = list(value) if is_list else [str(value) if isinstance(value, Window) else value]
     text = yaml.safe_dump(items, default_flow_style=True, width=10**9, allow_unicode=True).strip()
     if "\n" in text:
         text = yaml.safe_dump(items, default_flow_style=True, width=10**9, default_style='"').strip()
-    return text if spec.kind is tuple else text[1:-1]
+    return text if is_list else text[1:-1]
 
 
 def _nearest_key(key: str) -> str:

@@ -16,7 +16,7 @@ attention, loss and counts see only the ``num_tokens`` of each segment.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
@@ -75,17 +75,20 @@ class RowLayout:
             extra padding goes behind the first prefix.
         window_tokens: Tokens that a query sees, itself included, its positions counted back from its own; None is all.
             It is the model's, so data has none: attention puts it in (`from_tensor`).
+        padding_cp_size: Segments are padded as for this context-parallel size, if not for ``cp_size`` (`over`).
     """
 
     documents: tuple[DocumentLayout, ...]
     cp_size: int = 1
     row_multiple: int = 1
     window_tokens: int | None = None
+    padding_cp_size: int | None = None
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """All segments in row order."""
-        chunk = 2 * self.cp_size if self.cp_size > 1 else 1
+        cp_size = self.padding_cp_size or self.cp_size
+        chunk = 2 * cp_size if cp_size > 1 else 1
 
         def padded(num_tokens: int) -> int:
             return -(-num_tokens // chunk) * chunk
@@ -114,6 +117,15 @@ class RowLayout:
                 )
                 start += length
         return tuple(segments)
+
+    def over(self, cp_size: int) -> RowLayout:
+        """The same padded row over fewer ranks, of which each holds what a run of this layout's ranks holds together.
+
+        Args:
+            cp_size: A divisor of ``self.cp_size``.
+        """
+        assert self.cp_size % cp_size == 0
+        return replace(self, cp_size=cp_size, padding_cp_size=self.cp_size)
 
     @property
     def padded_tokens(self) -> int:
@@ -164,6 +176,7 @@ class RowLayout:
         Megatron's ``attention_mask`` argument carries it: the activation-recompute functions save tensors only. The
         window stays behind: every layer knows its own.
         """
+        assert self.padding_cp_size is None, "only a batch's own layout travels"
         numbers = [self.cp_size, self.row_multiple]
         for document in self.documents:
             numbers += [len(document.branch_tokens), document.prefix_tokens, *document.branch_tokens]

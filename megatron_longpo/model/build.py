@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
 from megatron_longpo.model.gpt import SharedPrefixGPT
+from megatron_longpo.model.recompute import make_frugal
 from megatron_longpo.model.rope import attention_factor
 from megatron_longpo.model.specs import block_spec
 
@@ -100,7 +101,10 @@ def build_model(config: RunConfig) -> list[torch.nn.Module]:
             chunk = SharedPrefixGPT(
                 settings,
                 block_spec(
-                    config.model, config.training.transformer_impl, get_num_layers_to_build(settings, vp_stage=vp_stage)
+                    config.model,
+                    config.training.transformer_impl,
+                    get_num_layers_to_build(settings, vp_stage=vp_stage),
+                    config.training.mlp_chunk_tokens,
                 ),
                 config.model,
                 config.model.padded_vocab_size(settings.tensor_model_parallel_size),
@@ -109,6 +113,11 @@ def build_model(config: RunConfig) -> list[torch.nn.Module]:
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
             )
+            frugal = config.training.recompute_keep_attention or config.training.cpu_offloading_num_layers
+            if frugal:
+                make_frugal(
+                    chunk.decoder, config.training.recompute_keep_attention, config.training.cpu_offloading_num_layers
+                )
             chunk.to(platform.device())
             chunks.append(Float16Module(settings, chunk) if config.training.bf16 else chunk)
     return chunks

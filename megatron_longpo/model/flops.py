@@ -24,19 +24,25 @@ def attended_pairs(layout: RowLayout) -> int:
     return sum(first(s.first_position + s.num_tokens) - first(s.first_position) for s in layout.segments)
 
 
+def attention_flops(model: ModelConfig, layout: RowLayout) -> float:
+    """Forward FLOPs of attention in all layers: 4·N·D per pair (QKᵀ and PV) that the model's window holds."""
+    pairs = attended_pairs(replace(layout, window_tokens=model.window_size.num_tokens))
+    return 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels * pairs
+
+
 def forward_flops(model: ModelConfig, layout: RowLayout, num_predictions: int) -> float:
     """Multiply-adds of one forward pass, counted as 2 FLOPs each; norms and element-wise work not counted.
 
-    Matrix products 2·T·weights, attention 4·N·D per pair (QKᵀ and PV), LM head 2·H·V per prediction.
+    Matrix products 2·T·weights, `attention_flops`, LM head 2·H·V per prediction.
     """
     head_width = model.num_attention_heads * model.kv_channels
     groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
     kv_width = groups * model.kv_channels
     mlp_matrices = 3 if model.swiglu else 2
     weights = model.hidden_size * (2 * head_width + 2 * kv_width + mlp_matrices * model.ffn_hidden_size)
-    layout = replace(layout, window_tokens=model.window_size.num_tokens)
-    per_layer = 2.0 * layout.num_tokens * weights + 4.0 * head_width * attended_pairs(layout)
-    return model.num_layers * per_layer + 2.0 * model.hidden_size * model.vocab_size * num_predictions
+    matmul = 2.0 * model.num_layers * layout.num_tokens * weights
+    head = 2.0 * model.hidden_size * model.vocab_size * num_predictions
+    return matmul + attention_flops(model, layout) + head
 
 
 def step_flops(model: ModelConfig, layout: RowLayout, num_predictions: int) -> float:

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_longpo.attention.core_attention import SharedPrefixAttention
 from megatron_longpo.config import ModelConfig
+from megatron_longpo.model.layer import FrugalLayer
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -30,13 +31,16 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def block_spec(model: ModelConfig, transformer_impl: str, num_local_layers: int) -> TransformerBlockSubmodules:
+def block_spec(
+    model: ModelConfig, transformer_impl: str, num_local_layers: int, mlp_chunk_tokens: int | None = None
+) -> TransformerBlockSubmodules:
     """The submodules of one pipeline stage's transformer block.
 
     Args:
         model: Shape of the model.
         transformer_impl: ``local`` or ``transformer_engine``.
         num_local_layers: Layers that this stage holds.
+        mlp_chunk_tokens: As `FrugalLayer`'s.
 
     Raises:
         ValueError: ``transformer_engine`` is asked for and not installed.
@@ -46,6 +50,8 @@ def block_spec(model: ModelConfig, transformer_impl: str, num_local_layers: int)
     else:
         layer, norm = _local_layer(model), RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SharedPrefixAttention
+    layer.module = FrugalLayer
+    layer.params = {**layer.params, "mlp_chunk_tokens": mlp_chunk_tokens}
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)
 
 

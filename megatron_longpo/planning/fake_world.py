@@ -6,9 +6,11 @@ remains are the few places where a step wants a number or another rank's object;
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,9 +61,14 @@ def fake_tensors(layout: RowLayout) -> Iterator[FakeTensorMode]:
     Args:
         layout: The layout of every row. Layers read it from a tensor, which here has none.
     """
+
+    @lru_cache
+    def windowed(window_tokens: int | None) -> RowLayout:
+        return dataclasses.replace(layout, window_tokens=window_tokens)
+
     with ExitStack() as stack:
         for owner, name, value in (
-            (RowLayout, "from_tensor", staticmethod(lambda encoded: layout)),
+            (RowLayout, "from_tensor", staticmethod(lambda encoded, window_tokens=None: windowed(window_tokens))),
             (dist, "all_gather_object", _gather_own_object),
             (torch.utils, "swap_tensors", _set_data),
             (clip_grads, "multi_tensor_applier", _norm_of_lists),

@@ -36,13 +36,20 @@ MEMORY_OPTIONS = (
         ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "{half}"),
     ),
     MemoryOption(
+        "all but attention",
+        (
+            *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+            "--recompute-keep-attention",
+        ),
+    ),
+    MemoryOption(
         "all layers",
         ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
     ),
 )
 """What the search tries on every layout. An entry is all that a new flag needs to take part."""
 
-CP_COMM_TYPES = ("all_gather", "a2a")
+CP_COMM_TYPES = ("all_gather", "a2a", "p2p")
 
 MAX_VIRTUAL_STAGES = 8
 """More model chunks per rank save little of a bubble that they have divided by 8 already."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
+
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.batch import Batch
 from megatron_longpo.model.build import build_model, wrap_for_training
@@ -12,6 +14,7 @@ from megatron_longpo.training.checkpoint import Progress
 from megatron_longpo.training.data import GlobalBatch
 from megatron_longpo.training.loop import Trainer
 from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
+from megatron_longpo.training.profiling import StepProfiler
 
 SCHEDULE_SAMPLES = 1_000_000
 """Length of the learning rate schedule; no number of a dry run depends on it."""
@@ -38,6 +41,7 @@ class MeasuredTrainer(Trainer):
             self.optimizer = build_optimizer(config, self.chunks)
             self.scheduler = build_scheduler(config, self.optimizer, SCHEDULE_SAMPLES)
         self.progress = Progress()
+        self.profiler = StepProfiler(config, (), dist.get_rank())
         self._connect_schedule()
 
     def allocate_optimizer_state(self) -> None:

@@ -27,7 +27,7 @@ def repeated(config: RunConfig) -> Repeated:
         local = model.num_layers // config.parallel.pipeline_model_parallel_size
         local = config.parallel.num_layers_per_virtual_pipeline_stage or local
         share = (training.recompute_num_layers or 0) / local if training.recompute_method == "block" else 1.0
-        return Repeated(share, share)
+        return Repeated(share, 0.0 if training.recompute_keep_attention else share)
     if training.recompute_granularity == "selective":
         mlp = 3 * model.ffn_hidden_size
         heads = model.num_attention_heads * model.kv_channels

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_longpo.config import ModelConfig, RunConfig
-from megatron_longpo.model.flops import attended_pairs, forward_flops, step_flops
+from megatron_longpo.model.flops import attention_flops, forward_flops, step_flops
 from megatron_longpo.planning.hardware import GPU
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, neighbour_s
 from megatron_longpo.planning.recomputation import Repeated, repeated
@@ -85,11 +85,12 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> StepTim
     virtual = num_virtual(config)
     micro_batches = config.num_microbatches(num_gpus)
     again = repeated(config)
+    compute = _compute(config, work, gpu, again)
     one = {
-        **_compute(config, work, gpu, again),
+        **compute,
         "element-wise": _element_wise_s(config, work, gpu, again),
         "tensor parallel": _tensor_parallel_s(config, work, gpu, again),
-        "context parallel": _context_parallel_s(config, work, gpu, again),
+        "context parallel": _context_parallel_s(config, work, gpu, again, compute["attention"]),
         "pipeline transfers": _pipeline_s(config, num_gpus, work, gpu),
     }
     parts = {name: micro_batches * seconds for name, seconds in one.items()}
@@ -133,7 +134,7 @@ def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[s
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     stages = parallel.pipeline_model_parallel_size
     whole = forward_flops(model, work.layout, 0)
-    attention = 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels * attended_pairs(work.layout)
+    attention = attention_flops(model, work.layout)
     head = forward_flops(model, work.layout, work.num_predictions) - whole
     forward, backward = (tflops * 1e12 for tflops in gpu.attention_tflops)
     matmul_s = (whole - attention) / ranks / stages / (gpu.matmul_tflops * 1e12)
@@ -186,10 +187,12 @@ def _tensor_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated)
     return (layers * (4 + 2 * again.matmul) + 2) * all_reduce_s(gpu, num_bytes, tp, stride=1)
 
 
-def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> float:
+def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated, attention_s: float) -> float:
     """Per layer. ``all_gather``: K and V of the row in forward and again in backward, their gradients back in fp32.
 
-    ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2).
+    ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2). ``p2p``: K and V of a rank to
+    the next one, cp - 1 times in forward and again in backward, with fp32 gradients cp times; what of it is longer than
+    the attention that hides it (arXiv 2310.01889, section 3).
     """
     model, parallel = config.model, config.parallel
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
@@ -199,6 +202,10 @@ def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated
     if parallel.cp_comm_type == "a2a":
         one_way = all_to_all_s(gpu, size * tokens / cp * (2 * query + 2 * key), cp, stride=tp)
         return layers * (2 + again.attention) * one_way
+    if parallel.cp_comm_type == "p2p":
+        own = tokens / cp * 2 * key
+        sent = (2 + again.attention) * (cp - 1) * size * own + cp * 4 * own
+        return max(0.0, layers * neighbour_s(gpu, sent, stride=tp, group_size=cp) - attention_s)
     gather = all_gather_s(gpu, size * tokens * 2 * key, cp, stride=tp)
     scatter = all_gather_s(gpu, 4 * tokens * 2 * key, cp, stride=tp)
     return layers * ((2 + again.attention) * gather + scatter)

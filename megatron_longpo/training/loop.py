@@ -18,14 +18,16 @@ from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.sampler import GlobalBatchSampler
-from megatron_longpo.model.build import build_model, wrap_for_training
+from megatron_longpo.model.build import build_model, unwrap, wrap_for_training
 from megatron_longpo.model.flops import step_flops
+from megatron_longpo.ranges import DATA, OPTIMIZER, named_range
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
 from megatron_longpo.training.data import GlobalBatch, MicroBatches, evaluation_batches, training_batches
 from megatron_longpo.training.distributed import any_rank, is_rank_0
 from megatron_longpo.training.initial import load_initial_state
 from megatron_longpo.training.leaving import Leaving
 from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
+from megatron_longpo.training.profiling import StepProfiler
 from megatron_longpo.training.reference import reference_logprobs
 from megatron_longpo.training.reporting import Reporter
 from megatron_longpo.training.step import document_loss, global_batch_metrics, gradients_are_finite, run_schedule
@@ -51,6 +53,7 @@ class Trainer:
         self.scheduler = build_scheduler(config, self.optimizer, self.total_samples)
         self.checkpointer = Checkpointer(config, self.chunks, self.optimizer, self.scheduler)
         self.progress = load_initial_state(config, self.checkpointer)
+        self.profiler = StepProfiler(config, map(unwrap, self.chunks), dist.get_rank())
         self.unreported: list[dict[str, float]] = []
         self._connect_schedule()
 
@@ -72,8 +75,13 @@ class Trainer:
             with Leaving(config.training, self.started_s) as leaving:
                 batches = training_batches(micro_batches, self.sampler)
                 while progress.iteration < self.total_steps:
-                    batch = next(batches)
-                    metrics, bad = self._step(batch)
+                    with self.profiler.step(progress.iteration + 1):
+                        began = time.perf_counter()
+                        with named_range(DATA):
+                            batch = next(batches)
+                        waited = time.perf_counter() - began
+                        metrics, bad = self._step(batch)
+                    metrics["data_time_s"] = waited
                     self.checkpointer.finish(blocking=False)
                     skipped_in_a_row = skipped_in_a_row + 1 if bad is not None else 0
                     self._report(reporter, metrics, bad)
@@ -96,6 +104,7 @@ class Trainer:
                         reporter.print(f"leaving after iteration {progress.iteration}: {reason}; saved at {saved_at}")
                         break
             self.checkpointer.finish(blocking=True)
+            self.profiler.close()
         finally:
             reporter.close()
         return progress
@@ -115,22 +124,27 @@ class Trainer:
             forward_only=False,
         )
         means, bad_here = global_batch_metrics(config, outputs, len(batch.numbers))
+        self.profiler.synchronize()
+        computed = time.perf_counter()
         bad: list[str] | None = None
         grad_norm = math.nan
         groups = self.optimizer.param_groups
         learning_rate = get_canonical_lr_for_logging(groups) or groups[0]["lr"]
-        if any_rank(not (math.isfinite(means["loss"]) and gradients_are_finite(self.chunks))):
-            bad = self._all_ids(bad_here) or [self.dataset[number].id for number in batch.numbers]
-            progress.skipped_steps += 1
-        else:
-            _, norm, _ = self.optimizer.step()
-            grad_norm = float(norm)
-            self.scheduler.step(increment=config.training.global_batch_size)
+        with named_range(OPTIMIZER):
+            if any_rank(not (math.isfinite(means["loss"]) and gradients_are_finite(self.chunks))):
+                bad = self._all_ids(bad_here) or [self.dataset[number].id for number in batch.numbers]
+                progress.skipped_steps += 1
+            else:
+                _, norm, _ = self.optimizer.step()
+                grad_norm = float(norm)
+                self.scheduler.step(increment=config.training.global_batch_size)
         progress.iteration += 1
         progress.consumed_samples += config.training.global_batch_size
         platform.synchronize()
         own = {"learning_rate": learning_rate, "grad_norm": grad_norm}
-        return means | own | self._performance(batch, time.perf_counter() - began), bad
+        ended = time.perf_counter()
+        own |= {"forward_backward_time_s": computed - began, "optimizer_time_s": ended - computed}
+        return means | own | self._performance(batch, ended - began), bad
 
     def _performance(self, batch: GlobalBatch, seconds: float) -> dict[str, float]:
         """Rates of one step, over all ranks: 1 all-reduce over data-parallel and context-parallel ranks."""

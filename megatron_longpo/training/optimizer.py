@@ -11,8 +11,14 @@ from megatron_longpo.config import RunConfig
 
 
 def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
-    """Megatron's (distributed) optimizer over all model chunks; fp32 master weights under bf16."""
+    """Megatron's (distributed) optimizer over all model chunks; fp32 master weights under bf16.
+
+    Raises:
+        ValueError: ``--optimizer-cpu-offload`` without a GPU.
+    """
     settings = config.optimizer
+    if settings.optimizer_cpu_offload and not platform.has_cuda():
+        raise ValueError("--optimizer-cpu-offload needs a GPU: on a CPU all state is in host memory; remove it")
     with platform.construction():
         return get_megatron_optimizer(
             OptimizerConfig(
@@ -29,6 +35,11 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
                 params_dtype=torch.bfloat16 if config.training.bf16 else torch.float32,
                 use_distributed_optimizer=config.parallel.use_distributed_optimizer,
                 overlap_param_gather=config.parallel.overlap_param_gather,
+                optimizer_cpu_offload=settings.optimizer_cpu_offload,
+                optimizer_offload_fraction=settings.optimizer_offload_fraction,
+                overlap_cpu_optimizer_d2h_h2d=settings.overlap_cpu_optimizer_d2h_h2d,
+                # The hybrid optimizer holds the master weights itself, which is what this means with it.
+                use_precision_aware_optimizer=settings.optimizer_cpu_offload,
             ),
             chunks,
         )

@@ -17,6 +17,7 @@ from megatron_longpo import platform
 from megatron_longpo.config import ObjectiveConfig, RunConfig
 from megatron_longpo.data.batch import Batch
 from megatron_longpo.objective.losses import objective_loss
+from megatron_longpo.ranges import DATA, LOSS, Stage, named_range
 from megatron_longpo.training.distributed import broadcast_from_last_stage
 
 StepMetrics = dict[str, float]
@@ -44,7 +45,8 @@ def run_schedule(
     """
 
     def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
-        batch = next(iterator).to(platform.device())
+        with named_range(DATA):
+            batch = next(iterator).to(platform.device())
         logps = model(
             batch.tokens[None],
             batch.position_ids[None],
@@ -72,7 +74,10 @@ def document_loss(objective: ObjectiveConfig, batch: Batch, logps: torch.Tensor)
     and divides the summed gradients by it: the mean over the documents of the global batch, for every layout.
     """
     group = parallel_state.get_context_parallel_group()
+    stage = Stage(LOSS)
+    logps = stage.enter(logps)
     losses, metrics = objective_loss(objective, logps, batch.predictions, cp_group=group if group.size() > 1 else None)
+    losses = stage.leave(losses)
     count = torch.tensor(len(losses) if group.rank() == 0 else 0, dtype=torch.int, device=losses.device)
     named = {"loss": losses.detach()} | metrics
     return losses.sum(), count, {"ids": batch.sample_ids, "metrics": {k: v.detach() for k, v in named.items()}}

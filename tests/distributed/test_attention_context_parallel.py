@@ -9,9 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_longpo.attention.context_parallel import COMM_TYPES, context_parallel_attention
+from megatron_longpo.attention import all_gather
+from megatron_longpo.attention.context_parallel import (
+    COMM_TYPES,
+    HIERARCHICAL,
+    context_parallel_attention,
+)
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
+from megatron_longpo.config.parallel import WINDOWED
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from tests.distributed.harness import run_ranks
 
@@ -24,7 +30,15 @@ ROWS = (
     ((DocumentLayout(61, (9, 14)), DocumentLayout(6, (5,))), 1, 12),  # a window over several chunks, or one document
     ((DocumentLayout(61, (9, 14)),), 16, 3),  # a window inside a chunk
 )
-MODULE_CASES = tuple(itertools.product(COMM_TYPES, range(len(ROWS))))
+FLAT = tuple(name for name in COMM_TYPES if name != HIERARCHICAL)
+
+
+def knows(comm_type: str, row_number: int) -> bool:
+    """Whether an exchange can do a row: rings know no window."""
+    return comm_type in WINDOWED or ROWS[row_number][2] is None
+
+
+MODULE_CASES = tuple(case for case in itertools.product(FLAT, range(len(ROWS))) if knows(*case))
 
 
 def layouts(cp_size: int) -> list[RowLayout]:
@@ -41,25 +55,35 @@ def random_row(layout: RowLayout, dtype: torch.dtype = torch.float64) -> list[to
 def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
     """The largest error of any output or gradient of this rank's tokens, for every way of communicating and row."""
     errors = {}
-    for comm_type, (number, layout) in itertools.product(COMM_TYPES, enumerate(layouts(cp_size))):
+    comm_types, hierarchy = FLAT, None
+    if cp_size == 4:
+        groups = [[dist.new_group(ranks) for ranks in level] for level in ([[0, 1], [2, 3]], [[0, 2], [1, 3]])]
+        comm_types, hierarchy = COMM_TYPES, (groups[0][rank // 2], groups[1][rank % 2])
+    numbered_rows = list(enumerate(layouts(cp_size)))
+    cases = [(name, 2**60, number, row) for name in comm_types for number, row in numbered_rows if knows(name, number)]
+    cases += [("all_gather", 0, *numbered) for numbered in numbered_rows]  # in chunks of heads
+    for comm_type, all_gather.CHUNKED_FROM_BYTES, number, layout in cases:
+        chunked = " in chunks" if all_gather.CHUNKED_FROM_BYTES == 0 else ""
         mine = layout.local_index(rank)
         *row, row_grad = random_row(layout)
         local = [x[mine].clone().requires_grad_() for x in row]
-        out = context_parallel_attention(*local, layout, dist.group.WORLD, comm_type, SCALE)
+        out = context_parallel_attention(*local, layout, dist.group.WORLD, comm_type, SCALE, hierarchy)
         actual = [out, *torch.autograd.grad(out, local, row_grad[mine])]
         leaves = [x.requires_grad_() for x in row]
         dense = dense_attention(*leaves, layout, SCALE)
         expected = [dense, *torch.autograd.grad(dense, leaves, row_grad)]
         assert [x.shape for x in actual] == [x[mine].shape for x in expected]
         for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-            errors[f"{comm_type} row {number} {name}"] = (a - b[mine]).abs().max().item()
+            errors[f"{comm_type}{chunked} row {number} {name}"] = (a - b[mine]).abs().max().item()
     return errors
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_equals_dense_twin(cp_size: int) -> None:
     for rank, errors in enumerate(run_ranks(errors_of_rank, cp_size, cp_size)):
-        assert len(errors) == 2 * len(ROWS) * 4
+        comm_types = FLAT if cp_size == 2 else COMM_TYPES
+        num_cases = sum(knows(name, number) for name in comm_types for number in range(len(ROWS))) + len(ROWS)
+        assert len(errors) == 4 * num_cases
         for what, error in errors.items():
             assert error < 1e-12, f"rank {rank}, {what}: off by {error:.1e}"
 
@@ -101,7 +125,8 @@ def messages() -> list[str]:
     said = []
     for arguments in (
         (q[:, :6], k[:, :3], v[:, :3], layout, dist.group.WORLD, "a2a", SCALE),
-        (q, k, v, layout, dist.group.WORLD, "p2p", SCALE),
+        (q, k, v, layout, dist.group.WORLD, "allgather", SCALE),
+        (q, k, v, layout, dist.group.WORLD, "a2a+p2p", SCALE),
         (q, k, v, RowLayout(layout.documents, 4), dist.group.WORLD, "a2a", SCALE),
         (q[1:], k, v, layout, dist.group.WORLD, "all_gather", SCALE),
         (q, k, v, replace(layout, window_tokens=8), dist.group.WORLD, "p2p", SCALE),
@@ -112,11 +137,54 @@ def messages() -> list[str]:
     return said
 
 
-def module_results_and_messages(rank: int) -> tuple[list[tuple[torch.Tensor, ...]], list[str]]:
-    return [through_module(rank, *case) for case in MODULE_CASES], messages()
+def ring_events() -> list[list[str]]:
+    """What a ring of 2 does, in order: forward, recomputed with its results kept, backward."""
+    from megatron_longpo.attention import ring
+    from megatron_longpo.attention.kept import KeptResults
+    from megatron_longpo.attention.kernels import CpuFlashKernel
+
+    events: list[str] = []
+
+    def logged(owner: type, method: str, event: str) -> None:
+        original = getattr(owner, method)
+
+        def call(*args: object) -> object:
+            events.append(event)
+            return original(*args)
+
+        setattr(owner, method, call)
+
+    logged(ring._Ring, "send", "send")
+    logged(ring._Transfer, "received", "received")
+    logged(CpuFlashKernel, "forward", "kernel")
+    logged(CpuFlashKernel, "backward", "kernel")
+    layout = layouts(2)[0]
+    mine = layout.local_index(dist.get_rank())
+    *row, row_grad = (x[mine] for x in random_row(layout))
+    local = [x.clone().requires_grad_() for x in row]
+    kept, phases = KeptResults(), []
+
+    def attend() -> torch.Tensor:
+        with kept.in_use():
+            return context_parallel_attention(*local, layout, dist.group.WORLD, "p2p", SCALE)
+
+    with torch.no_grad():
+        attend()
+    phases.append(events.copy())
+    events.clear()
+    out = attend()
+    phases.append(events.copy())
+    events.clear()
+    out.backward(row_grad)
+    phases.append(events.copy())
+    return [[event for event, _ in itertools.groupby(phase)] for phase in phases]
 
 
-def test_module_in_bf16_and_errors() -> None:
+def module_results_and_messages(rank: int) -> tuple[list[tuple[torch.Tensor, ...]], list[str], list[list[str]]]:
+    return [through_module(rank, *case) for case in MODULE_CASES], messages(), ring_events()
+
+
+def test_module_in_bf16_errors_and_the_order_of_a_ring() -> None:
     results = run_ranks(module_results_and_messages, 2)
     for number, (comm_type, row_number) in enumerate(MODULE_CASES):
         layout = layouts(2)[row_number]
@@ -124,19 +192,31 @@ def test_module_in_bf16_and_errors() -> None:
         leaves = [x.requires_grad_() for x in leaves]
         dense = dense_attention(*leaves, layout, SCALE)
         expected = [dense.detach(), *torch.autograd.grad(dense, leaves, row_grad)]
-        by_rank = [cases[number] for cases, _ in results]
+        by_rank = [cases[number] for cases, _, _ in results]
         for name, parts, whole in zip(("out", "dq", "dk", "dv"), zip(*by_rank, strict=True), expected, strict=True):
             assert all(part.dtype == torch.bfloat16 for part in parts)
             actual = torch.cat(parts).squeeze(1)[layout.gathered_index()].double()
             error = ((actual - whole).norm() / whole.norm()).item()
             assert error < 1e-2, f"{comm_type} row {row_number} {name} is off by {error:.1e}"
 
-    for _, (heads, comm_type, cp_size, tokens, window) in results:
+    for _, (heads, comm_type, hierarchy, cp_size, tokens, window), (forward, recomputed, backward) in results:
+        assert forward == ["send", "kernel", "received", "kernel"], "keys travel while a step is computed"
+        assert recomputed == []
+        # The gradients of step 0's keys travel during step 1, and at last go home.
+        assert backward == ["send", "kernel", "send", "received", "kernel", "received", "send", "received"]
         assert "--cp-comm-type a2a" in heads and "3 key/value heads" in heads and "all_gather" in heads
-        assert comm_type == "--cp-comm-type 'p2p' is not one of all_gather, a2a"
+        assert comm_type == "--cp-comm-type 'allgather' is not one of all_gather, a2a, p2p, a2a+p2p"
+        assert hierarchy == "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes"
         assert "laid out for 4 context-parallel ranks in a group of 2" in cp_size
         assert "for a layout of" in tokens
         assert window.startswith("--cp-comm-type p2p does not know --window-size 7,0: use --cp-comm-type all_gather")
+
+
+def test_heads_are_gathered_in_chunks_where_it_pays() -> None:
+    assert len(all_gather.head_chunks(32, 8, 2**20)) == 1
+    chunks = all_gather.head_chunks(32, 8, 2**30)
+    assert [(c.keys, c.queries) for c in chunks[:2]] == [(slice(0, 2), slice(0, 8)), (slice(2, 4), slice(8, 16))]
+    assert [len(all_gather.head_chunks(12, heads, 2**30)) for heads in (1, 2, 3, 6)] == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize("cp_size", [1, 2, 4])

@@ -17,6 +17,8 @@ from tests.distributed.harness import fresh_world, run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 TP, PP, CP = "--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--context-parallel-size=2"
+FULL = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
+KEPT = [*FULL, "--recompute-keep-attention"]
 LAYOUTS = {
     "DP 4": [],
     "DP 2 of two documents a row": ["--micro-batch-size=2", TP],
@@ -26,17 +28,26 @@ LAYOUTS = {
     "interleaved PP 2": [PP, "--num-layers-per-virtual-pipeline-stage=1"],
     "CP 2 all-gather": [CP],
     "CP 2 all-to-all": [CP, "--cp-comm-type=a2a"],
+    "CP 2 ring": [CP, "--cp-comm-type=p2p"],
     "CP 4": ["--context-parallel-size=4"],
+    "CP 4 ring": ["--context-parallel-size=4", "--cp-comm-type=p2p"],
+    "CP 2 x 2 all-to-all and ring": [
+        "--context-parallel-size=4",
+        "--cp-comm-type=a2a+p2p",
+        *("--hierarchical-context-parallel-sizes", "2", "2"),
+    ],
+    "TP 2 x CP 2 ring + sequence parallel": [TP, CP, "--cp-comm-type=p2p", "--sequence-parallel"],
+    "CP 2 ring + attention kept": [CP, "--cp-comm-type=p2p", *KEPT],
     "TP 2 x CP 2": [TP, CP],
     "TP 2 x CP 2 + sequence parallel": [TP, CP, "--sequence-parallel"],
     "TP 2 x PP 2": [TP, PP],
     "PP 2 x CP 2": [PP, CP],
-    "TP 2 + full recompute": [
-        TP,
-        "--recompute-granularity=full",
-        "--recompute-method=uniform",
-        "--recompute-num-layers=1",
-    ],
+    "TP 2 + full recompute": [TP, *FULL],
+    "TP 2 + sequence parallel + MLP in pieces": [TP, "--sequence-parallel", "--mlp-chunk-tokens=16", *KEPT],
+    "PP 2 + attention kept": [PP, *KEPT],
+    "interleaved PP 2 + attention kept": [PP, "--num-layers-per-virtual-pipeline-stage=1", *KEPT],
+    "CP 2 all-gather + attention kept": [CP, *KEPT],
+    "CP 2 all-to-all + attention kept": [CP, "--cp-comm-type=a2a", *KEPT],
     "CP 2 + selective recompute": [CP, "--recompute-granularity=selective", "--recompute-modules=core_attn"],
 }
 OBJECTIVES = {
@@ -62,8 +73,12 @@ DEFAULT: list[Case] = [
     ("longpo", "interleaved PP 2"),
     ("longpo", "CP 2 all-gather"),
     ("longpo", "CP 2 all-to-all"),
+    ("longpo", "CP 2 ring + attention kept"),
+    ("longpo", "CP 2 x 2 all-to-all and ring"),
     ("longpo", "TP 2 x CP 2"),
     ("longpo", "TP 2 x PP 2"),
+    ("longpo", "PP 2 + attention kept"),
+    ("longpo", "TP 2 + sequence parallel + MLP in pieces"),
     ("dpo", "TP 2 x CP 2"),
     ("constraint", "CP 2 all-to-all"),
 ]

@@ -37,10 +37,31 @@ def test_gpu_equals_cpu(start: dict[str, Any], tmp_path: Path, dtype: list[str],
         assert ours["longpo/nll_loss"] == pytest.approx(theirs["longpo/nll_loss"], rel=relative)
 
 
-def test_recompute_changes_nothing_but_memory(start: dict[str, Any], tmp_path: Path) -> None:
-    plain, recomputed = tmp_path / "plain.jsonl", tmp_path / "recomputed.jsonl"
-    full = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
-    for path, more in ((plain, []), (recomputed, full)):
-        train(*start["flags"], "--bf16", *more, f"--reference-dir={tmp_path}", f"--metrics-jsonl={path}")
-    losses = [[step["loss"] for step in metrics(path)] for path in (plain, recomputed)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+FULL = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
+OFFLOAD = ["--cpu-offloading-num-layers=4"]
+
+
+@pytest.fixture(scope="module")
+def plain(start: dict[str, Any]) -> list[float]:
+    """The losses of bf16 without anything that saves memory."""
+    path = start["folder"] / "plain.jsonl"
+    train(*start["flags"], "--bf16", f"--reference-dir={start['folder'] / 'bf16'}", f"--metrics-jsonl={path}")
+    return [step["loss"] for step in metrics(path)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(FULL, id="full recompute"),
+        pytest.param([*FULL, "--recompute-keep-attention"], id="attention kept"),
+        pytest.param(OFFLOAD, id="offload"),
+        pytest.param([*FULL, "--recompute-keep-attention", *OFFLOAD, "--mlp-chunk-tokens=64"], id="all together"),
+        pytest.param(["--use-distributed-optimizer", "--optimizer-cpu-offload"], id="optimizer offload"),
+    ],
+)
+def test_what_saves_memory_changes_nothing_else(
+    start: dict[str, Any], plain: list[float], tmp_path: Path, flags: list[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    train(*start["flags"], "--bf16", *flags, f"--reference-dir={tmp_path}", f"--metrics-jsonl={path}")
+    assert [step["loss"] for step in metrics(path)] == pytest.approx(plain, rel=1e-3)

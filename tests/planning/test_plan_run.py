@@ -79,7 +79,7 @@ def test_every_layout_of_the_search_passes_the_trainer_s_checks() -> None:
     sizes = {(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size) for p in layouts}
     assert {(1, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8)} <= sizes
     assert (8, 1, 1) not in sizes  # 4 key/value heads
-    assert {p.cp_comm_type for p in layouts} == {"all_gather", "a2a"}
+    assert {p.cp_comm_type for p in layouts} == {"all_gather", "a2a", "p2p"}
     assert {p.num_layers_per_virtual_pipeline_stage for p in layouts} == {None, 1}
     assert {one.option for one in found} == {option.name for option in MEMORY_OPTIONS}
 

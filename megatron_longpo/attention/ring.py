@@ -1,0 +1,149 @@
+"""Context parallelism by passing keys and values around a ring (Ring Attention, arXiv 2310.01889).
+
+Every rank keeps its zigzag queries and computes on one rank's keys after another, while the next ones are on their way.
+Partial results merge by log-sum-exp like all tiles; no rank ever holds the whole row's keys. In the backward pass the
+gradients of keys and values travel one hop behind them, each rank adding its share, and arrive at home.
+
+The branches' keys go around with the prefix's: they are few, and gathering them would be a second way to communicate.
+"""
+
+# t=local tokens N=query heads G=key/value heads D=head_dim
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from megatron_longpo.attention.kept import computed_once
+from megatron_longpo.attention.ring_tiles import ring_plans
+from megatron_longpo.attention.selection import select_kernel
+from megatron_longpo.attention.shared_prefix import backward_into, check_shapes, compact, empty_results, forward_into
+from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.ranges import COMM, named_range
+
+_KEYS, _GRADIENTS = 0, 1
+"""Tags that tell the two streams of messages between a pair of ranks apart (gloo matches by tag, NCCL by order)."""
+
+
+def ring_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
+) -> torch.Tensor:
+    """Attention of this rank's queries on the whole row.
+
+    Collectives: cp - 1 sends of local keys and values to the next rank forward; cp - 1 of these and cp of their
+    gradients, in fp32 at least, backward; each behind the computation of a step. Recomputed with its results kept
+    (`kept.KeptResults`) it communicates nothing.
+
+    Args:
+        q: ``[t, N, D]``, in the rank's local order.
+        k: ``[t, G, D]``, likewise.
+        v: ``[t, G, D]``, likewise.
+        layout: The whole row.
+        cp_group: The context-parallel group, of ``layout.cp_size`` ranks.
+        scale: Factor on the scores.
+
+    Returns:
+        ``[t, N, D]``.
+
+    Raises:
+        ValueError: Shapes do not fit the layout or each other.
+    """
+    check_shapes(q, k, v, layout.local_tokens)
+    return _RingAttention.apply(q, k, v, layout, cp_group, scale)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: RowLayout,
+        cp_group: dist.ProcessGroup,
+        scale: float,
+    ) -> torch.Tensor:
+        q, k, v = compact(q), compact(k), compact(v)
+        out, lse = computed_once(lambda: _forward(q, k, v, layout, cp_group, scale))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.cp_group, ctx.scale = layout, cp_group, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        ring = _Ring(ctx.cp_group)
+        kernel = select_kernel(q.device, q.dtype)
+        # Sums over ranks: half precision is added up in fp32, also where a rank adds once.
+        sum_dtype = torch.promote_types(k.dtype, torch.float32)
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        block = torch.stack((k, v))
+        gradients: _Transfer | None = None
+        for step, tiles in enumerate(ring_plans(ctx.layout, ring.rank)):
+            following = ring.send(block, _KEYS) if step + 1 < ring.size else None
+            grads = torch.empty(block.shape, dtype=sum_dtype, device=block.device)
+            backward_into(dq, grads[0], grads[1], grad_out, q, block[0], block[1], out, lse, tiles, ctx.scale, kernel)
+            if gradients is not None:
+                grads += gradients.received()
+            gradients = ring.send(grads, _GRADIENTS)
+            if following is not None:
+                block = following.received()
+        assert gradients is not None
+        dk, dv = gradients.received()
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ring = _Ring(cp_group)
+    kernel = select_kernel(q.device, q.dtype)
+    out, lse = empty_results(q)
+    block = torch.stack((k, v))
+    for step, tiles in enumerate(ring_plans(layout, ring.rank)):
+        following = ring.send(block, _KEYS) if step + 1 < ring.size else None
+        forward_into(out, lse, q, block[0], block[1], tiles, scale, kernel)
+        if following is not None:
+            block = following.received()
+    return out, lse
+
+
+class _Ring:
+    """The neighbours of this rank."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
+        self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
+
+    def send(self, tensor: torch.Tensor, tag: int) -> _Transfer:
+        """Start to send a tensor to the next rank and to receive another from the previous one.
+
+        The tensor must not change until the transfer is `received`.
+        """
+        with named_range(COMM):
+            incoming = torch.empty_like(tensor)
+            operations = [
+                dist.P2POp(dist.isend, tensor, self._next, self.group, tag),
+                dist.P2POp(dist.irecv, incoming, self._previous, self.group, tag),
+            ]
+            return _Transfer(tensor, incoming, dist.batch_isend_irecv(operations))
+
+
+class _Transfer:
+    """One hop in flight; keeps both tensors alive."""
+
+    def __init__(self, outgoing: torch.Tensor, incoming: torch.Tensor, works: list[dist.Work]) -> None:
+        self._outgoing, self._incoming, self._works = outgoing, incoming, works
+
+    def received(self) -> torch.Tensor:
+        """Wait for both directions; returns what came."""
+        with named_range(COMM):
+            for work in self._works:
+                work.wait()
+        return self._incoming

@@ -1,0 +1,58 @@
+"""Megatron's transformer layer with an MLP half that works through the row in pieces (``--mlp-chunk-tokens``)."""
+
+# T=tokens of this rank H=hidden_size F=ffn_hidden_size
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils.checkpoint import checkpoint
+
+from megatron_longpo.model.offload import OffloadChain
+
+
+class FrugalLayer(TransformerLayer):
+    """A layer with ways to keep less between forward and backward pass; without them it is its base class.
+
+    Args:
+        mlp_chunk_tokens: Norm, MLP and residual of so many tokens at a time, recomputed in the backward pass: their
+            inner activations, the widest of the layer, exist for one piece of the row instead of ``[T, 3F]``, and
+            nothing but the half's input ``[T, H]`` is saved. None takes the row as a whole.
+        offload: Saved tensors go to the host; None keeps them.
+
+    The pieces are recomputed by a checkpoint that is part of the graph: with Megatron's own, every piece would report
+    the weights' gradients as ready.
+    """
+
+    def __init__(self, *args: Any, mlp_chunk_tokens: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.offload: OffloadChain | None = None
+        self._piece_tokens = mlp_chunk_tokens
+        if mlp_chunk_tokens is not None and self.config.sequence_parallel:
+            # The MLP gathers the tokens of all tensor-parallel ranks.
+            self._piece_tokens = max(1, mlp_chunk_tokens // self.config.tensor_model_parallel_size)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer; under recomputation the group of layers is what is saved, so nothing is to be done here."""
+        if self.offload is None or not torch.is_grad_enabled() or is_checkpointing():
+            return super().forward(*args, **kwargs)
+        shared = kwargs.get("rotary_pos_emb")
+        resident = [*self.parameters(), *([shared] if shared is not None else [])]
+        with self.offload.next(resident).saving():
+            return super().forward(*args, **kwargs)
+
+    def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Norm, MLP and residual of ``[T, 1, H]``."""
+        piece = self._piece_tokens
+        if piece is None or len(hidden_states) <= piece:
+            return super()._forward_mlp(hidden_states, *args, **kwargs)
+        whole = super()._forward_mlp
+
+        def half(tokens: torch.Tensor) -> torch.Tensor:
+            return whole(tokens, *args, **kwargs)
+
+        pieces = hidden_states.split(piece)
+        return torch.cat([checkpoint(half, x, use_reentrant=False, preserve_rng_state=False) for x in pieces])

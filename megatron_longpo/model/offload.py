@@ -1,0 +1,92 @@
+"""Saved activations that wait for the backward pass in host memory (``--cpu-offloading-num-layers``).
+
+A layer's saved tensors are copied to pinned host memory behind its computation. The backward pass of a layer asks for
+its own back and, at the same time, for those of the layer that comes next, so that these arrive while it computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from megatron_longpo import platform
+
+OFFLOAD_FROM_BYTES = 2**20
+"""Smaller tensors stay: log-sum-exps of short rows, scalars."""
+
+Packed = torch.Tensor | platform.HostCopy
+
+
+class LayerOffload:
+    """The saved tensors of one layer, or of one recomputed group of layers, for one micro-batch.
+
+    Args:
+        previous: That of the layer before, whose tensors the backward pass needs next.
+        resident: Tensors that stay on the device: weights, and what all layers share.
+    """
+
+    def __init__(self, previous: LayerOffload | None, resident: Iterable[torch.Tensor]) -> None:
+        self._previous = weakref.ref(previous) if previous is not None else None
+        self._resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
+        # Weak: a copy is freed with the last node of the graph that needs it.
+        self._copies: list[tuple[weakref.ref[torch.UntypedStorage], tuple[object, ...], weakref.ref]] = []
+        self._fetched = False
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """What autograd saves inside goes to the host."""
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+            yield
+
+    def pack(self, tensor: torch.Tensor) -> Packed:
+        """What stands for a saved tensor: its copy, or itself if it stays."""
+        storage = tensor.untyped_storage()
+        if tensor.nbytes < OFFLOAD_FROM_BYTES or storage.data_ptr() in self._resident:
+            return tensor
+        if tensor.device != platform.device():
+            return tensor
+        # Several operations save the same tensor, each by an object of its own.
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        for owner, known, copy in self._copies:
+            found = copy()
+            if owner() is storage and known == place and found is not None:
+                return found
+        made = platform.HostCopy(tensor)
+        self._copies.append((weakref.ref(storage), place, weakref.ref(made)))
+        return made
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """The saved tensor, on the device again."""
+        if isinstance(packed, torch.Tensor):
+            return packed
+        self.fetch()
+        previous = self._previous() if self._previous is not None else None
+        if previous is not None:
+            previous.fetch()
+        return packed.tensor()
+
+    def fetch(self) -> None:
+        """Start to bring back what is needed still."""
+        if self._fetched:
+            return
+        self._fetched = True
+        for _, _, reference in self._copies:
+            copy = reference()
+            if copy is not None:
+                copy.start_return()
+
+
+class OffloadChain:
+    """Makes the `LayerOffload`s of a block, each knowing the one before it."""
+
+    def __init__(self) -> None:
+        self._last: weakref.ref[LayerOffload] | None = None
+
+    def next(self, resident: Iterable[torch.Tensor]) -> LayerOffload:
+        """For the layer that computes now."""
+        link = LayerOffload(self._last() if self._last is not None else None, resident)
+        self._last = weakref.ref(link)
+        return link

@@ -1,0 +1,63 @@
+"""Saved tensors on the host: copied once however often they are saved, fetched a layer ahead, freed with the graph."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from megatron_longpo import platform
+from megatron_longpo.model import offload
+from megatron_longpo.model.offload import OffloadChain
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[platform.HostCopy]]:
+    """Every copy that is made, however small its tensor."""
+    made: list[weakref.ref[platform.HostCopy]] = []
+
+    class Noted(platform.HostCopy):
+        def __init__(self, tensor: torch.Tensor) -> None:
+            super().__init__(tensor)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(platform, "HostCopy", Noted)
+    monkeypatch.setattr(offload, "OFFLOAD_FROM_BYTES", 0)
+    return made
+
+
+def test_a_tensor_is_copied_once_and_weights_stay(copies: list[weakref.ref[platform.HostCopy]]) -> None:
+    weight = torch.randn(5, 5, requires_grad=True)
+    x = torch.randn(3, 5, requires_grad=True)
+    with OffloadChain().next([weight]).saving():
+        y = (x.sin() * x.cos()) @ weight  # sin, cos: x twice; the product: both factors; matmul: its input
+    assert len(copies) == 1 + 2 + 1
+    grad, weight_grad = torch.autograd.grad(y.sum(), (x, weight))
+    expected = torch.autograd.grad(((x.sin() * x.cos()) @ weight).sum(), (x, weight))
+    assert torch.equal(grad, expected[0]) and torch.equal(weight_grad, expected[1])
+    assert all(copy() is None for copy in copies), "a copy outlived the graph"
+
+
+def test_the_layer_before_is_fetched_ahead(copies: list[weakref.ref[platform.HostCopy]]) -> None:
+    chain, x = OffloadChain(), torch.randn(4, requires_grad=True)
+    links, y = [], x
+    for _ in range(3):
+        links.append(chain.next([]))
+        with links[-1].saving():
+            y = y.sin()
+    fetched: list[list[bool]] = []
+    for layer in (2, 1, 0):
+        links[layer].unpack(copies[layer]())  # type: ignore[arg-type]
+        fetched.append([link._fetched for link in links])
+    assert fetched == [[False, True, True], [True, True, True], [True, True, True]]
+
+
+def test_a_forward_pass_that_is_never_differentiated_leaves_nothing(
+    copies: list[weakref.ref[platform.HostCopy]],
+) -> None:
+    chain, x = OffloadChain(), torch.randn(4, requires_grad=True)
+    with chain.next([]).saving():
+        y = x.sin()
+    del y
+    assert len(copies) == 1 and copies[0]() is None
