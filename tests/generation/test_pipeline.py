@@ -114,9 +114,9 @@ def test_requests_of_one_document_come_together(corpus: Path, settings: Settings
     assert all(own[-1] - own[0] < len(own) + 6 for own in places.values())
 
 
-def test_content_depends_on_neither_tasks_nor_concurrency(clean: Clean, settings: Settings) -> None:
+def test_content_depends_on_neither_workers_nor_concurrency(clean: Clean, settings: Settings) -> None:
     with running(ChatServer(latency_s=0.001)) as url:
-        found = run(settings(base_url=url, num_tasks=3, num_workers=2, concurrency=2))
+        found = run(settings(base_url=url, num_workers=2, concurrency=2))
     assert found == clean.pairs
 
 
