@@ -47,7 +47,7 @@ class OverheadCase:
     document_chars: int = 6000
     concurrency: int = 64
     latency_ms: float = 50.0
-    num_workers: int = 2
+    num_workers: int = 1
 
 
 @dataclass(frozen=True)
