@@ -8,24 +8,21 @@ memory is the greatest resident set of the process.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from tqdm import tqdm
 
+from benchmarks.circumstances import circumstances
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.conversion.families import FAMILIES
 from megatron_longpo.conversion.hf_config import CONFIG_FILE
@@ -80,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.results:
         path = Path(arguments.results, "conversion.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result | _circumstances(), indent=2) + "\n")
+        around = circumstances(("torch", "megatron-core", "transformers", "safetensors"))
+        path.write_text(json.dumps(result | around, indent=2) + "\n")
         print(f"wrote {path}")
     if arguments.json:
         print(json.dumps(result))
@@ -206,28 +204,6 @@ def _identical(one: str, other: str) -> bool:
             ours.release()
             theirs.release()
     return True
-
-
-def _circumstances() -> dict[str, Any]:
-    """When, where, with what: so that a stored result can be judged later."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    # A + marks files that were changed since the commit.
-    command = ["git", "-C", str(Path(__file__).parents[1]), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    packages = ("torch", "megatron-core", "transformers", "safetensors")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "processor": names[0] if names else platform.machine(),
-            "cores": os.cpu_count(),
-            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-            "system": platform.platform(),
-        },
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in packages},
-        "commit": commit or None,
-    }
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.circumstances import circumstances as where_and_with_what
 from benchmarks.step import lm_head
 from benchmarks.step.case import StepCase
 from benchmarks.step.measure import Measurement
@@ -89,24 +86,13 @@ def _require_equal_losses(case: StepCase, ours: str, our_loss: float, theirs: st
 
 def circumstances(threads: int, by_cpu_time: bool) -> dict[str, Any]:
     """Where and with what, so that a stored result can be judged later."""
-    # A + marks files that were changed since the commit.
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    around = where_and_with_what(("torch", "megatron-core", "transformers", "trl"))
     return {
-        "machine": f"{os.cpu_count()}-core {platform.machine()} machine",
+        **around,
+        "machine": f"{around['machine']['cores']}-core {around['machine']['processor']} machine",
         "threads": threads,
         "time": "CPU time of the process" if by_cpu_time else "wall clock",
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "megatron-core", "transformers", "trl")},
-        "commit": commit or None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def table(summary: Mapping[str, Any]) -> str:
