@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +16,8 @@ _BLOCK_BYTES = 1 << 20
 
 
 def temporary_name(path: str | Path) -> Path:
-    """A name beside ``path`` that no other process on this machine uses."""
-    return Path(f"{path}.{os.getpid()}.tmp")
+    """A name beside ``path`` that no other process uses, on this machine or on another that shares the disk."""
+    return Path(f"{path}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def sync_file(path: str | Path) -> None:
@@ -102,6 +103,10 @@ def file_hash(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+class LockHeldError(ValueError):
+    """Another process holds a lock."""
+
+
 @contextmanager
 def exclusive_lock(path: str | Path, complaint: str) -> Iterator[None]:
     """Hold a lock file while the block runs; the kernel releases it when the process ends, however it ends.
@@ -111,7 +116,7 @@ def exclusive_lock(path: str | Path, complaint: str) -> Iterator[None]:
         complaint: Message of the error.
 
     Raises:
-        ValueError: Another process holds it.
+        LockHeldError: Another process holds it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,5 +124,5 @@ def exclusive_lock(path: str | Path, complaint: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(complaint) from error
+            raise LockHeldError(complaint) from error
         yield

@@ -177,7 +177,7 @@ def test_the_model_is_asked_for_pairs_with_the_command_of_the_user(folder: Path,
             folder / "held.jsonl", folder / "model", folder / "pairs", PairsSettings(max_instruction_tokens=4)
         )
     assert "no document gave a pair" in capfd.readouterr().err
-    log = (folder / "pairs" / "work" / "00000" / "log").read_text()
+    log = (folder / "pairs" / "state" / "00000" / "log").read_text()
     assert "no_usable_turn" in log
 
 

@@ -50,7 +50,7 @@ def test_two_elements_of_the_array_make_the_pairs(corpus: Path, huggingface_fold
 
     # Slurm's warning before the time is up: the work so far is kept.
     stopped = start(0)
-    while not (tmp_path / "pairs" / "work" / "00000" / "replay.sqlite3").exists():
+    while not (tmp_path / "pairs" / "state" / "00000" / "replay.sqlite3").exists():
         assert stopped.poll() is None
         time.sleep(0.05)
     stopped.send_signal(signal.SIGTERM)

@@ -53,19 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(settings: GenerationSettings, task: int | None) -> int:
+    from megatron_longpo.files import LockHeldError
     from megatron_longpo.generation.logs import log_to
     from megatron_longpo.generation.output import PAIRS, all_finished, prepare_output, write_results
     from megatron_longpo.generation.runner import run_task
-    from megatron_longpo.generation.store import WORK
+    from megatron_longpo.generation.store import STATE
 
     prepare_output(settings)
     for number in range(settings.num_tasks) if task is None else [task]:
-        log_to(Path(settings.output, WORK, f"{number:05d}", "log"))
+        log_to(Path(settings.output, STATE, f"{number:05d}", "log"))
         run_task(settings, number)
     if not all_finished(settings):
         print(f"task {task} of {settings.num_tasks} is finished; the last one to finish writes {PAIRS}")
         return 0
-    print(write_results(settings).table())
+    try:
+        report = write_results(settings)
+    except LockHeldError:
+        if task is None:
+            raise
+        print(f"all tasks are finished; another one is writing {PAIRS}")
+        return 0
+    print(report.table())
     print(f"wrote {Path(settings.output, PAIRS)}; look at it: python tools/inspect_pairs.py {settings.output}")
     return 0
 

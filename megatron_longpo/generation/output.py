@@ -3,7 +3,7 @@
 OUTPUT/pairs.jsonl      the pairs, in the order of the documents; the same bytes however the run went
 OUTPUT/report.json      what became of documents and turns
 OUTPUT/timings.jsonl    seconds and tokens of every document
-OUTPUT/work/            settings.json, and a folder of every task with its state, its lock and its log
+OUTPUT/state/           settings.json, and a folder of every task with its answers, its lock and its log
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.report import REPORT, GenerationReport
 from megatron_longpo.generation.rollout import Outcome
 from megatron_longpo.generation.settings import GenerationSettings
-from megatron_longpo.generation.store import WORK, finished_mark, read_outcomes, store_file
+from megatron_longpo.generation.store import STATE, finished_mark, read_outcomes, store_file
 from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
 
 PAIRS, TIMINGS = "pairs.jsonl", "timings.jsonl"
@@ -38,7 +38,7 @@ def prepare_output(settings: GenerationSettings) -> None:
     folder = Path(settings.output)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: give a folder")
-    file = folder / WORK / "settings.json"
+    file = folder / STATE / "settings.json"
     now: dict[str, Any] = {
         "schema": SCHEMA,
         "settings": settings.content(),
@@ -46,7 +46,7 @@ def prepare_output(settings: GenerationSettings) -> None:
         "documents": [[str(path), path.stat().st_size] for path in corpus_files(settings.documents)],
     }
     if not file.exists():
-        others = [path.name for path in folder.iterdir() if path.name != WORK] if folder.exists() else []
+        others = [path.name for path in folder.iterdir() if path.name != STATE] if folder.exists() else []
         if others:
             raise ValueError(f"--output {folder} is not empty ({', '.join(sorted(others)[:3])}): give another folder")
         write_json(file, now)
@@ -80,7 +80,7 @@ def write_results(settings: GenerationSettings) -> GenerationReport:
     folder = Path(settings.output)
     complaint = f"--output {folder}: another process is writing the results there; wait for it"
     report = GenerationReport()
-    with exclusive_lock(folder / WORK / "results.lock", complaint), ExitStack() as opened:
+    with exclusive_lock(folder / STATE / "results.lock", complaint), ExitStack() as opened:
         timings = opened.enter_context(atomic_writer(folder / TIMINGS))
         write_pairs(folder / PAIRS, _documents(settings, report, timings))
         write_json(folder / REPORT, report.to_dict(settings.content()))
@@ -110,11 +110,11 @@ def _documents(settings: GenerationSettings, report: GenerationReport, timings: 
 def all_finished(settings: GenerationSettings) -> bool:
     """Whether every task has come to its end."""
     tasks = range(settings.num_tasks)
-    return all(finished_mark(Path(settings.output, WORK), task).exists() for task in tasks)
+    return all(finished_mark(Path(settings.output, STATE), task).exists() for task in tasks)
 
 
 def _outcomes(settings: GenerationSettings, task: int) -> Iterator[tuple[Outcome, float]]:
-    file = store_file(Path(settings.output, WORK), task)
+    file = store_file(Path(settings.output, STATE), task)
     if not file.exists():
         raise ValueError(
             f"--output {settings.output}: task {task} of {settings.num_tasks} has not run; start it with --task {task}"

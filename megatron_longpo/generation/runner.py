@@ -33,7 +33,7 @@ from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.refusals import document_error
 from megatron_longpo.generation.rollout import DocumentPlan, Outcome, Rollout
 from megatron_longpo.generation.settings import OPENAI, GenerationSettings
-from megatron_longpo.generation.store import WORK, StoredOutcomes, TaskStore, finished_mark
+from megatron_longpo.generation.store import STATE, StoredOutcomes, TaskStore, finished_mark
 
 
 def generation_pipeline(settings: GenerationSettings) -> list[PipelineStep]:
@@ -89,7 +89,7 @@ class PairsRunner(InferenceRunner):
             ),
             output_writer=nullcontext(),
         )
-        work = Path(settings.output, WORK)
+        work = Path(settings.output, STATE)
         self.request_cache = TaskStore(work)
         self.checkpoint_manager = StoredOutcomes(self.request_cache)
         self._rollout = Rollout(settings, prompt_writer(settings))
@@ -97,7 +97,7 @@ class PairsRunner(InferenceRunner):
         self._progress: Progress | None = None
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
-        folder = Path(self.settings.output, WORK, f"{rank:05d}")
+        folder = Path(self.settings.output, STATE, f"{rank:05d}")
         complaint = (
             f"--output {self.settings.output}: another process is working on task {rank} of {world_size} there; wait "
             "for it, stop it, or give another folder"

@@ -20,7 +20,7 @@ from datatrove.pipeline.inference.checkpointing import RequestCache
 
 from megatron_longpo.generation.rollout import Outcome
 
-WORK = "work"
+STATE = "state"
 """Folder inside of ``--output`` with the state of a run."""
 
 _OUTCOMES = """

@@ -230,10 +230,21 @@ def test_two_writers_on_one_output_are_refused(settings: Settings) -> None:
     chosen = settings()
     prepare_output(chosen)
     with (
-        exclusive_lock(Path(chosen.output, "work", "00000", "lock"), ""),
+        exclusive_lock(Path(chosen.output, "state", "00000", "lock"), ""),
         pytest.raises(ValueError, match=r"pairs: another process is working on task 0 of 1 there"),
     ):
         run_task(chosen)
+
+
+def test_of_two_tasks_that_finish_together_one_writes(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(ChatServer()) as url:
+        words = command(settings(base_url=url))[2:]
+        assert main(words) == 0
+        with exclusive_lock(Path(settings().output, "state", "results.lock"), ""):
+            capsys.readouterr()
+            assert main([*words, "--task", "0"]) == 0
+            assert capsys.readouterr().out == "all tasks are finished; another one is writing pairs.jsonl\n"
+            assert main(words) == 1
 
 
 def test_going_on_with_other_flags_or_documents_is_refused(settings: Settings, corpus: Path, tmp_path: Path) -> None:
