@@ -159,10 +159,9 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatron_longpo.conversion.verify import compare_logits, compare_tensors, parse_sizes
+    from megatron_longpo.conversion.verify import compare_logits, compare_tensors, refuse_impossible_sizes
 
-    for sizes in arguments.torchrun:
-        parse_sizes(sizes)
+    refuse_impossible_sizes(arguments.hf_model, arguments.torchrun)
     rows = compare_tensors(arguments.hf_model, arguments.megatron)
     print(tensor_table(rows))
     equal = not any(row.num_differing for row in rows)

@@ -87,3 +87,16 @@ def test_verify_compares_logits_of_a_split_model(name: str, tmp_path: Path, caps
     (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("tp=2"))
     assert float(row[2]) < 1e-4 and float(row[4]) > 1 and row[-1] == "100.0%"
     assert row[1] == ("80" if name == "mistral-v0.1" else "64"), "more tokens than the window holds"
+
+
+def test_verify_refuses_sizes_that_the_model_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_random_model(tmp_path / "hf", "llama3.1")
+    words = ["verify", "--hf-model", str(tmp_path / "hf"), "--megatron", str(tmp_path / "none"), "--torchrun"]
+    capsys.readouterr()
+    for sizes, said in (
+        ("tp=3", "tp=3 must divide the model's 4 attention heads"),
+        ("tp=4", "tp=4 must divide the model's 2 key/value heads"),
+        ("pp=3", "pp=3 must divide the model's 4 layers"),
+    ):
+        assert main([*words, "tp=1", sizes]) == 2
+        assert capsys.readouterr().err == f"convert_checkpoint.py: error: --torchrun {sizes}: {said}\n"

@@ -121,6 +121,20 @@ def compare_logits(hf_model: str | Path, megatron: str | Path, sizes: Sequence[s
             yield LogitsRow(text, len(found), (found - expected).abs().max().item(), expected.abs().max().item(), same)
 
 
+def refuse_impossible_sizes(hf_model: str | Path, sizes: Sequence[str]) -> None:
+    """Raise ValueError where a model cannot be divided as ``tp=2,pp=2`` and the like ask for."""
+    model = read_hf_folder(hf_model).model
+    for text in sizes:
+        tp, pp = parse_sizes(text)
+        for name, size, what, count in (
+            ("tp", tp, "attention heads", model.num_attention_heads),
+            ("tp", tp, "key/value heads", model.num_query_groups),
+            ("pp", pp, "layers", model.num_layers),
+        ):
+            if count % size:
+                raise ValueError(f"--torchrun {text}: {name}={size} must divide the model's {count} {what}")
+
+
 def parse_sizes(text: str) -> tuple[int, int]:
     """Tensor- and pipeline-parallel size from ``tp=2,pp=2``; what is not named is 1.
 
@@ -156,4 +170,4 @@ def _run_split(checkpoint: Path, tp: int, pp: int, inputs: Path, output: Path) -
     worker = ["-m", "megatron_longpo.conversion.split_logits", str(checkpoint), str(tp), str(pp)]
     result = subprocess.run([*torchrun, *worker, str(inputs), str(output)], capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"the model at tp={tp},pp={pp} failed:\n{result.stderr[-4000:]}")
+        raise ChildProcessError(f"the model at tp={tp},pp={pp} failed:\n{result.stderr[-4000:]}")
