@@ -41,6 +41,8 @@ def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> float
     again = repeated(config)
     if training.recompute_granularity == "full":
         kept = again.matmul * hidden + (1 - again.matmul) * one_layer
+        if training.recompute_keep_attention:
+            kept += again.matmul * size * tokens * model.num_attention_heads * model.kv_channels / tp
     else:
         mlp = size * 5 * tokens * model.ffn_hidden_size / tp
         kept = one_layer - (mlp if again.matmul else 0.0)
