@@ -47,6 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, EngineError) as error:
         print(f"generate_pairs.py: error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("megatron_longpo"):
+            raise
+        print(f"generate_pairs.py: error: {error}: pip install 'megatron_longpo[generate]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("generate_pairs.py: stopped; what has been answered is kept, the same command goes on", file=sys.stderr)
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,18 @@ def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert main([*flags, "--instruction-template", str(template)]) == 1
     assert "template.txt must contain {num_instructions}" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "words"}\n')
+    monkeypatch.setitem(sys.modules, "aiohttp", None)  # what Python does with a package that is not there
+    monkeypatch.delitem(sys.modules, "megatron_longpo.generation.http_engine", raising=False)
+    tokenizer = tmp_path / "none"
+    flags = ["--documents", str(documents), "--output", str(tmp_path / "out"), *OPENAI[:-1], str(tokenizer)]
+    monkeypatch.setattr("megatron_longpo.generation.runner.make_planner", lambda settings: None)
+    assert main([*flags, "--no-progress"]) == 1
+    assert "pip install 'megatron_longpo[generate]'" in capsys.readouterr().err
 
 
 def test_help_shows_defaults(capsys: pytest.CaptureFixture) -> None:
