@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +79,8 @@ def write_results(settings: GenerationSettings) -> GenerationReport:
     folder = Path(settings.output)
     complaint = f"--output {folder}: another process is writing the results there; wait for it"
     report = GenerationReport()
-    with exclusive_lock(folder / STATE / "results.lock", complaint), ExitStack() as opened:
-        timings = opened.enter_context(atomic_writer(folder / TIMINGS))
+    lock = exclusive_lock(folder / STATE / "results.lock", complaint)
+    with lock, atomic_writer(folder / TIMINGS) as timings:
         write_pairs(folder / PAIRS, _documents(settings, report, timings))
         write_json(folder / REPORT, report.to_dict(settings.content()))
     return report

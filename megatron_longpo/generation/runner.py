@@ -97,6 +97,7 @@ class PairsRunner(InferenceRunner):
         self._progress: Progress | None = None
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Bring every document of a task to its outcome; raises what `run_task` does."""
         folder = Path(self.settings.output, STATE, f"{rank:05d}")
         complaint = (
             f"--output {self.settings.output}: another process is working on task {rank} of {world_size} there; wait "

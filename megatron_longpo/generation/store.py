@@ -84,12 +84,12 @@ class TaskStore(RequestCache):
 
     async def _writer_loop(self) -> None:
         assert self._queue is not None
-        closing = False
-        while not closing:
+        is_last = False
+        while not is_last:
             operations = [await self._queue.get()]
             while not self._queue.empty():
                 operations.append(self._queue.get_nowait())
-            closing = None in operations
+            is_last = None in operations
             waiting = [data[1] for kind, data in filter(None, operations) if kind == "outcome"]
             try:
                 await self._write(operations)
