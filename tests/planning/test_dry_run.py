@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from megatron.core import parallel_state
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from megatron_longpo.planning import dry_run as dry_run_module
 from megatron_longpo.planning.dry_run import RankMemory, dry_run
+from megatron_longpo.planning.fake_world import fake_tensors
 from megatron_longpo.planning.ledger import MemoryLedger, Part
 from megatron_longpo.planning.measured_step import MeasuredTrainer
 from megatron_longpo.planning.on_gpu import hidden_bytes
@@ -27,12 +30,20 @@ def planned(words: str = "", world_size: int = 1) -> list[RankMemory]:
     return dry_run(config, world_size, rows_of(config))
 
 
+def test_layers_see_the_one_layout_with_their_own_window() -> None:
+    layout = RowLayout((DocumentLayout(40, (3, 4)),))
+    with fake_tensors(layout):
+        assert RowLayout.from_tensor(torch.empty(5)) == layout
+        assert RowLayout.from_tensor(torch.empty(5), 8) == replace(layout, window_tokens=8)
+
+
 @pytest.mark.parametrize(
     "words",
     [
         pytest.param("--global-batch-size 2", marks=pytest.mark.slow),
         f"--global-batch-size 2 --use-distributed-optimizer {FULL}",
         "--global-batch-size 1 --bf16 --recompute-granularity selective --recompute-modules mlp --turns independent",
+        "--global-batch-size 1 --window-size 15,0",
     ],
 )
 def test_a_dry_run_counts_what_a_real_step_allocates(words: str, tmp_path: Path) -> None:
