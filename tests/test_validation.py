@@ -97,8 +97,8 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
         (
             "--context-parallel-size 4 --cp-comm-type p2p --window-size 63,0",
             4,
-            "--cp-comm-type p2p does not know --window-size 63,0: use --cp-comm-type all_gather or a2a, or --window-size "
-            "full",
+            "--cp-comm-type p2p does not know --window-size 63,0: use --cp-comm-type all_gather or a2a, or "
+            "--window-size full",
         ),
         (
             "--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
