@@ -50,6 +50,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
         activation_func=F.silu if model.swiglu else F.gelu,
+        use_te_activation_func=model.swiglu,  # takes the module that the spec names, here `SwiGLU`
         add_bias_linear=not model.disable_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,

@@ -12,10 +12,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint
 
 from megatron_longpo.model.offload import OffloadChain
+from megatron_longpo.model.remade import Remaking
 
 
 class FrugalLayer(TransformerLayer):
-    """A layer with ways to keep less between forward and backward pass; without them it is its base class.
+    """A layer with ways to keep less between forward and backward pass. What is `remade` is never kept.
 
     Args:
         mlp_chunk_tokens: Norm, MLP and residual of so many tokens at a time, recomputed in the backward pass: their
@@ -36,13 +37,19 @@ class FrugalLayer(TransformerLayer):
             self._piece_tokens = max(1, mlp_chunk_tokens // self.config.tensor_model_parallel_size)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer; under recomputation the group of layers is what is saved, so nothing is to be done here."""
-        if self.offload is None or not torch.is_grad_enabled() or is_checkpointing():
+        """The layer."""
+        if not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)
-        shared = kwargs.get("rotary_pos_emb")
-        resident = [*self.parameters(), *([shared] if shared is not None else [])]
-        with self.offload.next(resident).saving():
+        with self._remaking(kwargs.get("rotary_pos_emb")).saving():
             return super().forward(*args, **kwargs)
+
+    def _remaking(self, rotary_angles: torch.Tensor | None) -> Remaking:
+        """How this call saves. Under recomputation the group of layers is what waits on the host."""
+        if self.offload is None or is_checkpointing():
+            return Remaking()
+        shared = [rotary_angles] if rotary_angles is not None else []
+        offload = self.offload.next([*self.parameters(), *shared])
+        return Remaking(offload.pack, offload.unpack)
 
     def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Norm, MLP and residual of ``[T, 1, H]``."""

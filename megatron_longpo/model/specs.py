@@ -17,6 +17,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_longpo.attention.core_attention import SharedPrefixAttention
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.model.layer import FrugalLayer
+from megatron_longpo.model.remade import remade
+from megatron_longpo.model.swiglu import SwiGLU
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -29,6 +31,10 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension; the result is not kept for the backward pass of what it goes into."""
+        return remade(super().forward, hidden)
 
 
 def block_spec(
@@ -50,6 +56,8 @@ def block_spec(
     else:
         layer, norm = _local_layer(model), RMSNorm
     layer.submodules.self_attention.submodules.core_attention = SharedPrefixAttention
+    if model.swiglu:
+        layer.submodules.mlp.submodules.activation_func = SwiGLU
     layer.module = FrugalLayer
     layer.params = {**layer.params, "mlp_chunk_tokens": mlp_chunk_tokens}
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)
