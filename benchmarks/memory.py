@@ -26,8 +26,11 @@ from benchmarks.step.summary import ROOT
 FULL = ("--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1")
 KEPT = (*FULL, "--recompute-keep-attention")
 OFFLOAD, PIECES = "--cpu-offloading-num-layers={layers}", "--mlp-chunk-tokens=1024"
+NOTHING_REMADE = "outputs of norms and gates kept"
+"""What no flag brings back: every tensor that autograd asks for."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "no recomputation": (),
+    NOTHING_REMADE: (),
     "MLP in pieces of 1024": (PIECES,),
     "offload": (OFFLOAD,),
     "full recomputation": FULL,
@@ -43,10 +46,13 @@ def measure(folder: Path, name: str, case: StepCase) -> dict[str, float]:
     from benchmarks.step.case import ReferenceNumbers
     from benchmarks.step.trainer import run_config, shared_prefix_batch
     from megatron_longpo.data.dataset import PreferenceDataset
+    from megatron_longpo.model.remade import Remaking
     from megatron_longpo.training.distributed import initialize, shut_down
     from megatron_longpo.training.loop import Trainer
     from megatron_longpo.training.step import document_loss, run_schedule
 
+    if name == NOTHING_REMADE:
+        Remaking.note = lambda *_: None  # type: ignore[method-assign,assignment]
     flags = [flag.format(layers=case.num_layers) for flag in VARIANTS[name]]
     config = run_config(case, folder, ["--objective=longpo", *flags], 1)
     initialize(config)

@@ -151,8 +151,10 @@ def run_variant(
     words = [variant, str(folder), str(num_steps), json.dumps(dataclasses.asdict(case))]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(num_threads),
-        # Otherwise glibc keeps a heap per thread, and the peak depends on which thread freed what.
+        # Otherwise glibc keeps a heap per thread, and the peak depends on which thread freed what; and with a threshold
+        # that it moves by itself, tensors of up to 32 MiB leave holes in that heap, up to half of a peak.
         "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
         "PYTHONPATH": str(ROOT),
         "HF_HOME": str(folder / "huggingface"),
         "HF_HUB_OFFLINE": "1",

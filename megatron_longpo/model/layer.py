@@ -20,7 +20,7 @@ class FrugalLayer(TransformerLayer):
 
     Args:
         mlp_chunk_tokens: Norm, MLP and residual of so many tokens at a time, recomputed in the backward pass: their
-            inner activations, the widest of the layer, exist for one piece of the row instead of ``[T, 3F]``, and
+            inner activations, the widest of the layer, exist for one piece of the row instead of ``[T, 2F]``, and
             nothing but the half's input ``[T, H]`` is saved. None takes the row as a whole.
         offload: Saved tensors go to the host; None keeps them.
 
