@@ -2,17 +2,21 @@
 
 At every step of the ring a rank holds the keys of one rank, in that rank's local order, and computes the parts of its
 tiles that have these keys. A rank's two chunks of a segment lie side by side in its local order, so a rectangle on both
-of them stays one rectangle. Causal squares are on a rank's own keys: step 0.
+of them stays one rectangle. Causal squares are on a rank's own keys: step 0. The flipped ones of a sliding window are on
+any keys, and fall into a rectangle and a smaller square for every run of them that a rank holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from megatron_longpo.attention.tiles import Plan, Span, Tile, complement, disjoint, plan
+from megatron_longpo.attention.tiles import Plan, Run, Span, Tile, complement, disjoint, held_runs, plan
 from megatron_longpo.data.layout import RowLayout
+
+_Overlap = tuple[Span, Span]
+"""A tile's keys in one run of a rank's keys: counted from the tile's first key, and their local index."""
 
 
 @lru_cache(maxsize=256)
@@ -33,19 +37,13 @@ def ring_plans(layout: RowLayout, cp_rank: int) -> tuple[Plan, ...]:
     steps = []
     for step in range(layout.cp_size):
         cut: list[Tile] = []
-        for tile, keys in _cut(tiles, layout, (cp_rank - step) % layout.cp_size):
-            queries_first = all(disjoint(span, (tile.query_start, tile.query_stop)) for span in stored)
+        for tile in _cut(tiles, list(held_runs(layout, (cp_rank - step) % layout.cp_size))):
+            queries, keys = (tile.query_start, tile.query_stop), (tile.key_start, tile.key_stop)
+            queries_first = all(disjoint(queries, span) for span in stored)
+            keys_first = all(disjoint(keys, (t.key_start, t.key_stop)) for t in cut)
             if queries_first:
-                stored.append((tile.query_start, tile.query_stop))
-            cut.append(
-                replace(
-                    tile,
-                    key_start=keys[0],
-                    key_stop=keys[1],
-                    queries_first=queries_first,
-                    keys_first=all(disjoint(keys, (t.key_start, t.key_stop)) for t in cut),
-                )
-            )
+                stored.append(queries)
+            cut.append(replace(tile, queries_first=queries_first, keys_first=keys_first))
         unstored_keys = complement([(t.key_start, t.key_stop) for t in cut if t.keys_first], layout.local_tokens)
         steps.append(Plan(tuple(cut), (), unstored_keys))
     # Own keys hold at least a query itself, so after step 0 every true query has a result.
@@ -53,30 +51,34 @@ def ring_plans(layout: RowLayout, cp_rank: int) -> tuple[Plan, ...]:
     return (first, *steps[1:])
 
 
-def _cut(tiles: Iterable[Tile], layout: RowLayout, owner: int) -> Iterator[tuple[Tile, Span]]:
-    """The tiles that need keys of one rank, each with a range of that rank's local keys."""
-    runs = list(_key_runs(layout, owner))
+def _cut(tiles: Iterable[Tile], held: Sequence[Run]) -> Iterator[Tile]:
+    """The parts of tiles that need the keys of these runs, with keys by their local index."""
     for tile in tiles:
-        spans: list[Span] = []
-        for row, length, local in runs:
-            start, stop = max(tile.key_start, row), min(tile.key_stop, row + length)
-            if start >= stop:
-                continue
-            span = (local + start - row, local + stop - row)
-            if spans and spans[-1][1] == span[0]:
-                span = (spans.pop()[0], span[1])
-            spans.append(span)
-        if tile.causal and spans:
-            ((start, stop),) = spans
-            assert stop - start == tile.key_stop - tile.key_start, "a mask holds only on the whole of its square"
-        yield from ((tile, span) for span in spans)
+        overlaps: list[_Overlap] = []
+        for run in held:
+            start, stop = max(tile.key_start, run.row), min(tile.key_stop, run.row + run.length)
+            if start < stop:
+                local = start + run.local - run.row
+                overlaps.append(((start - tile.key_start, stop - tile.key_start), (local, local + stop - start)))
+        yield from _of_flipped_square(tile, overlaps) if tile.flipped else _side_by_side(tile, overlaps)
 
 
-def _key_runs(layout: RowLayout, cp_rank: int) -> Iterator[tuple[int, int, int]]:
-    """Row index, length and local index of the true tokens of every chunk that a rank holds."""
-    local = 0
-    for segment, start, stop in layout.chunks(cp_rank):
-        length = min(stop, segment.stop) - start
-        if length > 0:
-            yield start, length, local
-        local += stop - start
+def _side_by_side(tile: Tile, overlaps: list[_Overlap]) -> Iterator[Tile]:
+    """A rectangle, or a square on a rank's own keys: one part for keys that lie side by side, whatever their order."""
+    spans: list[Span] = []
+    for _, span in overlaps:
+        if spans and spans[-1][1] == span[0]:
+            span = (spans.pop()[0], span[1])
+        spans.append(span)
+    for start, stop in spans:
+        assert not tile.causal or stop - start == tile.key_stop - tile.key_start, "own keys are held in one run"
+        yield replace(tile, key_start=start, key_stop=stop)
+
+
+def _of_flipped_square(tile: Tile, overlaps: list[_Overlap]) -> Iterator[Tile]:
+    """Of a square in which query i sees the keys from i on: those before ``first`` see all of a run, a rectangle."""
+    for (first, stop), (key_start, key_stop) in overlaps:
+        on_run = replace(tile, key_start=key_start, key_stop=key_stop)
+        if first:
+            yield replace(on_run, query_stop=tile.query_start + first, causal=False, flipped=False)
+        yield replace(on_run, query_start=tile.query_start + first, query_stop=tile.query_start + stop)
