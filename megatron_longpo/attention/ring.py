@@ -2,15 +2,17 @@
 
 Every rank keeps its zigzag queries and computes on one rank's keys after another, while the next ones are on their way.
 Partial results merge by log-sum-exp like all tiles; no rank ever holds the whole row's keys. In the backward pass the
-gradients of keys and values travel one hop behind them, each rank adding its share, and arrive at home.
+gradients of what travels follow one hop behind, each rank adding its share, and arrive at home after the last step.
 
 The branches' keys go around with the prefix's: they are few, and gathering them would be a second way to communicate.
+Under a sliding window no key leaves its rank that no other rank sees (`ring_tiles`); the hops stay as many.
 """
 
-# t=local tokens N=query heads G=key/value heads D=head_dim
+# t=local tokens s=tokens that are sent N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_longpo.attention.kept import computed_once
-from megatron_longpo.attention.ring_tiles import ring_plans
+from megatron_longpo.attention.ring_tiles import RingPlan, ring_plan
 from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.shared_prefix import backward_into, check_shapes, compact, empty_results, forward_into
+from megatron_longpo.attention.tiles import Plan
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
 
@@ -33,9 +36,9 @@ def ring_attention(
 ) -> torch.Tensor:
     """Attention of this rank's queries on the whole row.
 
-    Collectives: cp - 1 sends of local keys and values to the next rank forward; cp - 1 of these and cp of their
-    gradients, in fp32 at least, backward; each behind the computation of a step. Recomputed with its results kept
-    (`kept.KeptResults`) it communicates nothing.
+    Collectives: cp - 1 sends of keys and values to the next rank forward; cp - 1 of these and cp - 1 of their
+    gradients, in fp32 at least, backward; each but the last behind the computation of a step. Recomputed with its
+    results kept (`kept.KeptResults`) it communicates nothing.
 
     Args:
         q: ``[t, N, D]``, in the rank's local order.
@@ -77,23 +80,27 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         ring = _Ring(ctx.cp_group)
+        tiles = ring_plan(ctx.layout, ring.rank)
         kernel = select_kernel(q.device, q.dtype)
         # Sums over ranks: half precision is added up in fp32, also where a rank adds once.
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        block = torch.stack((k, v))
-        gradients: _Transfer | None = None
-        for step, tiles in enumerate(ring_plans(ctx.layout, ring.rank)):
-            following = ring.send(block, _KEYS) if step + 1 < ring.size else None
-            grads = torch.empty(block.shape, dtype=sum_dtype, device=block.device)
-            backward_into(dq, grads[0], grads[1], grad_out, q, block[0], block[1], out, lse, tiles, ctx.scale, kernel)
-            if gradients is not None:
-                grads += gradients.received()
-            gradients = ring.send(grads, _GRADIENTS)
-            if following is not None:
-                block = following.received()
-        assert gradients is not None
-        dk, dv = gradients.received()
+        own = torch.empty(0)
+        travelling: _Transfer | None = None
+        for step, (plan, keys, values) in enumerate(_steps(ring, tiles, k, v)):
+            grads = torch.empty((2, *keys.shape), dtype=sum_dtype, device=k.device)
+            backward_into(dq, grads[0], grads[1], grad_out, q, keys, values, out, lse, plan, ctx.scale, kernel)
+            if step == 0:
+                own = grads
+                continue
+            if travelling is not None:
+                grads += travelling.received()
+            travelling = ring.send(grads, (*tiles.num_keys, tiles.num_sent)[step + 1], _GRADIENTS)
+        if travelling is not None:
+            parts = travelling.received().split([stop - start for start, stop in tiles.sent], 1)
+            for (start, stop), part in zip(tiles.sent, parts, strict=True):
+                own[:, start:stop] += part
+        dk, dv = own
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
@@ -103,13 +110,23 @@ def _forward(
     ring = _Ring(cp_group)
     kernel = select_kernel(q.device, q.dtype)
     out, lse = empty_results(q)
-    block = torch.stack((k, v))
-    for step, tiles in enumerate(ring_plans(layout, ring.rank)):
-        following = ring.send(block, _KEYS) if step + 1 < ring.size else None
-        forward_into(out, lse, q, block[0], block[1], tiles, scale, kernel)
+    for plan, keys, values in _steps(ring, ring_plan(layout, ring.rank), k, v):
+        forward_into(out, lse, q, keys, values, plan, scale, kernel)
+    return out, lse
+
+
+def _steps(
+    ring: _Ring, tiles: RingPlan, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[tuple[Plan, torch.Tensor, torch.Tensor]]:
+    """Every step with its keys and values; the next ones are under way meanwhile."""
+    keys, values = k, v
+    block = torch.cat([x[start:stop] for x in (k, v) for start, stop in tiles.sent]).unflatten(0, (2, -1))
+    for step, plan in enumerate(tiles.steps):
+        following = ring.send(block, tiles.num_keys[step + 1], _KEYS) if step + 1 < ring.size else None
+        yield plan, keys, values
         if following is not None:
             block = following.received()
-    return out, lse
+            keys, values = block
 
 
 class _Ring:
@@ -121,13 +138,13 @@ class _Ring:
         self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
         self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
 
-    def send(self, tensor: torch.Tensor, tag: int) -> _Transfer:
-        """Start to send a tensor to the next rank and to receive another from the previous one.
+    def send(self, tensor: torch.Tensor, num_incoming: int, tag: int) -> _Transfer:
+        """Start to send ``[2, s, G, D]`` to the next rank and to receive ``[2, num_incoming, G, D]`` from the previous.
 
         The tensor must not change until the transfer is `received`.
         """
         with named_range(COMM):
-            incoming = torch.empty_like(tensor)
+            incoming = tensor.new_empty((2, num_incoming, *tensor.shape[2:]))
             operations = [
                 dist.P2POp(dist.isend, tensor, self._next, self.group, tag),
                 dist.P2POp(dist.irecv, incoming, self._previous, self.group, tag),

@@ -86,13 +86,19 @@ class Run:
     length: int
 
     @property
-    def queries(self) -> Span:
+    def place(self) -> Span:
+        """Where the rank holds them."""
         return self.local, self.local + self.length
 
     @property
     def position(self) -> int:
         """Position of the first token."""
         return self.segment.first_position + self.row - self.segment.start
+
+    def overlap(self, start: int, stop: int) -> Run | None:
+        """The part that lies in a range of row indices, None for an empty one."""
+        first, last = max(start, self.row), min(stop, self.row + self.length)
+        return Run(self.segment, self.local + first - self.row, first, last - first) if first < last else None
 
     def blocks(self, length: int) -> Iterator[Run]:
         """The run in pieces of this length, the last one shorter."""
@@ -168,8 +174,8 @@ def _shapes(runs: list[Run]) -> Iterator[tuple[Span, Span, bool]]:
     yield from _on_prefix(run for run in runs if run.segment.branch != PREFIX)
     for run in reversed(runs):
         if run.row > run.segment.start:
-            yield run.queries, (run.segment.start, run.row), False
-        yield run.queries, (run.row, run.row + run.length), True
+            yield run.place, (run.segment.start, run.row), False
+        yield run.place, (run.row, run.row + run.length), True
 
 
 def _on_prefix(branch_runs: Iterable[Run]) -> Iterator[tuple[Span, Span, bool]]:
@@ -183,7 +189,7 @@ def _on_prefix(branch_runs: Iterable[Run]) -> Iterator[tuple[Span, Span, bool]]:
             continue
         if pending:
             yield pending, keys, False
-        pending = run.queries
+        pending = run.place
     if pending:
         yield pending, keys, False
 
@@ -196,7 +202,7 @@ def _windowed(runs: list[Run], window_tokens: int) -> Iterator[Tile]:
     blocks = [block for run in runs for block in run.blocks(window_tokens)]
     for block in blocks:
         own = block.row, block.row + block.length
-        yield Tile(*block.queries, *own, True, True, True, of_branch=block.segment.branch != PREFIX)
+        yield Tile(*block.place, *own, True, True, True, of_branch=block.segment.branch != PREFIX)
     for block in blocks:
         segment, first = block.segment, block.position
         # Keys by position, and the row index of position 0.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_longpo.attention.dense import dense_mask
-from megatron_longpo.attention.ring_tiles import ring_plans
+from megatron_longpo.attention.ring_tiles import ring_plan
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from tests.attention.test_tiles import times_covered
 
@@ -23,17 +23,24 @@ layouts = st.builds(
 )
 
 
+def sent_keys(layout: RowLayout, rank: int) -> torch.Tensor:
+    """Row indices of the keys that a rank sends off, in order."""
+    local = layout.local_index(rank)
+    return torch.cat([local[start:stop] for start, stop in ring_plan(layout, rank).sent])
+
+
 def check_steps(layout: RowLayout) -> None:
     """The steps of all ranks cover every pair of the mask once and no other; what they say of first tiles is true."""
     counts = torch.zeros(layout.padded_tokens, layout.padded_tokens, dtype=torch.int64)
     for rank in range(layout.cp_size):
         queries = layout.local_index(rank)
         stored = torch.zeros(layout.local_tokens, dtype=torch.bool)
-        for step, plan in enumerate(ring_plans(layout, rank)):
-            keys = layout.local_index((rank - step) % layout.cp_size)
-            covered = times_covered(plan, layout.local_tokens, layout.local_tokens)
-            counts[queries[:, None], keys] += covered
-            seen = torch.zeros(layout.local_tokens, dtype=torch.bool)
+        steps, num_keys = ring_plan(layout, rank).steps, ring_plan(layout, rank).num_keys
+        for step, plan in enumerate(steps):
+            keys = queries if step == 0 else sent_keys(layout, (rank - step) % layout.cp_size)
+            assert num_keys[step] == len(keys) > 0
+            counts[queries[:, None], keys] += times_covered(plan, len(queries), len(keys))
+            seen = torch.zeros(len(keys), dtype=torch.bool)
             for start, stop in plan.unstored_queries:
                 assert step == 0
                 stored[start:stop] = True
@@ -68,9 +75,9 @@ def test_a_flipped_square_is_cut_where_its_keys_change_hands() -> None:
     layout = RowLayout((DocumentLayout(32, ()),), cp_size=4, window_tokens=8)  # chunks of 4, a window of two
     parts = [
         [((t.query_start, t.query_stop), (t.key_start, t.key_stop), t.causal, t.flipped) for t in plan.tiles]
-        for plan in ring_plans(layout, 3)
+        for plan in ring_plan(layout, 3).steps
     ]
-    # Tokens 12 to 19 are one block. Behind it lie chunks 1 and 2, of ranks 1 and 2: token 12 + i sees tokens 5 + i to 11.
+    # Tokens 12 to 19 are one block: token 12 + i sees tokens 5 + i to 11, of chunks 1 and 2 on ranks 1 and 2.
     assert parts == [
         [((0, 8), (0, 8), True, False)],
         [((0, 3), (0, 4), False, False), ((3, 7), (0, 4), True, True)],
@@ -79,8 +86,26 @@ def test_a_flipped_square_is_cut_where_its_keys_change_hands() -> None:
     ]
 
 
+def test_a_window_sends_what_other_ranks_see() -> None:
+    # Two chunks of 64 on every rank; the query at position p sees p - 9 to p.
+    layout = RowLayout((DocumentLayout(512, ()),), cp_size=4, window_tokens=10)
+    ends = [list(range(chunk * 64 + 55, chunk * 64 + 64)) for chunk in range(8)]
+    assert [sent_keys(layout, rank).tolist() for rank in range(4)] == [
+        ends[0],  # nobody comes after the last chunk
+        ends[1] + ends[6],
+        ends[2] + ends[5],
+        ends[4],  # chunk 4 sees chunk 3 on its own rank
+    ]
+    assert ring_plan(layout, 2).num_keys == (128, 18, 9, 9)
+    # Branches are short, and all ranks hold pieces of them; their first tokens see the end of the prefix.
+    layout = RowLayout((DocumentLayout(512, (16, 16)),), cp_size=4, window_tokens=10)
+    assert sent_keys(layout, 0).tolist() == [*ends[0], *range(505, 514), 528, 529]
+    full = replace(layout, window_tokens=None)
+    assert sent_keys(full, 0).tolist() == full.local_index(0).tolist()
+
+
 def test_two_chunks_of_a_rank_are_one_rectangle() -> None:
     layout = RowLayout((DocumentLayout(64, (8, 8)),), cp_size=4)
-    for step, plan in enumerate(ring_plans(layout, 1)):
+    for step, plan in enumerate(ring_plan(layout, 1).steps):
         on_prefix = [tile for tile in plan.tiles if tile.of_branch and tile.key_start < 16 and not tile.causal]
         assert [(tile.key_start, tile.key_stop) for tile in on_prefix] == [(0, 16)], step

@@ -3,6 +3,7 @@
 import itertools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def messages() -> list[str]:
 
 
 def ring_events() -> list[list[str]]:
-    """What a ring of 2 does, in order: forward, recomputed with its results kept, backward."""
+    """What a ring of 2 does, in order: forward, recomputed with its results kept, backward; then with a window."""
     from megatron_longpo.attention import ring
     from megatron_longpo.attention.kept import KeptResults
     from megatron_longpo.attention.kernels import CpuFlashKernel
@@ -141,8 +142,8 @@ def ring_events() -> list[list[str]]:
     def logged(owner: type, method: str, event: str) -> None:
         original = getattr(owner, method)
 
-        def call(*args: object) -> object:
-            events.append(event)
+        def call(*args: Any) -> Any:
+            events.append(f"{event} {args[1].shape[1]}" if event == "send" else event)
             return original(*args)
 
         setattr(owner, method, call)
@@ -151,25 +152,20 @@ def ring_events() -> list[list[str]]:
     logged(ring._Transfer, "received", "received")
     logged(CpuFlashKernel, "forward", "kernel")
     logged(CpuFlashKernel, "backward", "kernel")
-    layout = layouts(2)[0]
-    mine = layout.local_index(dist.get_rank())
-    *row, row_grad = (x[mine] for x in random_row(layout))
-    local = [x.clone().requires_grad_() for x in row]
-    kept, phases = KeptResults(), []
-
-    def attend() -> torch.Tensor:
-        with kept.in_use():
-            return context_parallel_attention(*local, layout, dist.group.WORLD, "p2p", SCALE)
-
-    with torch.no_grad():
-        attend()
-    phases.append(events.copy())
-    events.clear()
-    out = attend()
-    phases.append(events.copy())
-    events.clear()
-    out.backward(row_grad)
-    phases.append(events.copy())
+    phases = []
+    for layout in (layouts(2)[0], layouts(2)[4]):
+        mine = layout.local_index(dist.get_rank())
+        *row, row_grad = (x[mine] for x in random_row(layout))
+        local = [x.clone().requires_grad_() for x in row]
+        kept = KeptResults()
+        for recomputed in (False, True):
+            events.clear()
+            with torch.set_grad_enabled(recomputed), kept.in_use():
+                out = context_parallel_attention(*local, layout, dist.group.WORLD, "p2p", SCALE)
+            phases.append(events.copy())
+        events.clear()
+        out.backward(row_grad)
+        phases.append(events.copy())
     return [[event for event, _ in itertools.groupby(phase)] for phase in phases]
 
 
@@ -192,11 +188,15 @@ def test_module_in_bf16_errors_and_the_order_of_a_ring() -> None:
             error = ((actual - whole).norm() / whole.norm()).item()
             assert error < 1e-2, f"{comm_type} row {row_number} {name} is off by {error:.1e}"
 
-    for _, (heads, comm_type, hierarchy, cp_size, tokens), (forward, recomputed, backward) in results:
-        assert forward == ["send", "kernel", "received", "kernel"], "keys travel while a step is computed"
-        assert recomputed == []
-        # The gradients of step 0's keys travel during step 1, and at last go home.
-        assert backward == ["send", "kernel", "send", "received", "kernel", "received", "send", "received"]
+    # A rank sends all of its true keys; where a window of 3 is enough, the last two of a chunk that others see.
+    full, windowed = (38, 46), (6, 4)
+    for rank, (_, (heads, comm_type, hierarchy, cp_size, tokens), phases) in enumerate(results):
+        for sent, (forward, recomputed, backward) in zip((full, windowed), (phases[:3], phases[3:]), strict=True):
+            own, gradients = f"send {sent[rank]}", f"send {sent[1 - rank]}"
+            assert forward == [own, "kernel", "received", "kernel"], "keys travel while a step is computed"
+            assert recomputed == []
+            # The gradients of the other rank's keys go home at last.
+            assert backward == [own, "kernel", "received", "kernel", gradients, "received"]
         assert "--cp-comm-type a2a" in heads and "3 key/value heads" in heads and "all_gather" in heads
         assert comm_type == "--cp-comm-type 'allgather' is not one of all_gather, a2a, p2p, a2a+p2p"
         assert hierarchy == "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes"
