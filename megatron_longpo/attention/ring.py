@@ -13,16 +13,16 @@ Under a sliding window no key leaves its rank that no other rank sees (`ring_til
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-from megatron_longpo.attention.kept import computed_once
+from megatron_longpo.attention.function import Gradients, RowAttention, Saved, check_shapes
+from megatron_longpo.attention.kept import Result
 from megatron_longpo.attention.ring_tiles import RingPlan, ring_plan
 from megatron_longpo.attention.selection import select_kernel
-from megatron_longpo.attention.shared_prefix import backward_into, check_shapes, compact, empty_results, forward_into
+from megatron_longpo.attention.shared_prefix import backward_into, empty_results, forward_into
 from megatron_longpo.attention.tiles import Plan
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
@@ -37,8 +37,7 @@ def ring_attention(
     """Attention of this rank's queries on the whole row.
 
     Collectives: cp - 1 sends of keys and values to the next rank forward; cp - 1 of these and cp - 1 of their
-    gradients, in fp32 at least, backward; each but the last behind the computation of a step. Recomputed with its
-    results kept (`kept.KeptResults`) it communicates nothing.
+    gradients, in fp32 at least, backward; each but the last behind the computation of a step.
 
     Args:
         q: ``[t, N, D]``, in the rank's local order.
@@ -55,75 +54,54 @@ def ring_attention(
         ValueError: Shapes do not fit the layout or each other.
     """
     check_shapes(q, k, v, layout.local_tokens)
-    return _RingAttention.apply(q, k, v, layout, cp_group, scale)
+    return _RingAttention(layout, scale, cp_group)(q, k, v)
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: RowLayout,
-        cp_group: dist.ProcessGroup,
-        scale: float,
-    ) -> torch.Tensor:
-        q, k, v = compact(q), compact(k), compact(v)
-        out, lse = computed_once(lambda: _forward(q, k, v, layout, cp_group, scale))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.cp_group, ctx.scale = layout, cp_group, scale
-        return out
+@dataclass(frozen=True)
+class _RingAttention(RowAttention):
+    cp_group: dist.ProcessGroup
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        ring = _Ring(ctx.cp_group)
-        tiles = ring_plan(ctx.layout, ring.rank)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        ring = _Ring(self.cp_group)
+        kernel = select_kernel(q.device, q.dtype)
+        out, lse = empty_results(q)
+        for tiles, keys, values in _steps(ring, ring_plan(self.layout, ring.rank), k, v):
+            forward_into(out, lse, q, keys, values, tiles, self.scale, kernel)
+        return out, lse
+
+    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
+        q, k, v, out, lse = saved
+        ring = _Ring(self.cp_group)
+        plan = ring_plan(self.layout, ring.rank)
         kernel = select_kernel(q.device, q.dtype)
         # Sums over ranks: half precision is added up in fp32, also where a rank adds once.
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        own = torch.empty(0)
+        own = torch.empty((2, *k.shape), dtype=sum_dtype, device=k.device)
         travelling: _Transfer | None = None
-        for step, (plan, keys, values) in enumerate(_steps(ring, tiles, k, v)):
-            grads = torch.empty((2, *keys.shape), dtype=sum_dtype, device=k.device)
-            backward_into(dq, grads[0], grads[1], grad_out, q, keys, values, out, lse, plan, ctx.scale, kernel)
-            if step == 0:
-                own = grads
-                continue
+        for step, (tiles, keys, values) in enumerate(_steps(ring, plan, k, v)):
+            grads = own if step == 0 else torch.empty((2, *keys.shape), dtype=sum_dtype, device=k.device)
+            backward_into(dq, grads[0], grads[1], grad_out, q, keys, values, out, lse, tiles, self.scale, kernel)
             if travelling is not None:
                 grads += travelling.received()
-            travelling = ring.send(grads, (*tiles.num_keys, tiles.num_sent)[step + 1], _GRADIENTS)
+            if step > 0:
+                travelling = ring.send(grads, (*plan.num_keys, plan.num_sent)[step + 1], _GRADIENTS)
         if travelling is not None:
-            parts = travelling.received().split([stop - start for start, stop in tiles.sent], 1)
-            for (start, stop), part in zip(tiles.sent, parts, strict=True):
+            parts = travelling.received().split([stop - start for start, stop in plan.sent], 1)
+            for (start, stop), part in zip(plan.sent, parts, strict=True):
                 own[:, start:stop] += part
-        dk, dv = own
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    ring = _Ring(cp_group)
-    kernel = select_kernel(q.device, q.dtype)
-    out, lse = empty_results(q)
-    for plan, keys, values in _steps(ring, ring_plan(layout, ring.rank), k, v):
-        forward_into(out, lse, q, keys, values, plan, scale, kernel)
-    return out, lse
+        return dq, own[0], own[1]
 
 
 def _steps(
-    ring: _Ring, tiles: RingPlan, k: torch.Tensor, v: torch.Tensor
+    ring: _Ring, plan: RingPlan, k: torch.Tensor, v: torch.Tensor
 ) -> Iterator[tuple[Plan, torch.Tensor, torch.Tensor]]:
-    """Every step with its keys and values; the next ones are under way meanwhile."""
+    """The tiles of every step, its keys and its values; the next ones are under way meanwhile."""
     keys, values = k, v
-    block = torch.cat([x[start:stop] for x in (k, v) for start, stop in tiles.sent]).unflatten(0, (2, -1))
-    for step, plan in enumerate(tiles.steps):
-        following = ring.send(block, tiles.num_keys[step + 1], _KEYS) if step + 1 < ring.size else None
-        yield plan, keys, values
+    block = torch.cat([x[start:stop] for x in (k, v) for start, stop in plan.sent]).unflatten(0, (2, -1))
+    for step, tiles in enumerate(plan.steps):
+        following = ring.send(block, plan.num_keys[step + 1], _KEYS) if step + 1 < ring.size else None
+        yield tiles, keys, values
         if following is not None:
             block = following.received()
             keys, values = block
