@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.config.data import split_shares
 from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.config.parallel import WINDOWED
 
 
 def validate(config: RunConfig, world_size: int) -> None:
@@ -154,12 +153,6 @@ def _context(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, groups = config.parallel, config.model.num_query_groups
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     name = "--num-query-groups" if config.model.group_query_attention else "--num-attention-heads"
-    window = config.model.window_size
-    if cp > 1 and parallel.cp_comm_type not in WINDOWED and window.num_tokens is not None:
-        yield (
-            f"--cp-comm-type {parallel.cp_comm_type} does not know --window-size {window}: use --cp-comm-type "
-            f"{' or '.join(WINDOWED)}, or --window-size full"
-        )
     if cp > 1 and parallel.cp_comm_type == "a2a+p2p":
         yield from _hierarchical(config, name)
     if cp > 1 and parallel.cp_comm_type == "a2a" and groups % (tp * cp):

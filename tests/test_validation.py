@@ -32,8 +32,7 @@ def errors_of(words: str, world_size: int = 1) -> tuple[str, ...]:
         ("--tensor-model-parallel-size 4 --sequence-parallel", 8),
         ("--context-parallel-size 2 --cp-comm-type a2a --tensor-model-parallel-size 2", 4),
         ("--context-parallel-size 8 --tensor-model-parallel-size 2", 16),
-        ("--context-parallel-size 8 --cp-comm-type p2p", 8),
-        ("--context-parallel-size 8 --cp-comm-type all_gather --window-size 63,0", 8),
+        ("--context-parallel-size 8 --cp-comm-type p2p --window-size 63,0", 8),
         ("--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 4 2", 8),
         ("--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1", 4),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", 1),
@@ -94,12 +93,6 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             "--context-parallel-size 4 = 8; use --cp-comm-type all_gather",
         ),
         ("--context-parallel-size 4 --cp-comm-type a2a+p2p", 4, "needs --hierarchical-context-parallel-sizes"),
-        (
-            "--context-parallel-size 4 --cp-comm-type p2p --window-size 63,0",
-            4,
-            "--cp-comm-type p2p does not know --window-size 63,0: use --cp-comm-type all_gather or a2a, or "
-            "--window-size full",
-        ),
         (
             "--context-parallel-size 8 --cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2",
             8,

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-from megatron_longpo.attention.kept import computed_once
+from megatron_longpo.attention.function import Gradients, RowAttention, Saved, check_shapes
+from megatron_longpo.attention.kept import Result
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
 from megatron_longpo.attention.selection import select_kernel
-from megatron_longpo.attention.shared_prefix import backward_into, check_shapes, compact, empty_results, forward_into
+from megatron_longpo.attention.shared_prefix import backward_into, empty_results, forward_into
 from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
@@ -45,8 +44,7 @@ def all_gather_attention(
     """Attention of this rank's queries on the whole row.
 
     Collectives, per chunk of heads (1 to `MAX_HEAD_CHUNKS`): 1 CP all-gather forward; 1 CP all-gather and 1 CP
-    reduce-scatter backward. K and V travel together. Recomputed with its results kept (`kept.KeptResults`) it
-    communicates nothing.
+    reduce-scatter backward. K and V travel together.
 
     Args:
         q: ``[t, N, D]``, in the rank's local order.
@@ -63,62 +61,55 @@ def all_gather_attention(
         ValueError: Shapes do not fit the layout or each other.
     """
     check_shapes(q, k, v, layout.local_tokens)
-    return _AllGatherAttention.apply(q, k, v, layout, cp_group, scale)
+    return _AllGather(layout, scale, cp_group)(q, k, v)
 
 
-class _AllGatherAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: RowLayout,
-        cp_group: dist.ProcessGroup,
-        scale: float,
-    ) -> torch.Tensor:
-        q, k, v = compact(q), compact(k), compact(v)
-        out, lse = computed_once(lambda: _forward(q, k, v, layout, cp_group, scale))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.cp_group, ctx.scale = layout, cp_group, scale
-        return out
+@dataclass(frozen=True)
+class _AllGather(RowAttention):
+    cp_group: dist.ProcessGroup
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        layout, cp_group = ctx.layout, ctx.cp_group
-        tiles = plan(layout, dist.get_rank(cp_group))
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        tiles = plan(self.layout, dist.get_rank(self.cp_group))
+        kernel = select_kernel(q.device, q.dtype)
+        out, lse = empty_results(q)
+        for heads, row_k, row_v in self._gathered(q, k, v):
+            of = heads.queries
+            forward_into(out[:, of], lse[of], q[:, of], row_k, row_v, tiles, self.scale, kernel)
+        return out, lse
+
+    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
+        q, k, v, out, lse = saved
+        tiles = plan(self.layout, dist.get_rank(self.cp_group))
         kernel = select_kernel(q.device, q.dtype)
         # Half precision is summed over ranks in fp32; on every rank, also where a plan adds nothing up.
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
         key_dtype = sum_dtype if tiles.adds_keys else k.dtype
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         sums = []
-        for heads, row_k, row_v in _gathered(q, k, v, layout, cp_group):
+        for heads, row_k, row_v in self._gathered(q, k, v):
             row_dk = torch.empty(row_k.shape, dtype=key_dtype, device=k.device)
             row_dv = torch.empty(row_v.shape, dtype=key_dtype, device=v.device)
             of = heads.queries
             backward_into(
                 *(dq[:, of], row_dk, row_dv),
                 *(grad_out[:, of], q[:, of], row_k, row_v, out[:, of], lse[of]),
-                *(tiles, ctx.scale, kernel),
+                *(tiles, self.scale, kernel),
             )
-            sums.append(_LocalSum(row_dk, row_dv, layout, cp_group, sum_dtype))
-        dk, dv = torch.cat([part.wait() for part in sums], 2).to(k.dtype).unbind(1)
-        return dq, dk, dv, None, None, None
+            sums.append(_LocalSum(row_dk, row_dv, self.layout, self.cp_group, sum_dtype))
+        dk, dv = torch.cat([part.wait() for part in sums], 2).unbind(1)
+        return dq, dk, dv
 
-
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    tiles = plan(layout, dist.get_rank(cp_group))
-    kernel = select_kernel(q.device, q.dtype)
-    out, lse = empty_results(q)
-    for heads, row_k, row_v in _gathered(q, k, v, layout, cp_group):
-        of = heads.queries
-        forward_into(out[:, of], lse[of], q[:, of], row_k, row_v, tiles, scale, kernel)
-    return out, lse
+    def _gathered(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> Iterator[tuple[_Heads, torch.Tensor, torch.Tensor]]:
+        """Every chunk of heads with its keys and values ``[T, g, D]`` in row order; the next is under way meanwhile."""
+        chunks = head_chunks(q.shape[1], k.shape[1], k.nbytes + v.nbytes)
+        pending = _Gather(k, v, chunks[0].keys, self.layout, self.cp_group)
+        for number, heads in enumerate(chunks):
+            row_k, row_v = pending.wait()
+            if number + 1 < len(chunks):
+                pending = _Gather(k, v, chunks[number + 1].keys, self.layout, self.cp_group)
+            yield heads, row_k, row_v
 
 
 @dataclass(frozen=True)
@@ -142,19 +133,6 @@ def head_chunks(num_heads: int, num_key_heads: int, local_bytes: int) -> list[_H
         count = max(n for n in range(1, MAX_HEAD_CHUNKS + 1) if num_key_heads % n == 0)
     keys, queries = num_key_heads // count, num_heads // count
     return [_Heads(slice(i * keys, (i + 1) * keys), slice(i * queries, (i + 1) * queries)) for i in range(count)]
-
-
-def _gathered(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup
-) -> Iterator[tuple[_Heads, torch.Tensor, torch.Tensor]]:
-    """Every chunk of heads with its keys and values ``[T, g, D]`` in row order; the next is under way meanwhile."""
-    chunks = head_chunks(q.shape[1], k.shape[1], k.nbytes + v.nbytes)
-    pending = _Gather(k, v, chunks[0].keys, layout, cp_group)
-    for number, heads in enumerate(chunks):
-        row_k, row_v = pending.wait()
-        if number + 1 < len(chunks):
-            pending = _Gather(k, v, chunks[number + 1].keys, layout, cp_group)
-        yield heads, row_k, row_v
 
 
 class _Gather:

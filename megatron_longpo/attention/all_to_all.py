@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megatron_longpo.attention.function import check_shapes
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
-from megatron_longpo.attention.shared_prefix import check_shapes, shared_prefix_attention
+from megatron_longpo.attention.shared_prefix import shared_prefix_attention
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
 

@@ -10,7 +10,6 @@ from megatron_longpo.attention.all_to_all import all_to_all_attention
 from megatron_longpo.attention.hierarchical import Hierarchy, hierarchical_attention
 from megatron_longpo.attention.ring import ring_attention
 from megatron_longpo.attention.shared_prefix import shared_prefix_attention
-from megatron_longpo.config.parallel import WINDOWED
 from megatron_longpo.data.layout import RowLayout
 
 HIERARCHICAL = "a2a+p2p"
@@ -57,11 +56,6 @@ def context_parallel_attention(
         )
     if cp_group is None or cp_size == 1:
         return shared_prefix_attention(q, k, v, layout, scale)
-    if layout.window_tokens is not None and comm_type not in WINDOWED:
-        raise ValueError(
-            f"--cp-comm-type {comm_type} does not know --window-size {layout.window_tokens - 1},0: use "
-            f"--cp-comm-type {' or '.join(WINDOWED)}, or --window-size full"
-        )
     if comm_type not in COMM_TYPES:
         raise ValueError(f"--cp-comm-type {comm_type!r} is not one of {', '.join(COMM_TYPES)}")
     if comm_type == HIERARCHICAL:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_longpo.attention.all_to_all import HeadExchange, heads_to_tokens, tokens_to_heads
+from megatron_longpo.attention.function import check_shapes
 from megatron_longpo.attention.ring import ring_attention
 from megatron_longpo.attention.row_order import from_group_order, to_group_order
-from megatron_longpo.attention.shared_prefix import check_shapes
 from megatron_longpo.data.layout import RowLayout
 
 Hierarchy = tuple[dist.ProcessGroup, dist.ProcessGroup]

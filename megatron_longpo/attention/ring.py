@@ -2,25 +2,28 @@
 
 Every rank keeps its zigzag queries and computes on one rank's keys after another, while the next ones are on their way.
 Partial results merge by log-sum-exp like all tiles; no rank ever holds the whole row's keys. In the backward pass the
-gradients of keys and values travel one hop behind them, each rank adding its share, and arrive at home.
+gradients of what travels follow one hop behind, each rank adding its share, and arrive at home after the last step.
 
 The branches' keys go around with the prefix's: they are few, and gathering them would be a second way to communicate.
+Under a sliding window no key leaves its rank that no other rank sees (`ring_tiles`); the hops stay as many.
 """
 
-# t=local tokens N=query heads G=key/value heads D=head_dim
+# t=local tokens s=tokens that are sent N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
-from megatron_longpo.attention.kept import computed_once
-from megatron_longpo.attention.ring_tiles import ring_plans
+from megatron_longpo.attention.function import Gradients, RowAttention, Saved, check_shapes
+from megatron_longpo.attention.kept import Result
+from megatron_longpo.attention.ring_tiles import RingPlan, ring_plan
 from megatron_longpo.attention.selection import select_kernel
-from megatron_longpo.attention.shared_prefix import backward_into, check_shapes, compact, empty_results, forward_into
+from megatron_longpo.attention.shared_prefix import backward_into, empty_results, forward_into
+from megatron_longpo.attention.tiles import Plan
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
 
@@ -33,9 +36,8 @@ def ring_attention(
 ) -> torch.Tensor:
     """Attention of this rank's queries on the whole row.
 
-    Collectives: cp - 1 sends of local keys and values to the next rank forward; cp - 1 of these and cp of their
-    gradients, in fp32 at least, backward; each behind the computation of a step. Recomputed with its results kept
-    (`kept.KeptResults`) it communicates nothing.
+    Collectives: cp - 1 sends of keys and values to the next rank forward; cp - 1 of these and cp - 1 of their
+    gradients, in fp32 at least, backward; each but the last behind the computation of a step.
 
     Args:
         q: ``[t, N, D]``, in the rank's local order.
@@ -52,64 +54,57 @@ def ring_attention(
         ValueError: Shapes do not fit the layout or each other.
     """
     check_shapes(q, k, v, layout.local_tokens)
-    return _RingAttention.apply(q, k, v, layout, cp_group, scale)
+    return _RingAttention(layout, scale, cp_group)(q, k, v)
 
 
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: RowLayout,
-        cp_group: dist.ProcessGroup,
-        scale: float,
-    ) -> torch.Tensor:
-        q, k, v = compact(q), compact(k), compact(v)
-        out, lse = computed_once(lambda: _forward(q, k, v, layout, cp_group, scale))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.layout, ctx.cp_group, ctx.scale = layout, cp_group, scale
-        return out
+@dataclass(frozen=True)
+class _RingAttention(RowAttention):
+    cp_group: dist.ProcessGroup
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        ring = _Ring(ctx.cp_group)
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        ring = _Ring(self.cp_group)
+        kernel = select_kernel(q.device, q.dtype)
+        out, lse = empty_results(q)
+        for tiles, keys, values in _steps(ring, ring_plan(self.layout, ring.rank), k, v):
+            forward_into(out, lse, q, keys, values, tiles, self.scale, kernel)
+        return out, lse
+
+    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
+        q, k, v, out, lse = saved
+        ring = _Ring(self.cp_group)
+        plan = ring_plan(self.layout, ring.rank)
         kernel = select_kernel(q.device, q.dtype)
         # Sums over ranks: half precision is added up in fp32, also where a rank adds once.
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        block = torch.stack((k, v))
-        gradients: _Transfer | None = None
-        for step, tiles in enumerate(ring_plans(ctx.layout, ring.rank)):
-            following = ring.send(block, _KEYS) if step + 1 < ring.size else None
-            grads = torch.empty(block.shape, dtype=sum_dtype, device=block.device)
-            backward_into(dq, grads[0], grads[1], grad_out, q, block[0], block[1], out, lse, tiles, ctx.scale, kernel)
-            if gradients is not None:
-                grads += gradients.received()
-            gradients = ring.send(grads, _GRADIENTS)
-            if following is not None:
-                block = following.received()
-        assert gradients is not None
-        dk, dv = gradients.received()
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        own = torch.empty((2, *k.shape), dtype=sum_dtype, device=k.device)
+        travelling: _Transfer | None = None
+        for step, (tiles, keys, values) in enumerate(_steps(ring, plan, k, v)):
+            grads = own if step == 0 else torch.empty((2, *keys.shape), dtype=sum_dtype, device=k.device)
+            backward_into(dq, grads[0], grads[1], grad_out, q, keys, values, out, lse, tiles, self.scale, kernel)
+            if travelling is not None:
+                grads += travelling.received()
+            if step > 0:
+                travelling = ring.send(grads, (*plan.num_keys, plan.num_sent)[step + 1], _GRADIENTS)
+        if travelling is not None:
+            parts = travelling.received().split([stop - start for start, stop in plan.sent], 1)
+            for (start, stop), part in zip(plan.sent, parts, strict=True):
+                own[:, start:stop] += part
+        return dq, own[0], own[1]
 
 
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    ring = _Ring(cp_group)
-    kernel = select_kernel(q.device, q.dtype)
-    out, lse = empty_results(q)
-    block = torch.stack((k, v))
-    for step, tiles in enumerate(ring_plans(layout, ring.rank)):
-        following = ring.send(block, _KEYS) if step + 1 < ring.size else None
-        forward_into(out, lse, q, block[0], block[1], tiles, scale, kernel)
+def _steps(
+    ring: _Ring, plan: RingPlan, k: torch.Tensor, v: torch.Tensor
+) -> Iterator[tuple[Plan, torch.Tensor, torch.Tensor]]:
+    """The tiles of every step, its keys and its values; the next ones are under way meanwhile."""
+    keys, values = k, v
+    block = torch.cat([x[start:stop] for x in (k, v) for start, stop in plan.sent]).unflatten(0, (2, -1))
+    for step, tiles in enumerate(plan.steps):
+        following = ring.send(block, plan.num_keys[step + 1], _KEYS) if step + 1 < ring.size else None
+        yield tiles, keys, values
         if following is not None:
             block = following.received()
-    return out, lse
+            keys, values = block
 
 
 class _Ring:
@@ -121,13 +116,13 @@ class _Ring:
         self._next = dist.get_global_rank(group, (self.rank + 1) % self.size)
         self._previous = dist.get_global_rank(group, (self.rank - 1) % self.size)
 
-    def send(self, tensor: torch.Tensor, tag: int) -> _Transfer:
-        """Start to send a tensor to the next rank and to receive another from the previous one.
+    def send(self, tensor: torch.Tensor, num_incoming: int, tag: int) -> _Transfer:
+        """Start to send ``[2, s, G, D]`` to the next rank and to receive ``[2, num_incoming, G, D]`` from the previous.
 
         The tensor must not change until the transfer is `received`.
         """
         with named_range(COMM):
-            incoming = torch.empty_like(tensor)
+            incoming = tensor.new_empty((2, num_incoming, *tensor.shape[2:]))
             operations = [
                 dist.P2POp(dist.isend, tensor, self._next, self.group, tag),
                 dist.P2POp(dist.irecv, incoming, self._previous, self.group, tag),

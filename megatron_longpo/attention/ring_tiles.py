@@ -1,82 +1,129 @@
 """The tiles of a context-parallel ring: those of `tiles.plan`, cut by the rank whose keys they need.
 
-At every step of the ring a rank holds the keys of one rank, in that rank's local order, and computes the parts of its
-tiles that have these keys. A rank's two chunks of a segment lie side by side in its local order, so a rectangle on both
-of them stays one rectangle. Causal squares are on a rank's own keys: step 0.
+A rank computes on its own keys first, then on those of one rank after another as they arrive. It sends off what other
+ranks see: all of its keys, or under a sliding window those that the window of another rank's query reaches, which of a
+chunk longer than the window are the last. What is sent lies side by side, so a rectangle on several chunks stays one.
+Causal squares are on a rank's own keys: step 0. The flipped ones of a window are on any keys, and fall into a rectangle
+and a smaller square for every run of them that a rank holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_longpo.attention.tiles import Plan, Span, Tile, complement, disjoint, plan
+from megatron_longpo.attention.tiles import Plan, Run, Span, Tile, complement, disjoint, held_runs, plan
 from megatron_longpo.data.layout import RowLayout
 
 
-@lru_cache(maxsize=256)
-def ring_plans(layout: RowLayout, cp_rank: int) -> tuple[Plan, ...]:
-    """What one rank computes at each step of the ring.
+@dataclass(frozen=True)
+class RingPlan:
+    """What one rank computes and sends.
 
     Args:
-        layout: The row.
-        cp_rank: The rank whose queries are computed.
-
-    Returns:
-        One plan per step. At step i the keys are those of rank ``(cp_rank - i) % cp_size``, in its local order.
-        ``queries_first`` and ``unstored_queries`` are meant across steps: results are allocated once, and step 0 comes
-        first. ``keys_first`` and ``unstored_keys`` are meant within a step.
+        steps: One plan per step. Step 0 is on the rank's own keys in their local order, step i on what rank
+            ``(cp_rank - i) % cp_size`` sent off. ``queries_first`` and ``unstored_queries`` are meant across steps,
+            since results are allocated once; ``keys_first`` and ``unstored_keys`` within a step.
+        num_keys: How many keys every step is on.
+        sent: Which own keys are sent off, in this order: ranges of the local ones.
     """
+
+    steps: tuple[Plan, ...]
+    num_keys: tuple[int, ...]
+    sent: tuple[Span, ...]
+
+    @property
+    def num_sent(self) -> int:
+        """How many own keys are sent off."""
+        return sum(stop - start for start, stop in self.sent)
+
+
+@lru_cache(maxsize=256)
+def ring_plan(layout: RowLayout, cp_rank: int) -> RingPlan:
+    """What a rank of the ring computes and sends, cached as `tiles.plan` is."""
     tiles = plan(layout, cp_rank).tiles
+    sent = _sent(layout)
     stored: list[Span] = []
-    steps = []
+    steps: list[Plan] = []
+    num_keys = [layout.local_tokens]
     for step in range(layout.cp_size):
+        runs = list(held_runs(layout, cp_rank))
+        if step > 0:
+            runs = list(_side_by_side(sent[(cp_rank - step) % layout.cp_size]))
+            num_keys.append(max(1, sum(run.length for run in runs)))
         cut: list[Tile] = []
-        for tile, keys in _cut(tiles, layout, (cp_rank - step) % layout.cp_size):
-            queries_first = all(disjoint(span, (tile.query_start, tile.query_stop)) for span in stored)
+        for tile in _cut(tiles, runs):
+            queries, keys = (tile.query_start, tile.query_stop), (tile.key_start, tile.key_stop)
+            queries_first = all(disjoint(queries, span) for span in stored)
+            keys_first = all(disjoint(keys, (t.key_start, t.key_stop)) for t in cut)
             if queries_first:
-                stored.append((tile.query_start, tile.query_stop))
-            cut.append(
-                replace(
-                    tile,
-                    key_start=keys[0],
-                    key_stop=keys[1],
-                    queries_first=queries_first,
-                    keys_first=all(disjoint(keys, (t.key_start, t.key_stop)) for t in cut),
-                )
-            )
-        unstored_keys = complement([(t.key_start, t.key_stop) for t in cut if t.keys_first], layout.local_tokens)
-        steps.append(Plan(tuple(cut), (), unstored_keys))
+                stored.append(queries)
+            cut.append(replace(tile, queries_first=queries_first, keys_first=keys_first))
+        stored_keys = [(t.key_start, t.key_stop) for t in cut if t.keys_first]
+        steps.append(Plan(tuple(cut), (), complement(stored_keys, num_keys[step])))
     # Own keys hold at least a query itself, so after step 0 every true query has a result.
-    first = replace(steps[0], unstored_queries=complement(stored, layout.local_tokens))
-    return (first, *steps[1:])
+    steps[0] = replace(steps[0], unstored_queries=complement(stored, layout.local_tokens))
+    # Every rank takes part in every hop, if only with a token that nobody sees: NCCL asks that of a group's first one.
+    return RingPlan(tuple(steps), tuple(num_keys), tuple(run.place for run in sent[cp_rank]) or ((0, 1),))
 
 
-def _cut(tiles: Iterable[Tile], layout: RowLayout, owner: int) -> Iterator[tuple[Tile, Span]]:
-    """The tiles that need keys of one rank, each with a range of that rank's local keys."""
-    runs = list(_key_runs(layout, owner))
-    for tile in tiles:
-        spans: list[Span] = []
-        for row, length, local in runs:
-            start, stop = max(tile.key_start, row), min(tile.key_stop, row + length)
-            if start >= stop:
-                continue
-            span = (local + start - row, local + stop - row)
-            if spans and spans[-1][1] == span[0]:
-                span = (spans.pop()[0], span[1])
-            spans.append(span)
-        if tile.causal and spans:
-            ((start, stop),) = spans
-            assert stop - start == tile.key_stop - tile.key_start, "a mask holds only on the whole of its square"
-        yield from ((tile, span) for span in spans)
+@lru_cache(maxsize=64)
+def _sent(layout: RowLayout) -> tuple[tuple[Run, ...], ...]:
+    """Of every rank, the runs of its keys that it sends off."""
+    held = tuple(tuple(held_runs(layout, rank)) for rank in range(layout.cp_size))
+    if layout.window_tokens is None:
+        return held
+    tiles = [plan(layout, rank).tiles for rank in range(layout.cp_size)]
+    sent = []
+    for owner, runs in enumerate(held):
+        of_others = [tile for rank in range(layout.cp_size) if rank != owner for tile in tiles[rank]]
+        sent.append(tuple(seen for run in runs if (seen := _seen(run, of_others))))
+    return tuple(sent)
 
 
-def _key_runs(layout: RowLayout, cp_rank: int) -> Iterator[tuple[int, int, int]]:
-    """Row index, length and local index of the true tokens of every chunk that a rank holds."""
+def _seen(run: Run, tiles: Iterable[Tile]) -> Run | None:
+    """A run of keys from the first to the last one that tiles need; None if they need none."""
+    parts = [part for tile in tiles if (part := run.overlap(tile.key_start, tile.key_stop))]
+    if not parts:
+        return None
+    return run.overlap(min(part.row for part in parts), max(part.row + part.length for part in parts))
+
+
+def _side_by_side(runs: Iterable[Run]) -> Iterator[Run]:
+    """Runs of keys as they lie in what is sent: one behind the other."""
     local = 0
-    for segment, start, stop in layout.chunks(cp_rank):
-        length = min(stop, segment.stop) - start
-        if length > 0:
-            yield start, length, local
-        local += stop - start
+    for run in runs:
+        yield replace(run, local=local)
+        local += run.length
+
+
+def _cut(tiles: Iterable[Tile], runs: list[Run]) -> Iterator[Tile]:
+    """The parts of tiles that need the keys of these runs, with keys by their local index."""
+    for tile in tiles:
+        parts = [part for run in runs if (part := run.overlap(tile.key_start, tile.key_stop))]
+        yield from _of_flipped_square(tile, parts) if tile.flipped else _on_neighbours(tile, parts)
+
+
+def _on_neighbours(tile: Tile, parts: list[Run]) -> Iterator[Tile]:
+    """A rectangle, or a square on own keys: one tile for keys that lie side by side here, if not in the row."""
+    spans: list[Span] = []
+    for part in parts:
+        start, stop = part.place
+        if spans and spans[-1][1] == start:
+            start, _ = spans.pop()
+        spans.append((start, stop))
+    for start, stop in spans:
+        assert not tile.causal or stop - start == tile.key_stop - tile.key_start, "own keys are held in one run"
+        yield replace(tile, key_start=start, key_stop=stop)
+
+
+def _of_flipped_square(tile: Tile, parts: list[Run]) -> Iterator[Tile]:
+    """A square in which query i sees the keys from i on: those before a part see all of it, a rectangle."""
+    for part in parts:
+        first = tile.query_start + part.row - tile.key_start
+        start, stop = part.place
+        of_part = replace(tile, key_start=start, key_stop=stop)
+        if first > tile.query_start:
+            yield replace(of_part, query_stop=first, causal=False, flipped=False)
+        yield replace(of_part, query_start=first, query_stop=first + part.length)

@@ -1,4 +1,4 @@
-"""Attention over a shared-prefix row as ONE autograd function: tiles merged by log-sum-exp.
+"""Attention over a shared-prefix row: the tiles of a plan, one kernel call each, merged by log-sum-exp.
 
 Forward: partial results of a query over disjoint keys, each with its log-sum-exp l_i, merge exactly:
 ``out = Σ exp(l_i − l) out_i`` with ``l = log Σ exp(l_i)``; it is FlashAttention's own rescaling, between kernel calls.
@@ -10,12 +10,12 @@ Letting autograd differentiate the merge instead, with its weights held constant
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from megatron_longpo.attention.kept import computed_once
+from megatron_longpo.attention.function import Gradients, RowAttention, Saved, check_shapes
+from megatron_longpo.attention.kept import Result
 from megatron_longpo.attention.kernels import AttentionKernel
 from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.tiles import Plan, Tile, plan
@@ -42,28 +42,19 @@ def shared_prefix_attention(
         ValueError: Shapes do not fit the layout or each other.
     """
     check_shapes(q, k, v, layout.padded_tokens)
-    return _SharedPrefixAttention.apply(q, k, v, plan(layout), scale)
+    return _WholeRow(layout, scale)(q, k, v)
 
 
-class _SharedPrefixAttention(torch.autograd.Function):
-    """Saves q, k, v, out and the log-sum-exps ``[N, T]``; no score matrix, no partial result."""
+@dataclass(frozen=True)
+class _WholeRow(RowAttention):
+    """All tiles of the row, on this rank."""
 
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: Plan, scale: float) -> torch.Tensor:
-        q, k, v = compact(q), compact(k), compact(v)
-        kernel = select_kernel(q.device, q.dtype)
-        out, lse = computed_once(lambda: forward_tiles(q, k, v, tiles, scale, kernel))
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.tiles, ctx.scale = tiles, scale
-        return out
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        return forward_tiles(q, k, v, plan(self.layout), self.scale, select_kernel(q.device, q.dtype))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        kernel = select_kernel(q.device, q.dtype)
-        dq, dk, dv = backward_tiles(grad_out, q, k, v, out, lse, ctx.tiles, ctx.scale, kernel)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
+        kernel = select_kernel(grad_out.device, grad_out.dtype)
+        return backward_tiles(grad_out, *saved, plan(self.layout), self.scale, kernel)
 
 
 def forward_tiles(
@@ -206,26 +197,3 @@ def _store_or_add(total: torch.Tensor, part: torch.Tensor, first: bool) -> None:
         total.copy_(part)
     else:
         total.add_(part)
-
-
-def compact(x: torch.Tensor) -> torch.Tensor:
-    """x in storage of its own, copied only if it is a view of something larger.
-
-    Saved for backward, a view of the fused query-key-value projection would keep all of that projection alive.
-    """
-    alone = x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes
-    return x if alone else x.clone(memory_format=torch.contiguous_format)
-
-
-def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_tokens: int) -> None:
-    """Raise a ValueError unless q is ``[num_tokens, N, D]``, k and v ``[num_tokens, G, D]`` and N a multiple of G."""
-    if not len(q) == len(k) == len(v) == num_tokens:
-        raise ValueError(
-            f"attention got {len(q)} queries, {len(k)} keys and {len(v)} values for a layout of {num_tokens} tokens: "
-            "build the row and its RowLayout with the same context-parallel size and row_multiple"
-        )
-    if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"attention needs k and v of one shape and query heads in a multiple of theirs, got q {tuple(q.shape)}, "
-            f"k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )

@@ -77,7 +77,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """Neighbouring true tokens of a segment that a rank holds: ``local`` is their place there, ``row`` in the row."""
 
     segment: Segment
@@ -86,7 +86,8 @@ class _Run:
     length: int
 
     @property
-    def queries(self) -> Span:
+    def place(self) -> Span:
+        """Where the rank holds them."""
         return self.local, self.local + self.length
 
     @property
@@ -94,11 +95,16 @@ class _Run:
         """Position of the first token."""
         return self.segment.first_position + self.row - self.segment.start
 
-    def blocks(self, length: int) -> Iterator[_Run]:
+    def overlap(self, start: int, stop: int) -> Run | None:
+        """The part that lies in a range of row indices, None for an empty one."""
+        first, last = max(start, self.row), min(stop, self.row + self.length)
+        return Run(self.segment, self.local + first - self.row, first, last - first) if first < last else None
+
+    def blocks(self, length: int) -> Iterator[Run]:
         """The run in pieces of this length, the last one shorter."""
         for skipped in range(0, self.length, length):
             rest = min(length, self.length - skipped)
-            yield _Run(self.segment, self.local + skipped, self.row + skipped, rest)
+            yield Run(self.segment, self.local + skipped, self.row + skipped, rest)
 
 
 @lru_cache(maxsize=256)
@@ -114,7 +120,7 @@ def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
         The plan, cached: equal layouts share one.
     """
     tiles: list[Tile] = []
-    for _, runs in groupby(_runs(layout, cp_rank), key=lambda run: run.segment.document):
+    for _, runs in groupby(held_runs(layout, cp_rank), key=lambda run: run.segment.document):
         tiles += _of_document(list(runs), layout)
     num_queries = layout.padded_tokens if cp_rank is None else layout.local_tokens
     return Plan(
@@ -124,20 +130,20 @@ def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
     )
 
 
-def _runs(layout: RowLayout, cp_rank: int | None) -> Iterator[_Run]:
+def held_runs(layout: RowLayout, cp_rank: int | None) -> Iterator[Run]:
     """The true tokens that a rank holds, in local order; chunks that are neighbours in the row come as one run."""
     if cp_rank is None:
-        yield from (_Run(segment, segment.start, segment.start, segment.num_tokens) for segment in layout.segments)
+        yield from (Run(segment, segment.start, segment.start, segment.num_tokens) for segment in layout.segments)
         return
-    previous: _Run | None = None
+    previous: Run | None = None
     local = 0
     for segment, start, stop in layout.chunks(cp_rank):
-        run = _Run(segment, local, start, min(stop, segment.stop) - start)
+        run = Run(segment, local, start, min(stop, segment.stop) - start)
         local += stop - start
         if run.length <= 0:
             continue
         if previous and previous.segment == segment and previous.row + previous.length == start:
-            run = _Run(segment, previous.local, previous.row, previous.length + run.length)
+            run = Run(segment, previous.local, previous.row, previous.length + run.length)
         elif previous:
             yield previous
         previous = run
@@ -145,7 +151,7 @@ def _runs(layout: RowLayout, cp_rank: int | None) -> Iterator[_Run]:
         yield previous
 
 
-def _of_document(runs: list[_Run], layout: RowLayout) -> list[Tile]:
+def _of_document(runs: list[Run], layout: RowLayout) -> list[Tile]:
     """The tiles of one document, which shares no query and no key with another."""
     document = layout.documents[runs[0].segment.document]
     longest = document.prefix_tokens + max(document.branch_tokens, default=0)
@@ -160,7 +166,7 @@ def _of_document(runs: list[_Run], layout: RowLayout) -> list[Tile]:
     return tiles
 
 
-def _shapes(runs: list[_Run]) -> Iterator[tuple[Span, Span, bool]]:
+def _shapes(runs: list[Run]) -> Iterator[tuple[Span, Span, bool]]:
     """Queries, keys and whether the mask is causal, of every tile of a document in the order to compute them.
 
     The longest key ranges come first, so that later gradients mostly add to what an earlier tile has stored.
@@ -168,11 +174,11 @@ def _shapes(runs: list[_Run]) -> Iterator[tuple[Span, Span, bool]]:
     yield from _on_prefix(run for run in runs if run.segment.branch != PREFIX)
     for run in reversed(runs):
         if run.row > run.segment.start:
-            yield run.queries, (run.segment.start, run.row), False
-        yield run.queries, (run.row, run.row + run.length), True
+            yield run.place, (run.segment.start, run.row), False
+        yield run.place, (run.row, run.row + run.length), True
 
 
-def _on_prefix(branch_runs: Iterable[_Run]) -> Iterator[tuple[Span, Span, bool]]:
+def _on_prefix(branch_runs: Iterable[Run]) -> Iterator[tuple[Span, Span, bool]]:
     """Rectangles of one document's branches on its whole prefix; runs side by side share one."""
     pending: Span | None = None
     keys = (0, 0)
@@ -183,12 +189,12 @@ def _on_prefix(branch_runs: Iterable[_Run]) -> Iterator[tuple[Span, Span, bool]]
             continue
         if pending:
             yield pending, keys, False
-        pending = run.queries
+        pending = run.place
     if pending:
         yield pending, keys, False
 
 
-def _windowed(runs: list[_Run], window_tokens: int) -> Iterator[Tile]:
+def _windowed(runs: list[Run], window_tokens: int) -> Iterator[Tile]:
     """The tiles of one document under a window that is shorter than it.
 
     The causal squares come first: they hold every query and share no key, so they may all store and the rest may add.
@@ -196,7 +202,7 @@ def _windowed(runs: list[_Run], window_tokens: int) -> Iterator[Tile]:
     blocks = [block for run in runs for block in run.blocks(window_tokens)]
     for block in blocks:
         own = block.row, block.row + block.length
-        yield Tile(*block.queries, *own, True, True, True, of_branch=block.segment.branch != PREFIX)
+        yield Tile(*block.place, *own, True, True, True, of_branch=block.segment.branch != PREFIX)
     for block in blocks:
         segment, first = block.segment, block.position
         # Keys by position, and the row index of position 0.

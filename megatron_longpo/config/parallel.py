@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from megatron_longpo.config.field import AUTO, above, equals, flag, given
 
-WINDOWED = ("all_gather", "a2a")
-"""Values of ``--cp-comm-type`` that know a sliding window: a ring cuts tiles, which it can do to plain ones only."""
-
 
 @dataclass(frozen=True)
 class ParallelConfig:

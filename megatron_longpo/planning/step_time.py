@@ -191,8 +191,8 @@ def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated
     """Per layer. ``all_gather``: K and V of the row in forward and again in backward, their gradients back in fp32.
 
     ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2). ``p2p``: K and V of a rank to
-    the next one, cp - 1 times in forward and again in backward, with fp32 gradients cp times; what of it is longer than
-    the attention that hides it (arXiv 2310.01889, section 3).
+    the next one, cp - 1 times in forward and again in backward, there with their fp32 gradients; what of it is longer
+    than the attention that hides it (arXiv 2310.01889, section 3).
     """
     model, parallel = config.model, config.parallel
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
@@ -204,7 +204,7 @@ def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated
         return layers * (2 + again.attention) * one_way
     if parallel.cp_comm_type == "p2p":
         own = tokens / cp * 2 * key
-        sent = (2 + again.attention) * (cp - 1) * size * own + cp * 4 * own
+        sent = (cp - 1) * own * ((2 + again.attention) * size + 4)
         return max(0.0, layers * neighbour_s(gpu, sent, stride=tp, group_size=cp) - attention_s)
     gather = all_gather_s(gpu, size * tokens * 2 * key, cp, stride=tp)
     scatter = all_gather_s(gpu, 4 * tokens * 2 * key, cp, stride=tp)

@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,28 +17,25 @@ from megatron_longpo.attention.context_parallel import (
 )
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
-from megatron_longpo.config.parallel import WINDOWED
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from tests.distributed.harness import run_ranks
 
 HEADS, GROUPS, HEAD_DIM = 8, 4, 8
 SCALE = 1 / math.sqrt(HEAD_DIM)
+FOUR_TURNS = {"joint": (23, 28), "independent": (3, 5, 4, 9, 6, 2, 7, 3)}
+"""Branches of a document with four turns in either mode; with one turn both modes have two."""
 ROWS = (
     ((DocumentLayout(61, (9, 14)),), 1, None),
     ((DocumentLayout(1, (1, 2)),), 1, None),  # most ranks hold padding only
     ((DocumentLayout(33, (5, 3, 8)), DocumentLayout(17, (4,)), DocumentLayout(6, ())), 16, None),
     ((DocumentLayout(61, (9, 14)), DocumentLayout(6, (5,))), 1, 12),  # a window over several chunks, or one document
     ((DocumentLayout(61, (9, 14)),), 16, 3),  # a window inside a chunk
+    ((DocumentLayout(61, (9, 14)),), 1, 16),  # as long as a chunk on 2 ranks
+    ((DocumentLayout(61, (9, 14)),), 1, 65),  # longer than the prefix
+    *(((DocumentLayout(45, FOUR_TURNS[turns]),), 1, window) for turns in FOUR_TURNS for window in (4, 11, 50)),
 )
 FLAT = tuple(name for name in COMM_TYPES if name != HIERARCHICAL)
-
-
-def knows(comm_type: str, row_number: int) -> bool:
-    """Whether an exchange can do a row: rings know no window."""
-    return comm_type in WINDOWED or ROWS[row_number][2] is None
-
-
-MODULE_CASES = tuple(case for case in itertools.product(FLAT, range(len(ROWS))) if knows(*case))
+MODULE_CASES = tuple(itertools.product(FLAT, range(5)))
 
 
 def layouts(cp_size: int) -> list[RowLayout]:
@@ -59,22 +56,21 @@ def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
     if cp_size == 4:
         groups = [[dist.new_group(ranks) for ranks in level] for level in ([[0, 1], [2, 3]], [[0, 2], [1, 3]])]
         comm_types, hierarchy = COMM_TYPES, (groups[0][rank // 2], groups[1][rank % 2])
-    numbered_rows = list(enumerate(layouts(cp_size)))
-    cases = [(name, 2**60, number, row) for name in comm_types for number, row in numbered_rows if knows(name, number)]
-    cases += [("all_gather", 0, *numbered) for numbered in numbered_rows]  # in chunks of heads
-    for comm_type, all_gather.CHUNKED_FROM_BYTES, number, layout in cases:
-        chunked = " in chunks" if all_gather.CHUNKED_FROM_BYTES == 0 else ""
+    cases = [*((name, 2**60) for name in comm_types), ("all_gather", 0)]  # the last one in chunks of heads
+    for number, layout in enumerate(layouts(cp_size)):
         mine = layout.local_index(rank)
         *row, row_grad = random_row(layout)
-        local = [x[mine].clone().requires_grad_() for x in row]
-        out = context_parallel_attention(*local, layout, dist.group.WORLD, comm_type, SCALE, hierarchy)
-        actual = [out, *torch.autograd.grad(out, local, row_grad[mine])]
         leaves = [x.requires_grad_() for x in row]
         dense = dense_attention(*leaves, layout, SCALE)
         expected = [dense, *torch.autograd.grad(dense, leaves, row_grad)]
-        assert [x.shape for x in actual] == [x[mine].shape for x in expected]
-        for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-            errors[f"{comm_type}{chunked} row {number} {name}"] = (a - b[mine]).abs().max().item()
+        for comm_type, all_gather.CHUNKED_FROM_BYTES in cases:
+            chunked = " in chunks" if all_gather.CHUNKED_FROM_BYTES == 0 else ""
+            local = [x.detach()[mine].requires_grad_() for x in row]
+            out = context_parallel_attention(*local, layout, dist.group.WORLD, comm_type, SCALE, hierarchy)
+            actual = [out, *torch.autograd.grad(out, local, row_grad[mine])]
+            assert [x.shape for x in actual] == [x[mine].shape for x in expected]
+            for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+                errors[f"{comm_type}{chunked} row {number} {name}"] = (a - b[mine]).abs().max().item()
     return errors
 
 
@@ -82,8 +78,7 @@ def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
 def test_equals_dense_twin(cp_size: int) -> None:
     for rank, errors in enumerate(run_ranks(errors_of_rank, cp_size, cp_size)):
         comm_types = FLAT if cp_size == 2 else COMM_TYPES
-        num_cases = sum(knows(name, number) for name in comm_types for number in range(len(ROWS))) + len(ROWS)
-        assert len(errors) == 4 * num_cases
+        assert len(errors) == 4 * (len(comm_types) + 1) * len(ROWS)
         for what, error in errors.items():
             assert error < 1e-12, f"rank {rank}, {what}: off by {error:.1e}"
 
@@ -129,7 +124,6 @@ def messages() -> list[str]:
         (q, k, v, layout, dist.group.WORLD, "a2a+p2p", SCALE),
         (q, k, v, RowLayout(layout.documents, 4), dist.group.WORLD, "a2a", SCALE),
         (q[1:], k, v, layout, dist.group.WORLD, "all_gather", SCALE),
-        (q, k, v, replace(layout, window_tokens=8), dist.group.WORLD, "p2p", SCALE),
     ):
         with pytest.raises(ValueError) as raised:
             context_parallel_attention(*arguments)
@@ -138,7 +132,7 @@ def messages() -> list[str]:
 
 
 def ring_events() -> list[list[str]]:
-    """What a ring of 2 does, in order: forward, recomputed with its results kept, backward."""
+    """What a ring of 2 does, in order: forward, recomputed with its results kept, backward; then with a window."""
     from megatron_longpo.attention import ring
     from megatron_longpo.attention.kept import KeptResults
     from megatron_longpo.attention.kernels import CpuFlashKernel
@@ -148,8 +142,8 @@ def ring_events() -> list[list[str]]:
     def logged(owner: type, method: str, event: str) -> None:
         original = getattr(owner, method)
 
-        def call(*args: object) -> object:
-            events.append(event)
+        def call(*args: Any) -> Any:
+            events.append(f"{event} {args[1].shape[1]}" if event == "send" else event)
             return original(*args)
 
         setattr(owner, method, call)
@@ -158,25 +152,20 @@ def ring_events() -> list[list[str]]:
     logged(ring._Transfer, "received", "received")
     logged(CpuFlashKernel, "forward", "kernel")
     logged(CpuFlashKernel, "backward", "kernel")
-    layout = layouts(2)[0]
-    mine = layout.local_index(dist.get_rank())
-    *row, row_grad = (x[mine] for x in random_row(layout))
-    local = [x.clone().requires_grad_() for x in row]
-    kept, phases = KeptResults(), []
-
-    def attend() -> torch.Tensor:
-        with kept.in_use():
-            return context_parallel_attention(*local, layout, dist.group.WORLD, "p2p", SCALE)
-
-    with torch.no_grad():
-        attend()
-    phases.append(events.copy())
-    events.clear()
-    out = attend()
-    phases.append(events.copy())
-    events.clear()
-    out.backward(row_grad)
-    phases.append(events.copy())
+    phases = []
+    for layout in (layouts(2)[0], layouts(2)[4]):
+        mine = layout.local_index(dist.get_rank())
+        *row, row_grad = (x[mine] for x in random_row(layout))
+        local = [x.clone().requires_grad_() for x in row]
+        kept = KeptResults()
+        for recomputed in (False, True):
+            events.clear()
+            with torch.set_grad_enabled(recomputed), kept.in_use():
+                out = context_parallel_attention(*local, layout, dist.group.WORLD, "p2p", SCALE)
+            phases.append(events.copy())
+        events.clear()
+        out.backward(row_grad)
+        phases.append(events.copy())
     return [[event for event, _ in itertools.groupby(phase)] for phase in phases]
 
 
@@ -199,17 +188,20 @@ def test_module_in_bf16_errors_and_the_order_of_a_ring() -> None:
             error = ((actual - whole).norm() / whole.norm()).item()
             assert error < 1e-2, f"{comm_type} row {row_number} {name} is off by {error:.1e}"
 
-    for _, (heads, comm_type, hierarchy, cp_size, tokens, window), (forward, recomputed, backward) in results:
-        assert forward == ["send", "kernel", "received", "kernel"], "keys travel while a step is computed"
-        assert recomputed == []
-        # The gradients of step 0's keys travel during step 1, and at last go home.
-        assert backward == ["send", "kernel", "send", "received", "kernel", "received", "send", "received"]
+    # A rank sends all of its true keys; where a window of 3 is enough, the last two of a chunk that others see.
+    full, windowed = (38, 46), (6, 4)
+    for rank, (_, (heads, comm_type, hierarchy, cp_size, tokens), phases) in enumerate(results):
+        for sent, (forward, recomputed, backward) in zip((full, windowed), (phases[:3], phases[3:]), strict=True):
+            own, gradients = f"send {sent[rank]}", f"send {sent[1 - rank]}"
+            assert forward == [own, "kernel", "received", "kernel"], "keys travel while a step is computed"
+            assert recomputed == []
+            # The gradients of the other rank's keys go home at last.
+            assert backward == [own, "kernel", "received", "kernel", gradients, "received"]
         assert "--cp-comm-type a2a" in heads and "3 key/value heads" in heads and "all_gather" in heads
         assert comm_type == "--cp-comm-type 'allgather' is not one of all_gather, a2a, p2p, a2a+p2p"
         assert hierarchy == "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes"
         assert "laid out for 4 context-parallel ranks in a group of 2" in cp_size
         assert "for a layout of" in tokens
-        assert window.startswith("--cp-comm-type p2p does not know --window-size 7,0: use --cp-comm-type all_gather")
 
 
 def test_heads_are_gathered_in_chunks_where_it_pays() -> None:

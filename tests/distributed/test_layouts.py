@@ -55,6 +55,7 @@ OBJECTIVES = {
     "dpo": ["--objective=dpo", "--lambda=0.5", "--turns=independent", "--turn-reduction=mean"],
     "sft-rejected": ["--objective=sft-rejected"],
     "constraint": ["--objective=sft-chosen-constraint"],
+    "window": ["--objective=longpo", "--lambda=0.5", "--window-size=20,0", "--reference-window-size=full"],
 }
 ZERO = {
     "DP 4": [],
@@ -81,11 +82,12 @@ DEFAULT: list[Case] = [
     ("longpo", "TP 2 + sequence parallel + MLP in pieces"),
     ("dpo", "TP 2 x CP 2"),
     ("constraint", "CP 2 all-to-all"),
+    ("window", "CP 2 x 2 all-to-all and ring"),
 ]
 DEFAULT_ZERO = ["DP 4", "TP 2 + sequence parallel"]
 MORE: list[Case] = [("longpo", name) for name in LAYOUTS if ("longpo", name) not in DEFAULT]
 MORE += [("dpo", "PP 2"), ("dpo", "CP 2 all-to-all"), ("constraint", "TP 2 x CP 2"), ("constraint", "PP 2")]
-MORE += [("sft-rejected", "CP 2 all-gather")]
+MORE += [("sft-rejected", "CP 2 all-gather"), ("window", "CP 4 ring"), ("window", "CP 2 ring + attention kept")]
 MORE_ZERO = ["overlapped", "PP 2"]
 COMMON = [
     *MODEL_FLAGS,
