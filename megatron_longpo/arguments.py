@@ -15,7 +15,6 @@ from megatron_longpo.config.yaml_file import read_yaml
 from megatron_longpo.processes import leave
 
 NOT_OFFERED = {
-    "--attention-backend": "the shared-prefix attention chooses the kernel by device and dtype",
     "--bias-swiglu-fusion": "fusions are chosen by device",
     "--fp16": "use --bf16",
     "--hybrid-override-pattern": "the supported families are plain transformers",

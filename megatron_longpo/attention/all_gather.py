@@ -22,9 +22,9 @@ import torch.distributed as dist
 from megatron_longpo.attention.function import Gradients, RowAttention, Saved, check_shapes
 from megatron_longpo.attention.kept import Result
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
-from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.shared_prefix import backward_into, empty_results, forward_into
 from megatron_longpo.attention.tiles import plan
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
 
@@ -39,7 +39,13 @@ CHUNKED_FROM_BYTES = 2**23
 
 
 def all_gather_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: RowLayout,
+    cp_group: dist.ProcessGroup,
+    scale: float,
+    backend: str = FLASH,
 ) -> torch.Tensor:
     """Attention of this rank's queries on the whole row.
 
@@ -53,6 +59,7 @@ def all_gather_attention(
         layout: The whole row.
         cp_group: The context-parallel group, of ``layout.cp_size`` ranks.
         scale: Factor on the scores.
+        backend: The kernel, a value of ``--attention-backend``.
 
     Returns:
         ``[t, N, D]``.
@@ -61,7 +68,7 @@ def all_gather_attention(
         ValueError: Shapes do not fit the layout or each other.
     """
     check_shapes(q, k, v, layout.local_tokens)
-    return _AllGather(layout, scale, cp_group)(q, k, v)
+    return _AllGather(layout, scale, cp_group, backend=backend)(q, k, v)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class _AllGather(RowAttention):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
         tiles = plan(self.layout, dist.get_rank(self.cp_group))
-        kernel = select_kernel(q.device, q.dtype)
+        kernel = self.kernel(q)
         out, lse = empty_results(q)
         for heads, row_k, row_v in self._gathered(q, k, v):
             of = heads.queries
@@ -80,7 +87,7 @@ class _AllGather(RowAttention):
     def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
         q, k, v, out, lse = saved
         tiles = plan(self.layout, dist.get_rank(self.cp_group))
-        kernel = select_kernel(q.device, q.dtype)
+        kernel = self.kernel(q)
         # Half precision is summed over ranks in fp32; on every rank, also where a plan adds nothing up.
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
         key_dtype = sum_dtype if tiles.adds_keys else k.dtype

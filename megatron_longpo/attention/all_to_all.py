@@ -18,12 +18,19 @@ from torch.autograd.function import once_differentiable
 from megatron_longpo.attention.function import check_shapes
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
 from megatron_longpo.attention.shared_prefix import shared_prefix_attention
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
 
 
 def all_to_all_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: RowLayout,
+    cp_group: dist.ProcessGroup,
+    scale: float,
+    backend: str = FLASH,
 ) -> torch.Tensor:
     """Attention of this rank's queries on the whole row.
 
@@ -36,6 +43,7 @@ def all_to_all_attention(
         layout: The whole row.
         cp_group: The context-parallel group, of ``layout.cp_size`` ranks.
         scale: Factor on the scores.
+        backend: The kernel, a value of ``--attention-backend``.
 
     Returns:
         ``[t, N, D]``.
@@ -52,7 +60,7 @@ def all_to_all_attention(
         )
     exchange = HeadExchange(cp_group, layout.cp_size, to_row_order(layout, q.device), to_rank_order(layout, q.device))
     row_q, row_k, row_v = tokens_to_heads(exchange, q, k, v)
-    return heads_to_tokens(exchange, shared_prefix_attention(row_q, row_k, row_v, layout, scale))
+    return heads_to_tokens(exchange, shared_prefix_attention(row_q, row_k, row_v, layout, scale, backend))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from megatron_longpo.attention.all_to_all import all_to_all_attention
 from megatron_longpo.attention.hierarchical import Hierarchy, hierarchical_attention
 from megatron_longpo.attention.ring import ring_attention
 from megatron_longpo.attention.shared_prefix import shared_prefix_attention
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
 HIERARCHICAL = "a2a+p2p"
@@ -26,6 +27,7 @@ def context_parallel_attention(
     comm_type: str,
     scale: float,
     hierarchy: Hierarchy | None = None,
+    backend: str = FLASH,
 ) -> torch.Tensor:
     """Attention of the tokens that this rank holds, on the whole row.
 
@@ -41,6 +43,7 @@ def context_parallel_attention(
         comm_type: One of `COMM_TYPES`; of no effect at size 1.
         scale: Factor on the scores.
         hierarchy: The two groups of ``a2a+p2p``.
+        backend: The kernel, a value of ``--attention-backend``.
 
     Returns:
         ``[local_tokens, heads, head_dim]``.
@@ -55,11 +58,11 @@ def context_parallel_attention(
             "the --context-parallel-size of the model"
         )
     if cp_group is None or cp_size == 1:
-        return shared_prefix_attention(q, k, v, layout, scale)
+        return shared_prefix_attention(q, k, v, layout, scale, backend)
     if comm_type not in COMM_TYPES:
         raise ValueError(f"--cp-comm-type {comm_type!r} is not one of {', '.join(COMM_TYPES)}")
     if comm_type == HIERARCHICAL:
         if hierarchy is None:
             raise ValueError(f"--cp-comm-type {HIERARCHICAL} needs --hierarchical-context-parallel-sizes")
-        return hierarchical_attention(q, k, v, layout, hierarchy, scale)
-    return _FLAT[comm_type](q, k, v, layout, cp_group, scale)
+        return hierarchical_attention(q, k, v, layout, hierarchy, scale, backend)
+    return _FLAT[comm_type](q, k, v, layout, cp_group, scale, backend)

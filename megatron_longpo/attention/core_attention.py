@@ -13,6 +13,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_longpo.attention.context_parallel import HIERARCHICAL, context_parallel_attention
 from megatron_longpo.attention.hierarchical import Hierarchy
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
 
@@ -31,6 +32,7 @@ class SharedPrefixAttention(MegatronModule):
         softmax_scale: Factor on the scores; ``1 / sqrt(kv_channels)`` if None.
         cp_comm_type: One of `context_parallel.COMM_TYPES`.
         pg_collection: Gives the context-parallel group; Megatron's global one if None.
+        backend: The kernel, a value of ``--attention-backend``.
 
     Raises:
         ValueError: The configuration asks for something that this attention does not do.
@@ -46,6 +48,7 @@ class SharedPrefixAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        backend: str = FLASH,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -64,6 +67,7 @@ class SharedPrefixAttention(MegatronModule):
         self.window_tokens = None if left < 0 else left + 1
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.cp_comm_type = cp_comm_type or config.cp_comm_type or "all_gather"
+        self.backend = backend
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group = pg_collection.cp
@@ -118,5 +122,6 @@ class SharedPrefixAttention(MegatronModule):
             self.cp_comm_type,
             self.softmax_scale,
             self.cp_hierarchy,
+            self.backend,
         )
         return out.flatten(1).unsqueeze(1)

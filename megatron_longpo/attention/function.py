@@ -9,13 +9,16 @@ gradients are computed from these. How, says a `RowAttention`: a frozen descript
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from megatron_longpo.attention.kept import Result, computed_once
+from megatron_longpo.attention.kernels import AttentionKernel
+from megatron_longpo.attention.selection import select_kernel
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
 Saved = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -31,10 +34,12 @@ class RowAttention(ABC):
     Args:
         layout: The whole row.
         scale: Factor on the scores.
+        backend: The kernel, a value of ``--attention-backend``.
     """
 
     layout: RowLayout
     scale: float
+    backend: str = field(default=FLASH, kw_only=True)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of this rank's queries on the whole row, differentiable.
@@ -51,6 +56,10 @@ class RowAttention(ABC):
             ``[t, N, D]``.
         """
         return _Function.apply(self, q, k, v)
+
+    def kernel(self, like: torch.Tensor) -> AttentionKernel:
+        """The kernel for tensors of this kind."""
+        return select_kernel(like.device, like.dtype, self.backend)
 
     @abstractmethod
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:

@@ -17,6 +17,7 @@ from megatron_longpo.attention.all_to_all import HeadExchange, heads_to_tokens, 
 from megatron_longpo.attention.function import check_shapes
 from megatron_longpo.attention.ring import ring_attention
 from megatron_longpo.attention.row_order import from_group_order, to_group_order
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
 Hierarchy = tuple[dist.ProcessGroup, dist.ProcessGroup]
@@ -24,7 +25,13 @@ Hierarchy = tuple[dist.ProcessGroup, dist.ProcessGroup]
 
 
 def hierarchical_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, hierarchy: Hierarchy, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: RowLayout,
+    hierarchy: Hierarchy,
+    scale: float,
+    backend: str = FLASH,
 ) -> torch.Tensor:
     """Attention of this rank's queries on the whole row.
 
@@ -37,6 +44,7 @@ def hierarchical_attention(
         layout: The whole row, over A * P ranks.
         hierarchy: The two groups of this rank, as Megatron's ``get_hierarchical_context_parallel_groups`` makes them.
         scale: Factor on the scores.
+        backend: The kernel, a value of ``--attention-backend``.
 
     Returns:
         ``[t, N, D]``.
@@ -67,4 +75,4 @@ def hierarchical_attention(
         from_group_order(layout, ring_size, number, q.device),
     )
     group_q, group_k, group_v = tokens_to_heads(exchange, q, k, v)
-    return heads_to_tokens(exchange, ring_attention(group_q, group_k, group_v, grouped, ring, scale))
+    return heads_to_tokens(exchange, ring_attention(group_q, group_k, group_v, grouped, ring, scale, backend))

@@ -67,9 +67,9 @@ class CpuFlashKernel(AttentionKernel):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-            _heads_first(q), _heads_first(k), _heads_first(v), NO_DROPOUT, causal, scale=scale
+            heads_first(q), heads_first(k), heads_first(v), NO_DROPOUT, causal, scale=scale
         )
-        return _tokens_first(out), lse[0]
+        return tokens_first(out), lse[0]
 
     def backward(
         self,
@@ -83,17 +83,17 @@ class CpuFlashKernel(AttentionKernel):
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-            _heads_first(grad_out),
-            _heads_first(q),
-            _heads_first(k),
-            _heads_first(v),
-            _heads_first(out),
+            heads_first(grad_out),
+            heads_first(q),
+            heads_first(k),
+            heads_first(v),
+            heads_first(out),
             lse.unsqueeze(0),
             NO_DROPOUT,
             causal,
             scale=scale,
         )
-        return _tokens_first(dq), _tokens_first(dk), _tokens_first(dv)
+        return tokens_first(dq), tokens_first(dk), tokens_first(dv)
 
 
 class CudaFlashKernel(AttentionKernel):
@@ -169,16 +169,16 @@ class CudaEfficientKernel(AttentionKernel):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention.default(
-            _heads_first(q),
-            _heads_first(_repeat_heads(k, q)),
-            _heads_first(_repeat_heads(v, q)),
+            heads_first(q),
+            heads_first(_repeat_heads(k, q)),
+            heads_first(_repeat_heads(v, q)),
             None,  # no bias
             True,  # return the log-sum-exp
             NO_DROPOUT,
             causal,
             scale=scale,
         )
-        return _tokens_first(out), lse[0, :, : q.shape[0]]
+        return tokens_first(out), lse[0, :, : q.shape[0]]
 
     def backward(
         self,
@@ -195,12 +195,12 @@ class CudaEfficientKernel(AttentionKernel):
         padded_lse = torch.nn.functional.pad(lse, (0, -q.shape[0] % self.LSE_MULTIPLE), value=torch.inf)
         no_random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read with dropout only
         dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward.default(
-            _heads_first(grad_out),
-            _heads_first(q),
-            _heads_first(_repeat_heads(k, q)),
-            _heads_first(_repeat_heads(v, q)),
+            heads_first(grad_out),
+            heads_first(q),
+            heads_first(_repeat_heads(k, q)),
+            heads_first(_repeat_heads(v, q)),
             None,
-            _heads_first(out.contiguous()),  # its row stride is taken for N * D
+            heads_first(out.contiguous()),  # its row stride is taken for N * D
             padded_lse.contiguous().unsqueeze(0),
             no_random_state,
             no_random_state,
@@ -209,15 +209,15 @@ class CudaEfficientKernel(AttentionKernel):
             causal,
             scale=scale,
         )
-        return _tokens_first(dq), _sum_heads(_tokens_first(dk), k), _sum_heads(_tokens_first(dv), v)
+        return tokens_first(dq), _sum_heads(tokens_first(dk), k), _sum_heads(tokens_first(dv), v)
 
 
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
+def heads_first(x: torch.Tensor) -> torch.Tensor:
     """``[T, N, D]`` as ``[1, N, T, D]``, a view."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
-def _tokens_first(x: torch.Tensor) -> torch.Tensor:
+def tokens_first(x: torch.Tensor) -> torch.Tensor:
     """``[1, N, T, D]`` as ``[T, N, D]``, a view."""
     return x.squeeze(0).transpose(0, 1)
 

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from megatron_longpo.attention.function import Gradients, RowAttention, Saved, check_shapes
 from megatron_longpo.attention.kept import Result
 from megatron_longpo.attention.ring_tiles import RingPlan, ring_plan
-from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.shared_prefix import backward_into, empty_results, forward_into
 from megatron_longpo.attention.tiles import Plan
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import COMM, named_range
 
@@ -32,7 +32,13 @@ _KEYS, _GRADIENTS = 0, 1
 
 
 def ring_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, cp_group: dist.ProcessGroup, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: RowLayout,
+    cp_group: dist.ProcessGroup,
+    scale: float,
+    backend: str = FLASH,
 ) -> torch.Tensor:
     """Attention of this rank's queries on the whole row.
 
@@ -46,6 +52,7 @@ def ring_attention(
         layout: The whole row.
         cp_group: The context-parallel group, of ``layout.cp_size`` ranks.
         scale: Factor on the scores.
+        backend: The kernel, a value of ``--attention-backend``.
 
     Returns:
         ``[t, N, D]``.
@@ -54,7 +61,7 @@ def ring_attention(
         ValueError: Shapes do not fit the layout or each other.
     """
     check_shapes(q, k, v, layout.local_tokens)
-    return _RingAttention(layout, scale, cp_group)(q, k, v)
+    return _RingAttention(layout, scale, cp_group, backend=backend)(q, k, v)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class _RingAttention(RowAttention):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
         ring = _Ring(self.cp_group)
-        kernel = select_kernel(q.device, q.dtype)
+        kernel = self.kernel(q)
         out, lse = empty_results(q)
         for tiles, keys, values in _steps(ring, ring_plan(self.layout, ring.rank), k, v):
             forward_into(out, lse, q, keys, values, tiles, self.scale, kernel)
@@ -73,7 +80,7 @@ class _RingAttention(RowAttention):
         q, k, v, out, lse = saved
         ring = _Ring(self.cp_group)
         plan = ring_plan(self.layout, ring.rank)
-        kernel = select_kernel(q.device, q.dtype)
+        kernel = self.kernel(q)
         # Sums over ranks: half precision is added up in fp32, also where a rank adds once.
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -1,15 +1,25 @@
-"""Which attention kernel serves a device and a dtype."""
+"""Which attention kernel serves a device and a dtype (``--attention-backend``)."""
 
 from __future__ import annotations
 
 import torch
 
+from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.attention.grouped import FoldedRectangles
 from megatron_longpo.attention.kernels import AttentionKernel, CpuFlashKernel, CudaEfficientKernel, CudaFlashKernel
+from megatron_longpo.config.training import FLASH, FLASH3, FUSED
+
+_HALF_ON_CUDA = {FLASH: CudaFlashKernel, FLASH3: CudaFlashKernel, FUSED: CudnnKernel}
+"""FlashAttention 3 takes the place of torch's own behind the same operators (`platform.use_attention_backend`)."""
 
 
-def select_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
+def select_kernel(device: torch.device, dtype: torch.dtype, backend: str = FLASH) -> AttentionKernel:
     """The kernel for tensors of this device and dtype.
+
+    Args:
+        device: CPU or CUDA.
+        dtype: Of queries, keys and values.
+        backend: A value of ``--attention-backend``, for half precision on CUDA; the others have one kernel.
 
     Raises:
         ValueError: There is none.
@@ -18,7 +28,7 @@ def select_kernel(device: torch.device, dtype: torch.dtype) -> AttentionKernel:
     if device.type == "cpu" and (half or dtype in (torch.float32, torch.float64)):
         return FoldedRectangles(CpuFlashKernel())
     if device.type == "cuda" and half:
-        return FoldedRectangles(CudaFlashKernel())
+        return FoldedRectangles(_HALF_ON_CUDA[backend]())
     if device.type == "cuda" and dtype == torch.float32:
         return FoldedRectangles(CudaEfficientKernel())
     raise ValueError(

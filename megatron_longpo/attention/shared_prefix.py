@@ -17,14 +17,19 @@ import torch
 from megatron_longpo.attention.function import Gradients, RowAttention, Saved, check_shapes
 from megatron_longpo.attention.kept import Result
 from megatron_longpo.attention.kernels import AttentionKernel
-from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.attention.tiles import Plan, Tile, plan
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.ranges import BRANCH_ATTENTION, PREFIX_ATTENTION, named_range
 
 
 def shared_prefix_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: RowLayout, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: RowLayout,
+    scale: float,
+    backend: str = FLASH,
 ) -> torch.Tensor:
     """Attention of a whole row that this rank holds in row order. No collectives.
 
@@ -34,6 +39,7 @@ def shared_prefix_attention(
         v: ``[T, G, D]``.
         layout: The row. Its context-parallel size only says how the row is padded.
         scale: Factor on the scores, ``1 / sqrt(D)`` as a rule.
+        backend: The kernel, a value of ``--attention-backend``.
 
     Returns:
         ``[T, N, D]``, contiguous, in q's dtype; rows of padding are zero and pass no gradient.
@@ -42,7 +48,7 @@ def shared_prefix_attention(
         ValueError: Shapes do not fit the layout or each other.
     """
     check_shapes(q, k, v, layout.padded_tokens)
-    return _WholeRow(layout, scale)(q, k, v)
+    return _WholeRow(layout, scale, backend=backend)(q, k, v)
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,10 @@ class _WholeRow(RowAttention):
     """All tiles of the row, on this rank."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
-        return forward_tiles(q, k, v, plan(self.layout), self.scale, select_kernel(q.device, q.dtype))
+        return forward_tiles(q, k, v, plan(self.layout), self.scale, self.kernel(q))
 
     def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
-        kernel = select_kernel(grad_out.device, grad_out.dtype)
+        kernel = self.kernel(grad_out)
         return backward_tiles(grad_out, *saved, plan(self.layout), self.scale, kernel)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_longpo.config.data import HELD_OUT
-from megatron_longpo.config.field import AUTO, above, absent, equals, flag
+from megatron_longpo.config.field import AUTO, above, absent, equals, flag, given
 
+FLASH, FLASH3, FUSED = "flash", "flash3", "fused"
+"""Values of ``--attention-backend``."""
 _FULL = equals("recompute_granularity", "full")
 
 
@@ -48,6 +50,13 @@ class TrainingConfig:
         "layers of Megatron-Core or of Transformer Engine",
         choices=(AUTO, "local", "transformer_engine"),
         default_text="auto (transformer_engine on a GPU that has it, else local)",
+    )
+    attention_backend: str = flag(
+        FLASH,
+        "attention kernel on a GPU: FlashAttention 2, which comes with torch; FlashAttention 3 (flash3; Hopper, needs "
+        "the package flash_attn_3); or fused, cuDNN's, for Hopper and Blackwell",
+        choices=(FLASH, FLASH3, FUSED),
+        needs=given("bf16"),
     )
     fp8_format: str | None = flag(
         None,

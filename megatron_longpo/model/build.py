@@ -106,6 +106,7 @@ def build_model(config: RunConfig) -> list[torch.nn.Module]:
                     config.training.transformer_impl,
                     get_num_layers_to_build(settings, vp_stage=vp_stage),
                     config.training.mlp_chunk_tokens,
+                    config.training.attention_backend,
                 ),
                 config.model,
                 config.model.padded_vocab_size(settings.tensor_model_parallel_size),

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_longpo.attention.core_attention import SharedPrefixAttention
 from megatron_longpo.config import ModelConfig
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.model.layer import FrugalLayer
 from megatron_longpo.model.remade import remade
 from megatron_longpo.model.swiglu import SwiGLU
@@ -38,7 +39,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def block_spec(
-    model: ModelConfig, transformer_impl: str, num_local_layers: int, mlp_chunk_tokens: int | None = None
+    model: ModelConfig,
+    transformer_impl: str,
+    num_local_layers: int,
+    mlp_chunk_tokens: int | None = None,
+    attention_backend: str = FLASH,
 ) -> TransformerBlockSubmodules:
     """The submodules of one pipeline stage's transformer block.
 
@@ -47,6 +52,7 @@ def block_spec(
         transformer_impl: ``local`` or ``transformer_engine``.
         num_local_layers: Layers that this stage holds.
         mlp_chunk_tokens: As `FrugalLayer`'s.
+        attention_backend: As `SharedPrefixAttention`'s.
 
     Raises:
         ValueError: ``transformer_engine`` is asked for and not installed.
@@ -55,7 +61,9 @@ def block_spec(
         layer, norm = _transformer_engine_layer(model)
     else:
         layer, norm = _local_layer(model), RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SharedPrefixAttention
+    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        SharedPrefixAttention, {"backend": attention_backend}
+    )
     if model.swiglu:
         layer.submodules.mlp.submodules.activation_func = SwiGLU
     layer.module = FrugalLayer

@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
+from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.attention.grouped import FoldedRectangles
 from megatron_longpo.attention.kernels import AttentionKernel, CpuFlashKernel, CudaEfficientKernel, CudaFlashKernel
 from megatron_longpo.attention.selection import select_kernel
+from megatron_longpo.config.training import FUSED
 
 SCALE = 0.3
 
@@ -87,8 +89,14 @@ def test_only_short_rectangles_of_grouped_heads_are_folded() -> None:
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(
     ("kernel", "dtype"),
-    [(CudaFlashKernel(), torch.bfloat16), (CudaFlashKernel(), torch.float16), (CudaEfficientKernel(), torch.float32)],
-    ids=["flash bf16", "flash fp16", "efficient fp32"],
+    [
+        (CudaFlashKernel(), torch.bfloat16),
+        (CudaFlashKernel(), torch.float16),
+        (CudnnKernel(), torch.bfloat16),
+        (CudnnKernel(), torch.float16),
+        (CudaEfficientKernel(), torch.float32),
+    ],
+    ids=["flash bf16", "flash fp16", "cuDNN bf16", "cuDNN fp16", "efficient fp32"],
 )
 @pytest.mark.parametrize("causal", [True, False])
 def test_cuda_calls_fit_the_operators(kernel: AttentionKernel, dtype: torch.dtype, folded: bool, causal: bool) -> None:
@@ -104,20 +112,22 @@ def test_cuda_calls_fit_the_operators(kernel: AttentionKernel, dtype: torch.dtyp
 
 
 def test_select_kernel() -> None:
-    def selected(device: str, dtype: torch.dtype) -> type:
-        kernel = select_kernel(torch.device(device), dtype)
+    def selected(device: str, dtype: torch.dtype, *backend: str) -> type:
+        kernel = select_kernel(torch.device(device), dtype, *backend)
         assert isinstance(kernel, FoldedRectangles)
         return type(kernel.kernel)
 
     assert selected("cpu", torch.float32) is CpuFlashKernel
     assert selected("cuda", torch.bfloat16) is CudaFlashKernel
-    assert selected("cuda", torch.float32) is CudaEfficientKernel
+    assert selected("cuda", torch.bfloat16, FUSED) is CudnnKernel
+    assert selected("cuda", torch.float32, FUSED) is CudaEfficientKernel
     with pytest.raises(ValueError, match=r"no attention kernel for torch.float64 on cuda.*--bf16"):
         selected("cuda", torch.float64)
 
 
 @pytest.mark.parametrize("head_dim", [36, 264])
-def test_flash_head_dim(head_dim: int) -> None:
+@pytest.mark.parametrize("kernel", [CudaFlashKernel(), CudnnKernel()])
+def test_head_dim(kernel: AttentionKernel, head_dim: int) -> None:
     q, k, v, _ = tensors(4, 4, 2, 2, head_dim, torch.bfloat16, "meta")
     with pytest.raises(ValueError, match=f"--kv-channels {head_dim}"):
-        CudaFlashKernel().forward(q, k, v, True, 1 / math.sqrt(head_dim))
+        kernel.forward(q, k, v, True, 1 / math.sqrt(head_dim))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.grouped import FoldedRectangles
 from megatron_longpo.attention.kernels import AttentionKernel, CudaEfficientKernel, CudaFlashKernel
@@ -27,6 +28,8 @@ LAYOUTS = [
 KERNELS = [
     pytest.param(CudaFlashKernel(), torch.bfloat16, 2e-2, id="flash bf16"),
     pytest.param(CudaFlashKernel(), torch.float16, 3e-3, id="flash fp16"),
+    pytest.param(CudnnKernel(), torch.bfloat16, 2e-2, id="cuDNN bf16"),
+    pytest.param(CudnnKernel(), torch.float16, 3e-3, id="cuDNN fp16"),
     pytest.param(CudaEfficientKernel(), torch.float32, 1e-5, id="efficient fp32"),
 ]
 

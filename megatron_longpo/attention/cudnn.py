@@ -1,0 +1,71 @@
+"""cuDNN's attention, the faster one on Hopper and Blackwell, behind the interface of the other kernels."""
+
+# Tq=queries Tk=keys N=query heads G=key/value heads D=head_dim
+
+from __future__ import annotations
+
+import torch
+
+from megatron_longpo.attention.kernels import NO_DROPOUT, AttentionKernel, aten, heads_first, tokens_first
+
+
+class CudnnKernel(AttentionKernel):
+    """cuDNN on CUDA: bf16 and fp16, grouped queries natively, any strides but the last.
+
+    Its log-sum-exps are natural logarithms, one per query and head, and its backward pass takes them and the output as
+    arguments: torch's own ring attention merges them across ranks by the same rule
+    (``torch.distributed.tensor.experimental``). A plan is made for every new shape, once, on the host.
+    """
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if q.shape[2] % 8 or q.shape[2] > 256:
+            raise ValueError(
+                f"--kv-channels {q.shape[2]}: cuDNN's attention needs a multiple of 8 that is at most 256; "
+                "--attention-backend flash has the same limit"
+            )
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(
+            heads_first(q),
+            heads_first(k),
+            heads_first(v),
+            None,  # no bias
+            True,  # return the log-sum-exp
+            NO_DROPOUT,
+            causal,
+            False,  # no debug mask
+            scale=scale,
+        )
+        return tokens_first(out), lse[0, :, :, 0]
+
+    def backward(
+        self,
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        causal: bool,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        no_random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read with dropout only
+        dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward.default(
+            heads_first(grad_out.contiguous()),
+            heads_first(q),
+            heads_first(k),
+            heads_first(v),
+            heads_first(out),
+            lse.contiguous()[None, :, :, None],  # its plan takes them for contiguous
+            no_random_state,
+            no_random_state,
+            None,  # no bias
+            None,  # no cumulative lengths: one dense sequence
+            None,
+            q.shape[0],
+            k.shape[0],
+            NO_DROPOUT,
+            causal,
+            scale=scale,
+        )
+        return tokens_first(dq), tokens_first(dk), tokens_first(dv)
