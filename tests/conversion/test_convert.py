@@ -23,7 +23,7 @@ from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.conversion.to_hf import convert_to_hf
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
 from megatron_longpo.convert_checkpoint import main
-from megatron_longpo.training.checkpoint import find_checkpoint, saved_config
+from megatron_longpo.training.checkpoint_folder import find_checkpoint, saved_config
 from tests.conversion.models import MODELS, assert_same_weights, save_random_model, weights_of
 
 
