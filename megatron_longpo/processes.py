@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -34,3 +35,21 @@ def leave(code: int, say: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def plain_ending(program: str) -> Iterator[None]:
+    """End a program that writes all or nothing without a traceback: code 1 for what the user can mend, 130 for Ctrl-C.
+
+    Args:
+        program: Its name, for the messages.
+    """
+    # The scheduler's SIGTERM cleans up like Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"{program}: stopped, nothing was written", file=sys.stderr)
+        sys.exit(130)

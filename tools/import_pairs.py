@@ -9,12 +9,11 @@ Reads TRL preference rows, the LongPO authors' tokenized sets and schema 1 itsel
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE
 from megatron_longpo.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, TokenizerSpec
 from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs, summary_table
+from megatron_longpo.processes import plain_ending
 
 
 def main() -> None:
@@ -41,12 +40,10 @@ def main() -> None:
         if getattr(arguments, name):
             parser.error(f"--{name.replace('_', '-')} has no effect without --tokenizer-model: give that too")
 
-    # The scheduler's SIGTERM cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     tokenizer = None
     if arguments.tokenizer_model is not None:
         tokenizer = TokenizerSpec(arguments.tokenizer_model, *(getattr(arguments, name) for name in needs_tokenizer))
-    try:
+    with plain_ending("import_pairs.py"):
         options = ImportOptions(
             inputs=tuple(arguments.input),
             output=arguments.output,
@@ -54,11 +51,6 @@ def main() -> None:
             prompt_template=arguments.prompt_template.replace("\\n", "\n"),
         )
         print(summary_table(import_pairs(options)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"import_pairs.py: error: {error}")
-    except KeyboardInterrupt:
-        print("import_pairs.py: stopped, nothing was written", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

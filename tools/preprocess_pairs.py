@@ -8,13 +8,12 @@ writes data/pairs.bin, data/pairs.idx and data/pairs.manifest.json. docs/data.md
 from __future__ import annotations
 
 import argparse
-import signal
-import sys
 
 from megatron_longpo.data.document import TURNS
 from megatron_longpo.data.outcome import PreprocessOptions
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE
 from megatron_longpo.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, TokenizerSpec
+from megatron_longpo.processes import plain_ending
 
 
 def main() -> None:
@@ -41,9 +40,7 @@ def main() -> None:
     add("--turns", choices=TURNS, default="joint", help="joint: keeps joint and independent conversations (default)")
     arguments = parser.parse_args()
 
-    # The scheduler's SIGTERM cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    try:
+    with plain_ending("preprocess_pairs.py"):
         options = PreprocessOptions(
             inputs=tuple(arguments.input),
             output_prefix=arguments.output_prefix,
@@ -63,11 +60,6 @@ def main() -> None:
         from megatron_longpo.data.preprocess import preprocess, summary_table
 
         print(summary_table(preprocess(options)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"preprocess_pairs.py: error: {error}")
-    except KeyboardInterrupt:
-        print("preprocess_pairs.py: stopped, nothing was written", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from megatron_longpo import platform
 from megatron_longpo.config import ParallelConfig, RunConfig
 from megatron_longpo.conversion.logits import model_logits
 from megatron_longpo.model.build import build_model
-from megatron_longpo.training.checkpoint import Checkpointer, saved_config
+from megatron_longpo.training.checkpoint import Checkpointer
+from megatron_longpo.training.checkpoint_folder import saved_config
 from megatron_longpo.training.distributed import initialize, shut_down
 
 

@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron_longpo.conversion.families import Family, Weight
 from megatron_longpo.conversion.hf_weights import DTYPES, listed
 from megatron_longpo.conversion.torch_dist_reader import TensorReader
-from megatron_longpo.training.checkpoint import find_checkpoint, iteration_folder, saved_config
+from megatron_longpo.training.checkpoint_folder import find_checkpoint, iteration_folder, saved_config
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 

@@ -18,7 +18,7 @@ from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.plan import planned_weights
 from megatron_longpo.conversion.target import check_target, filled_folder
 from megatron_longpo.conversion.torch_dist_writer import LazyTensor, write_tensors
-from megatron_longpo.training.checkpoint import RELEASE, RUN_FILE, TRACKER
+from megatron_longpo.training.checkpoint_folder import RELEASE, RUN_FILE, TRACKER
 
 PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """What ``--params-dtype`` can ask for."""

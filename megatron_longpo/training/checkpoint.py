@@ -1,9 +1,5 @@
 """Checkpoints in Megatron's ``torch_dist`` format: they load at another TP, PP, CP and DP size.
 
-    SAVE/latest_checkpointed_iteration.txt      "10"
-    SAVE/iter_0000010/                          weights, optimizer, schedule, random states, progress
-    SAVE/iter_0000010/run.yaml                  the resolved configuration; --config reads it
-
 A checkpoint is written to a hidden folder beside its place and renamed when it is whole; the tracker file comes last.
 """
 
@@ -12,18 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import random
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, safe_globals, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core import dist_checkpointing, parallel_state, safe_globals
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
@@ -34,15 +26,9 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.files import atomic_writer, sync_folder
 from megatron_longpo.model.build import unwrap
+from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder
 from megatron_longpo.training.distributed import is_rank_0
-
-TRACKER = "latest_checkpointed_iteration.txt"
-RUN_FILE = "run.yaml"
-RELEASE = "release"
-"""Megatron-LM's name for a checkpoint that no training step made."""
-
-OF_REFERENCE = ("reference_rotary_base", "reference_window_size")
-"""Flags by which the reference model may differ from the policy; a run that resumes keeps them."""
+from megatron_longpo.training.random_state import random_state, set_random_state
 
 
 @dataclasses.dataclass
@@ -63,55 +49,6 @@ def _format() -> dict[str, Any]:
         # The gather on save then runs over gloo from host memory, on any machine.
         "distrib_optim_fully_reshardable_mem_efficient": True,
     }
-
-
-def iteration_folder(folder: str | Path, iteration: int) -> Path:
-    """Where a step's checkpoint lies."""
-    return Path(folder) / f"iter_{iteration:07d}"
-
-
-def find_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint that a folder's tracker names, the folder itself if it is one, or None if it holds none.
-
-    Raises:
-        ValueError: The tracker is broken, or names a checkpoint that is not there.
-    """
-    folder = Path(folder)
-    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        return folder
-    tracker = folder / TRACKER
-    if not tracker.exists():
-        return None
-    text = tracker.read_text().strip()
-    if text == RELEASE:
-        found = folder / RELEASE
-    elif text.isdigit():
-        found = iteration_folder(folder, int(text))
-    else:
-        raise ValueError(f"{tracker}: expected an iteration number or {RELEASE!r}, got {text!r}")
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(found)):
-        raise ValueError(
-            f"{tracker} names {found.name}, but {found} is not a torch_dist checkpoint; write the iteration of a "
-            f"complete iter_* folder into {tracker.name}"
-        )
-    return found
-
-
-def saved_config(checkpoint: Path) -> RunConfig:
-    """Model, and the reference's RoPE base and window, as this trainer recorded them (``--use-checkpoint-args``).
-
-    Raises:
-        ValueError: The checkpoint was written by another program.
-    """
-    safe_globals.register_safe_globals()
-    saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
-    wanted = {key for key, spec in FLAGS.items() if spec.group == "model"} | set(OF_REFERENCE)
-    values = {key: saved[key] for key in wanted if key in saved}
-    if "hidden_size" not in values:
-        raise ValueError(
-            f"{checkpoint} does not record its model's shape: give the model's flags instead of --use-checkpoint-args"
-        )
-    return RunConfig.from_flat_dict(values)
 
 
 class Checkpointer:
@@ -155,7 +92,7 @@ class Checkpointer:
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=False, metadata=_format())
             state["opt_param_scheduler"] = self.scheduler.state_dict()
         if not settings.no_save_rng:
-            state["rng_state"] = _rng_state()
+            state["rng_state"] = random_state()
         with _clear_failure(final):
             request = dist_checkpointing.save(
                 state, str(partial), async_sharded_save=settings.async_save, content_metadata=_format()
@@ -208,7 +145,7 @@ class Checkpointer:
             metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
         if with_rng:
-            state["rng_state"] = _rng_state()
+            state["rng_state"] = random_state()
         loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
@@ -218,7 +155,7 @@ class Checkpointer:
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
         if with_rng:
-            _set_rng_state(loaded["rng_state"])
+            set_random_state(loaded["rng_state"])
         if weights_only:
             return Progress()
         known = {field.name for field in dataclasses.fields(Progress)}
@@ -274,31 +211,3 @@ def _parallel_sizes() -> list[int]:
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     ]
-
-
-def _rng_state() -> ShardedObject:
-    """Random states of this rank, one entry per pipeline and tensor rank as Megatron-LM stores them."""
-    state = {
-        "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
-        "torch_rng_state": torch.get_rng_state(),
-        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    return ShardedObject(
-        "rng_state",
-        [state],
-        (
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-        ),
-        (parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_tensor_model_parallel_rank()),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-    )
-
-
-def _set_rng_state(loaded: list[dict[str, Any]]) -> None:
-    state = loaded[0]
-    random.setstate(state["random_rng_state"])
-    np.random.set_state(state["np_rng_state"])
-    torch.set_rng_state(state["torch_rng_state"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["rng_tracker_states"])

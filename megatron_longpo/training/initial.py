@@ -8,15 +8,8 @@ from pathlib import Path
 from megatron_longpo.config import RunConfig
 from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.load import load_hf_weights
-from megatron_longpo.training.checkpoint import (
-    OF_REFERENCE,
-    RELEASE,
-    TRACKER,
-    Checkpointer,
-    Progress,
-    find_checkpoint,
-    saved_config,
-)
+from megatron_longpo.training.checkpoint import Checkpointer, Progress
+from megatron_longpo.training.checkpoint_folder import OF_REFERENCE, RELEASE, TRACKER, find_checkpoint, saved_config
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:

@@ -20,7 +20,7 @@ def prepared(config: RunConfig) -> RunConfig:
 
     Raises:
         ConfigError: Sizes or flags that cannot run, all of them at once.
-        ValueError: The checkpoint that gives the model's shape cannot be read.
+        ValueError: The checkpoint that gives the model's shape cannot be read; ``--attention-backend`` has no library.
     """
     platform.prepare(config.training.use_cpu)
     if not config.data.data_path:
@@ -32,6 +32,7 @@ def prepared(config: RunConfig) -> RunConfig:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
     validate(config, world_size())
+    platform.use_attention_backend(config.training.attention_backend)
     if is_rank_0():
         print(f"configuration of this run:\n{config.to_yaml()}", flush=True)
         window = config.model.window_size.num_tokens

@@ -1,14 +1,8 @@
-"""Hugging Face → Megatron → Hugging Face: nothing changes but what is asked for, and nothing half-written stays."""
+"""Hugging Face → Megatron → Hugging Face: nothing changes but what is asked for."""
 
 from __future__ import annotations
 
 import json
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_longpo.config import Window
-from megatron_longpo.conversion import target
 from megatron_longpo.conversion.hf_config import read_hf_model
-from megatron_longpo.conversion.to_hf import convert_to_hf
-from megatron_longpo.conversion.to_megatron import convert_to_megatron
-from megatron_longpo.convert_checkpoint import main
-from megatron_longpo.training.checkpoint import find_checkpoint, saved_config
+from megatron_longpo.training.checkpoint_folder import find_checkpoint, saved_config
+from tests.conversion.converting import config_of, to_hf, to_megatron
 from tests.conversion.models import MODELS, assert_same_weights, save_random_model, weights_of
-
-
-def to_megatron(hf_model: Path, save: Path, **options: Any) -> Any:
-    return convert_to_megatron(hf_model, save, show_progress=False, **options)
-
-
-def to_hf(load: Path, hf_model: Path, save: Path, **options: Any) -> Path:
-    return convert_to_hf(load, hf_model, save, show_progress=False, **options)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    save_random_model(tmp_path / "llama", "llama2", torch.bfloat16)
-    return tmp_path / "llama"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -210,171 +183,3 @@ def test_a_template_of_another_model_is_refused(llama: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"no template for .*ffn_hidden_size is 64 there and 80 in the checkpoint"):
         to_hf(tmp_path / "megatron", tmp_path / "other", tmp_path / "back")
     assert not (tmp_path / "back").exists()
-
-
-def test_a_full_target_is_refused_without_overwrite(llama: Path, tmp_path: Path) -> None:
-    to_megatron(llama, tmp_path / "megatron")
-    (tmp_path / "back").mkdir()
-    (tmp_path / "back" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"megatron is not empty \(latest_.*, release\): give .* or --overwrite"):
-        to_megatron(llama, tmp_path / "megatron")
-    with pytest.raises(ValueError, match=r"back is not empty \(notes.txt\)"):
-        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
-    to_megatron(llama, tmp_path / "megatron", overwrite=True, rotary_base=123.0)
-    assert saved_config(find_checkpoint(tmp_path / "megatron")).model.rotary_base == 123.0
-    to_hf(tmp_path / "megatron", llama, tmp_path / "back", overwrite=True, max_shard_bytes=10_000)
-    to_hf(tmp_path / "megatron", llama, tmp_path / "back", overwrite=True)
-    # No shard of the export before is left, and what is not ours is.
-    assert {path.name for path in (tmp_path / "back").glob("*")} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "notes.txt",
-    }
-
-
-def test_checkpoints_of_a_training_run_are_never_overwritten(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "run" / "iter_0000010").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"holds checkpoints of a training run \(iter_0000010\)"):
-        to_megatron(llama, tmp_path / "run", overwrite=True)
-
-
-def test_a_file_is_no_target(llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--save .*file is a file; give a folder"):
-        to_megatron(llama, tmp_path / "file")
-
-
-def test_too_little_disk_is_found_before_writing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    to_megatron(llama, tmp_path / "megatron")
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
-    for convert in (
-        lambda: to_megatron(llama, tmp_path / "new" / "deep"),
-        lambda: to_hf(tmp_path / "megatron", llama, tmp_path / "new" / "deep"),
-    ):
-        with pytest.raises(ValueError, match=r"takes 0.0 GB and its disk has 0.0 GB free"):
-            convert()
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_disk_that_fills_up_half_way_leaves_nothing(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    to_megatron(llama, tmp_path / "megatron")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        source, save = ["--hf-model", str(llama)], ["--save", str(tmp_path / "new")]
-        codes = [
-            main(["hf-to-megatron", *source, *save]),
-            main(["megatron-to-hf", "--load", str(tmp_path / "megatron"), *source, *save]),
-        ]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert codes == [2, 2]
-    assert capsys.readouterr().err.count("new could not be written: File too large; what was there before is as") == 2
-    assert not (tmp_path / "new").exists()
-
-
-def test_iterations(llama: Path, tmp_path: Path) -> None:
-    to_megatron(llama, tmp_path / "run")
-    (tmp_path / "run" / "release").rename(tmp_path / "run" / "iter_0000020")
-    shutil.copytree(tmp_path / "run" / "iter_0000020", tmp_path / "run" / "iter_0000010")
-    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("20")
-    assert to_hf(tmp_path / "run", llama, tmp_path / "newest").name == "iter_0000020"
-    assert to_hf(tmp_path / "run", llama, tmp_path / "chosen", iteration=10).name == "iter_0000010"
-    with pytest.raises(ValueError, match=r"--iteration 15: .* is no checkpoint; there are \[10, 20\]"):
-        to_hf(tmp_path / "run", llama, tmp_path / "none", iteration=15)
-    with pytest.raises(ValueError, match=r"--load .*llama holds no checkpoint"):
-        to_hf(llama, llama, tmp_path / "none")
-
-
-def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
-    to_megatron(llama, tmp_path / "megatron")
-    release = tmp_path / "megatron" / "release"
-    weights = release / "__0_0.distcp"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=r"files are missing or truncated: __0_0.distcp"):
-        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
-    weights.write_bytes(content)
-    metadata = (release / ".metadata").read_bytes()
-    (release / ".metadata").write_bytes(metadata[:-10])
-    with pytest.raises(ValueError, match=r"\.metadata is damaged"):
-        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
-    (release / ".metadata").unlink()
-    with pytest.raises(ValueError, match=r"\.metadata is missing"):
-        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
-    assert not (tmp_path / "back").exists()
-
-
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from megatron_longpo.conversion import to_hf, to_megatron
-
-class Progress(to_hf.tqdm):
-    def update(self, n=1):
-        super().update(n)
-        if self.n > self.total / 2:
-            os.kill(os.getpid(), number)
-
-to_hf.tqdm = to_megatron.tqdm = Progress
-hf, megatron, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-for direction, name, save in cases:
-    number = getattr(signal, name)
-    if os.fork() == 0:
-        if direction == "megatron":
-            to_megatron.convert_to_megatron(hf, save, overwrite=True)
-        else:
-            to_hf.convert_to_hf(megatron, hf, save, overwrite=True, max_shard_bytes=20_000)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-MARKERS = {"megatron": "latest_checkpointed_iteration.txt", "hf": "config.json"}
-
-
-def _kill(hf: Path, megatron: Path, cases: list[tuple[str, str, Path]]) -> list[int]:
-    """Convert in processes that send themselves a signal half-way; returns their exit codes."""
-    words = [str(hf), str(megatron), json.dumps(cases, default=str)]
-    result = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return [int(line) for line in result.stdout.split()]
-
-
-def test_killed_half_way_leaves_nothing_that_looks_complete(llama: Path, tmp_path: Path) -> None:
-    megatron = tmp_path / "megatron"
-    to_megatron(llama, megatron)
-
-    def convert(direction: str, save: Path) -> None:
-        if direction == "megatron":
-            to_megatron(llama, save)
-        else:
-            to_hf(megatron, llama, save)
-
-    def content(save: Path) -> dict[Path, bytes]:
-        files = (path for path in save.rglob("*") if path.is_file())
-        return {path: path.read_bytes() for path in files if ".partial" not in path.parts}
-
-    fresh = {direction: tmp_path / f"fresh-{direction}" for direction in MARKERS}
-    used = {direction: tmp_path / f"used-{direction}" for direction in MARKERS}
-    for direction, save in used.items():
-        convert(direction, save)
-    before = {direction: content(save) for direction, save in used.items()}
-    cases = [(direction, "SIGKILL", folders[direction]) for folders in (fresh, used) for direction in MARKERS]
-    interrupted = tmp_path / "interrupted"
-    codes = _kill(llama, megatron, [*cases, ("megatron", "SIGINT", interrupted)])
-    assert codes == [-signal.SIGKILL] * 4 + [-signal.SIGINT]
-
-    for direction, marker in MARKERS.items():
-        # The partial result is there, out of sight; what was there before is untouched.
-        assert any((used[direction] / ".partial").rglob("*"))
-        assert content(used[direction]) == before[direction]
-        assert [path.name for path in fresh[direction].iterdir()] == [".partial"]
-        # Remains of a killed conversion are no content that --overwrite would be needed for.
-        convert(direction, fresh[direction])
-        assert (fresh[direction] / marker).exists()
-        assert not (fresh[direction] / ".partial").exists()
-    # Ctrl-C cleans up behind itself.
-    assert not interrupted.exists()

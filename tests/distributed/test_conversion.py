@@ -14,7 +14,8 @@ from megatron_longpo.conversion.logits import model_logits
 from megatron_longpo.conversion.to_hf import convert_to_hf
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
 from megatron_longpo.model.build import build_model, unwrap, wrap_for_training
-from megatron_longpo.training.checkpoint import Checkpointer, Progress, find_checkpoint
+from megatron_longpo.training.checkpoint import Checkpointer, Progress
+from megatron_longpo.training.checkpoint_folder import find_checkpoint
 from megatron_longpo.training.distributed import initialize
 from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
 from tests.conversion.models import (

@@ -26,7 +26,8 @@ def compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[s
     from megatron_longpo.arguments import parse_arguments
     from megatron_longpo.data.dataset import PreferenceDataset
     from megatron_longpo.model.build import build_model
-    from megatron_longpo.training.checkpoint import Checkpointer, find_checkpoint
+    from megatron_longpo.training.checkpoint import Checkpointer
+    from megatron_longpo.training.checkpoint_folder import find_checkpoint
     from megatron_longpo.training.distributed import initialize, shut_down
     from megatron_longpo.training.reference import reference_logprobs
 

@@ -54,7 +54,8 @@ def fill_the_disk(rank: int, data: str, folder: str) -> dict[str, Any]:
     from megatron_longpo import platform
     from megatron_longpo.arguments import parse_arguments
     from megatron_longpo.model.build import build_model, unwrap
-    from megatron_longpo.training.checkpoint import Checkpointer, Progress, find_checkpoint
+    from megatron_longpo.training.checkpoint import Checkpointer, Progress
+    from megatron_longpo.training.checkpoint_folder import find_checkpoint
     from megatron_longpo.training.distributed import initialize
 
     config = parse_arguments([*MODEL_FLAGS, f"--data-path={data}", f"--save={folder}"])

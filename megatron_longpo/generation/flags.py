@@ -1,0 +1,135 @@
+"""The flags of ``tools/generate_pairs.py`` as a table; their defaults are those of `GenerationSettings`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from megatron_longpo.generation.settings import ENGINES, FILTERS, OPENAI, TRANSFORMERS, GenerationSettings
+
+_EXAMPLES = """\
+the model in this process, on a GPU or a CPU:
+  python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ --engine transformers --model DIR
+
+a server, or many behind one address:
+  vllm serve DIR --served-model-name NAME --enable-prefix-caching
+  python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ --engine openai \\
+      --base-url http://127.0.0.1:8000/v1 --model NAME --tokenizer-model DIR
+
+The same command goes on after an interruption. docs/generation.md has the rest, Slurm included."""
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(GenerationSettings)}
+
+_N = {"type": int, "metavar": "N"}
+_TOKENS = {"type": int, "metavar": "TOKENS"}
+
+_Flag = tuple[str, str, dict[str, Any]]
+"""Name, help, and what else `argparse` is told."""
+
+_GROUPS: dict[str, list[_Flag]] = {
+    "input and output": [
+        (
+            "--documents",
+            "files, folders or quoted patterns: .jsonl, .jsonl.gz, .parquet, `datasets` folders, text files",
+            {"nargs": "+", "required": True, "metavar": "PATH"},
+        ),
+        ("--output", "folder for pairs.jsonl, report.json and the state", {"required": True, "metavar": "DIR"}),
+        ("--text-field", "field or column with the text", {"metavar": "NAME"}),
+        ("--id-field", "field or column with the id; without it: file name and line", {"metavar": "NAME"}),
+        ("--max-documents", "read only the first N documents", _N),
+        ("--seed", "with a document's id decides all that is drawn for it", {"type": int}),
+    ],
+    "engine": [
+        ("--engine", "the model in this process, or a server", {"choices": ENGINES, "required": True}),
+        ("--model", "folder of the model, or the name under which it is served", {"required": True}),
+        ("--tokenizer-model", "its tokenizer's folder; by default --model's", {"metavar": "DIR"}),
+        ("--model-revision", "recorded in the provenance", {"metavar": "TEXT"}),
+    ],
+    f"--engine {OPENAI}; the key comes from the environment, OPENAI_API_KEY": [
+        ("--base-url", "the server, such as http://127.0.0.1:8000/v1", {"metavar": "URL"}),
+        ("--long-base-url", "another server for whole documents, with a larger RoPE base say", {"metavar": "URL"}),
+        ("--concurrency", "requests in flight", _N),
+        ("--request-timeout-s", "longest wait for a reply", {"type": float, "metavar": "SECONDS"}),
+        ("--max-retries", "how often a failed request is sent again", _N),
+        (
+            "--skip-failed-documents",
+            "drop documents whose requests fail, instead of stopping",
+            {"action": "store_true"},
+        ),
+    ],
+    f"--engine {TRANSFORMERS}": [
+        ("--long-rotary-base", "RoPE base for whole documents", {"type": float, "metavar": "BASE"}),
+        ("--dtype", "type of the weights; by default the files'", {"choices": ("fp32", "bf16", "fp16")}),
+        ("--device", "by default the first GPU, else the CPU", {}),
+        ("--batch-size", "rows decoded together", _N),
+        ("--prefill-tokens", "tokens of a prompt computed at once", _TOKENS),
+    ],
+    "documents and chunks, in tokens": [
+        ("--min-document-tokens", "shorter documents are dropped", _TOKENS),
+        ("--target-length", "longer documents are dropped", _TOKENS),
+        ("--min-chunk-tokens", "shortest chunk", _TOKENS),
+        ("--max-chunk-tokens", "longest chunk", _TOKENS),
+        ("--max-chunks-per-document", "chunks, and so turns, of a document", _N),
+    ],
+    "instructions and answers": [
+        ("--instructions-per-chunk", "instructions to ask for; one is drawn", _N),
+        ("--instruction-attempts", "how often to ask for a readable list", _N),
+        ("--temperature", "of instructions; answers are greedy", {"type": float}),
+        ("--top-p", "of instructions", {"type": float}),
+        ("--max-instruction-tokens", "longest list of instructions", _TOKENS),
+        ("--max-answer-tokens", "longest answer", _TOKENS),
+        (
+            "--prompt-template",
+            r"user message, the same as in preprocessing (default: '{document}\n\n{instruction}')",
+            {"default": _DEFAULTS["prompt_template"], "metavar": "TEXT"},
+        ),
+        (
+            "--instruction-template",
+            "file with another request, with {chunk} and {num_instructions}",
+            {"metavar": "FILE"},
+        ),
+        (
+            "--filters",
+            f"what answers are dropped for: {', '.join(FILTERS)} (default: all)",
+            {"nargs": "*", "default": list(FILTERS), "metavar": "NAME"},
+        ),
+        ("--max-repetition", "highest share of repeated word 4-grams", {"type": float, "metavar": "SHARE"}),
+    ],
+    "many processes": [
+        ("--tasks", "parts of the documents", {"dest": "num_tasks"} | _N),
+        (
+            "--task",
+            "run only this part; by default all, one after another",
+            {"type": int, "default": None, "metavar": "I"},
+        ),
+        ("--workers", "processes that measure and cut documents", {"dest": "num_workers"} | _N),
+        ("--no-progress", "no progress bar", {"dest": "progress", "action": "store_false"}),
+    ],
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """A parser whose results are fields of `GenerationSettings`, and ``task``."""
+    parser = argparse.ArgumentParser(
+        prog="generate_pairs.py",
+        description="Let a model make its own short-to-long preference pairs from long documents.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    for title, flags in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, help, options in flags:
+            group.add_argument(name, **_with_default(name, help, options))
+    return parser
+
+
+def _with_default(name: str, help: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings' default, also in the help, for a flag that has no default or action of its own."""
+    field = options.get("dest") or name.removeprefix("--").replace("-", "_")
+    default = _DEFAULTS.get(field, dataclasses.MISSING)
+    if default is dataclasses.MISSING or "default" in options or "action" in options:
+        return {"help": help, **options}
+    shown = f" (default: {default})" if default is not None else ""
+    return {"help": help + shown, "default": default, **options}

@@ -1,0 +1,37 @@
+"""The libraries behind ``--attention-backend``."""
+
+from __future__ import annotations
+
+import torch.nn.attention
+
+from megatron_longpo.config.training import FLASH, FLASH3
+from megatron_longpo.platform.devices import has_cuda
+
+
+def use_attention_backend(backend: str) -> None:
+    """Make a value of ``--attention-backend`` usable in this process.
+
+    FlashAttention 3 takes the place of FlashAttention 2 behind torch's operators, for the rest of the process.
+
+    Raises:
+        ValueError: There is no GPU, or the library is missing or does not fit it.
+    """
+    if backend == FLASH:
+        return
+    if not has_cuda():
+        raise ValueError(f"--attention-backend {backend} needs a GPU: leave it out")
+    if backend != FLASH3:
+        return
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None:
+        raise ValueError(
+            f"--attention-backend {FLASH3} needs a torch that can exchange its FlashAttention, which {torch.__version__} "
+            "cannot: update torch, or use --attention-backend fused"
+        )
+    try:
+        activate("FA3")
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--attention-backend {FLASH3} needs the package flash_attn_3 (hopper/ of the FlashAttention repository), "
+            f"which does not load: {error}; --attention-backend fused needs no package"
+        ) from error

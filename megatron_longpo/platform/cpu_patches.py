@@ -1,0 +1,86 @@
+"""Patches that let Megatron-Core train on a CPU: its random states, gradient clipping, and names of tensor types."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_longpo.platform.devices import has_cuda
+
+
+def use_cpu_rng_tracker() -> None:
+    """Let Megatron's random-state tracker fork the CPU generator.
+
+    Remove when ``CudaRNGStatesTracker`` takes a generator.
+    """
+    from megatron.core.tensor_parallel import random
+
+    class CpuRNGStatesTracker(random.CudaRNGStatesTracker):
+        # Upstream's fork warns when the CPU generator moves, which here is the point.
+        @contextlib.contextmanager
+        def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+            if name not in self.states_:
+                raise RuntimeError(f"random state {name!r} was not added; call model_parallel_cuda_manual_seed first")
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def replace_grad_clipping() -> None:
+    """Clip fp32 gradients without the CUDA multi-tensor kernels.
+
+    Remove when ``clip_grad_by_total_norm_fp32`` no longer asserts a CUDA tensor type.
+    """
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    def clip_grad_by_total_norm_fp32(
+        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+    ) -> None:
+        scale = max_norm / (total_norm + 1.0e-6)
+        if scale < 1.0:
+            name = "decoupled_grad" if use_decoupled_grad else "grad"
+            parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
+            torch._foreach_mul_([getattr(p, name) for p in parameters if getattr(p, name, None) is not None], scale)
+
+    for module in (clip_grads, optimizer):
+        module.clip_grad_by_total_norm_fp32 = clip_grad_by_total_norm_fp32
+
+
+class _CudaTypeNames(TorchFunctionMode):
+    """Tensors say ``torch.cuda.FloatTensor`` of themselves, and ``.cuda()`` leaves them where they are.
+
+    The optimizers choose a parameter's treatment by the type's name, and tied embeddings are moved with ``.cuda()``.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+@contextlib.contextmanager
+def construction() -> Iterator[None]:
+    """Wrap the building of models and optimizers in this; it does nothing on CUDA.
+
+    Remove when Megatron's optimizers look at ``dtype`` instead of ``Tensor.type()``.
+    """
+    with contextlib.nullcontext() if has_cuda() else _CudaTypeNames():
+        yield

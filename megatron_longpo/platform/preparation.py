@@ -1,0 +1,46 @@
+"""Making a process ready for Megatron-Core on its device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megatron_longpo.platform.cpu_patches import replace_grad_clipping, use_cpu_rng_tracker
+from megatron_longpo.platform.cpu_torch import install_cpu_torch
+from megatron_longpo.platform.devices import device, has_cuda
+from megatron_longpo.platform.megatron_core import require_checked_version
+from megatron_longpo.platform.repairs import (
+    fix_zero1_resume,
+    group_ranks_without_einops,
+    tie_checkpoint_manager_to_its_rank,
+)
+
+_prepared = False
+
+
+def prepare(use_cpu: bool = False) -> None:
+    """Make this process ready for Megatron-Core on its device. Call it once, before any model is built.
+
+    Args:
+        use_cpu: Hide the GPU.
+
+    Raises:
+        RuntimeError: On a CPU with a Megatron-Core release that the adapters were not checked against.
+    """
+    global _prepared
+    if use_cpu:
+        os.environ["LONGPO_USE_CPU"] = "1"
+    if has_cuda():
+        torch.cuda.set_device(device())
+    if _prepared:
+        return
+    require_checked_version()
+    if not has_cuda():
+        install_cpu_torch()
+        use_cpu_rng_tracker()
+        replace_grad_clipping()
+    group_ranks_without_einops()
+    fix_zero1_resume()
+    tie_checkpoint_manager_to_its_rank()
+    _prepared = True

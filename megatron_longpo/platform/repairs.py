@@ -1,0 +1,99 @@
+"""What is mended in Megatron-Core on every device."""
+
+from __future__ import annotations
+
+import multiprocessing
+import types
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+import torch
+
+from megatron_longpo.processes import die_with_parent
+
+
+def group_ranks_without_einops() -> None:
+    """Let hierarchical context-parallel groups be made where einops is not installed: Megatron does not require it.
+
+    Remove when ``create_hierarchical_groups`` does without.
+    """
+    from megatron.core import parallel_state
+
+    if parallel_state.HAVE_EINOPS:
+        return
+
+    def rearrange(ranks: Any, pattern: str, u: int, s: int, l: int) -> Any:  # noqa: E741  the names of the pattern
+        assert pattern == "(l s u) -> (l u) s", f"einops is not installed and was asked for {pattern!r}"
+        return ranks.reshape(l, s, u).swapaxes(1, 2).reshape(l * u, s)
+
+    parallel_state.einops = types.SimpleNamespace(rearrange=rearrange)
+    parallel_state.HAVE_EINOPS = True
+
+
+def fix_zero1_resume() -> None:
+    """Make the distributed optimizer resume exactly when torch's AdamW runs inside it (no TE or Apex at hand).
+
+    Upstream asserts on a state without ``step``, misses ``step`` when it copies loaded state, and gives all parameters
+    ONE ``step`` tensor, which then advances once per parameter: the resumed run is silently wrong.
+    Remove when a resumed run under torch AdamW equals an uninterrupted one upstream.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    upstream = distrib_optimizer.DistributedOptimizer
+    state_dict, load_state_dict = upstream.state_dict, upstream.load_state_dict
+    set_states = upstream._set_main_param_and_optimizer_states
+
+    def is_torch_adam(self: Any) -> bool:
+        return isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+    def allocate_state(self: Any) -> None:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                state = self.optimizer.state[param]
+                if "step" not in state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+
+    def fixed_state_dict(self: Any) -> Any:
+        if is_torch_adam(self):
+            allocate_state(self)
+        return state_dict(self)
+
+    def fixed_load_state_dict(self: Any, state: Any) -> None:
+        if not is_torch_adam(self):
+            return load_state_dict(self, state)
+        allocate_state(self)
+        load_state_dict(self, state)
+        for param_state in self.optimizer.state.values():
+            param_state["step"] = param_state["step"].clone()
+
+    def fixed_set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if is_torch_adam(self):
+            group, order = self.model_param_group_index_map[model_param]
+            own = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+            tensors = {**tensors, "step": own["step"]}
+        set_states(self, model_param, tensors)
+
+    upstream.state_dict = fixed_state_dict
+    upstream.load_state_dict = fixed_load_state_dict
+    upstream._set_main_param_and_optimizer_states = fixed_set_states
+
+
+def tie_checkpoint_manager_to_its_rank() -> None:
+    """Let the process that carries results of checkpoint writers end with its rank, also when that is killed.
+
+    Remove when Megatron's writer needs no manager process, or ends it itself.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def results_queue() -> Any:
+        if filesystem_async._results_queue is None:
+            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+            manager.start(initializer=die_with_parent)
+            filesystem_async._results_queue = manager.Queue()
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = results_queue

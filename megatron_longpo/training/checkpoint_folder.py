@@ -1,0 +1,75 @@
+"""A folder of checkpoints: its names, which checkpoint is the newest, and what configuration one records.
+
+    SAVE/latest_checkpointed_iteration.txt      "10"
+    SAVE/iter_0000010/                          weights, optimizer, schedule, random states, progress
+    SAVE/iter_0000010/run.yaml                  the resolved configuration; --config reads it
+
+The names are Megatron-LM's, the last one aside.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron.core import dist_checkpointing, safe_globals
+
+from megatron_longpo.config import RunConfig
+from megatron_longpo.config.flags import FLAGS
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RUN_FILE = "run.yaml"
+RELEASE = "release"
+"""Megatron-LM's name for a checkpoint that no training step made."""
+
+OF_REFERENCE = ("reference_rotary_base", "reference_window_size")
+"""Flags by which the reference model may differ from the policy; a run that resumes keeps them."""
+
+
+def iteration_folder(folder: str | Path, iteration: int) -> Path:
+    """Where a step's checkpoint lies."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def find_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that a folder's tracker names, the folder itself if it is one, or None if it holds none.
+
+    Raises:
+        ValueError: The tracker is broken, or names a checkpoint that is not there.
+    """
+    folder = Path(folder)
+    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        return folder
+    tracker = folder / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    if text == RELEASE:
+        found = folder / RELEASE
+    elif text.isdigit():
+        found = iteration_folder(folder, int(text))
+    else:
+        raise ValueError(f"{tracker}: expected an iteration number or {RELEASE!r}, got {text!r}")
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(found)):
+        raise ValueError(
+            f"{tracker} names {found.name}, but {found} is not a torch_dist checkpoint; write the iteration of a "
+            f"complete iter_* folder into {tracker.name}"
+        )
+    return found
+
+
+def saved_config(checkpoint: Path) -> RunConfig:
+    """Model, and the reference's RoPE base and window, as this trainer recorded them (``--use-checkpoint-args``).
+
+    Raises:
+        ValueError: The checkpoint was written by another program.
+    """
+    safe_globals.register_safe_globals()
+    saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
+    wanted = {key for key, spec in FLAGS.items() if spec.group == "model"} | set(OF_REFERENCE)
+    values = {key: saved[key] for key in wanted if key in saved}
+    if "hidden_size" not in values:
+        raise ValueError(
+            f"{checkpoint} does not record its model's shape: give the model's flags instead of --use-checkpoint-args"
+        )
+    return RunConfig.from_flat_dict(values)

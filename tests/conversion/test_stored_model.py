@@ -1,0 +1,42 @@
+"""Megatron checkpoints to convert: which one is taken, and damage that is found."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conversion.converting import to_hf, to_megatron
+
+
+def test_iterations(llama: Path, tmp_path: Path) -> None:
+    to_megatron(llama, tmp_path / "run")
+    (tmp_path / "run" / "release").rename(tmp_path / "run" / "iter_0000020")
+    shutil.copytree(tmp_path / "run" / "iter_0000020", tmp_path / "run" / "iter_0000010")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("20")
+    assert to_hf(tmp_path / "run", llama, tmp_path / "newest").name == "iter_0000020"
+    assert to_hf(tmp_path / "run", llama, tmp_path / "chosen", iteration=10).name == "iter_0000010"
+    with pytest.raises(ValueError, match=r"--iteration 15: .* is no checkpoint; there are \[10, 20\]"):
+        to_hf(tmp_path / "run", llama, tmp_path / "none", iteration=15)
+    with pytest.raises(ValueError, match=r"--load .*llama holds no checkpoint"):
+        to_hf(llama, llama, tmp_path / "none")
+
+
+def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    release = tmp_path / "megatron" / "release"
+    weights = release / "__0_0.distcp"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"files are missing or truncated: __0_0.distcp"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    weights.write_bytes(content)
+    metadata = (release / ".metadata").read_bytes()
+    (release / ".metadata").write_bytes(metadata[:-10])
+    with pytest.raises(ValueError, match=r"\.metadata is damaged"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    (release / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"\.metadata is missing"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    assert not (tmp_path / "back").exists()

@@ -1,0 +1,62 @@
+"""One output folder: who may write into it, who may go on with it, and when its results are written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.generation.chat_server import ChatServer, running
+from megatron_longpo.files import exclusive_lock
+from megatron_longpo.generation.command import main
+from megatron_longpo.generation.output import prepare_output, write_results
+from megatron_longpo.generation.runner import run_task
+from tests.generation.conftest import Settings
+from tests.generation.runs import command
+
+
+def test_two_writers_on_one_output_are_refused(settings: Settings) -> None:
+    chosen = settings()
+    prepare_output(chosen)
+    with (
+        exclusive_lock(Path(chosen.output, "state", "00000", "lock"), ""),
+        pytest.raises(ValueError, match=r"pairs: another process is working on task 0 of 1 there"),
+    ):
+        run_task(chosen)
+
+
+def test_of_two_tasks_that_finish_together_one_writes(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(ChatServer()) as url:
+        words = command(settings(base_url=url))[2:]
+        assert main(words) == 0
+        with exclusive_lock(Path(settings().output, "state", "results.lock"), ""):
+            capsys.readouterr()
+            assert main([*words, "--task", "0"]) == 0
+            assert capsys.readouterr().out == "all tasks are finished; another one is writing pairs.jsonl\n"
+            assert main(words) == 1
+
+
+def test_going_on_with_other_flags_or_documents_is_refused(settings: Settings, corpus: Path, tmp_path: Path) -> None:
+    prepare_output(settings())
+    prepare_output(settings(concurrency=3, base_url="http://other:1/v1"))
+    with pytest.raises(ValueError, match=r"--top-p was 0.9, now 0.8; --seed was 0, now 1"):
+        prepare_output(settings(seed=1, top_p=0.8))
+    other = tmp_path / "more.jsonl"
+    other.write_text(corpus.read_text())
+    prepare_output(settings(documents=(str(other),), output=str(tmp_path / "other")))
+    other.write_text(corpus.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"the files of --documents were other ones, or had other sizes"):
+        prepare_output(settings(documents=(str(other),), output=str(tmp_path / "other")))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"full is not empty \(notes.txt\)"):
+        prepare_output(settings(output=str(tmp_path / "full")))
+
+
+def test_results_wait_for_every_task(settings: Settings) -> None:
+    with running(ChatServer()) as url:
+        chosen = settings(base_url=url, num_tasks=2)
+        prepare_output(chosen)
+        run_task(chosen, 0)
+        with pytest.raises(ValueError, match=r"task 1 of 2 has not run; start it with --task 1"):
+            write_results(chosen)
