@@ -90,3 +90,14 @@ def test_cuda_is_named_nowhere_else() -> None:
     naming = {path for path in package.rglob("*.py") if named.search(path.read_text())}
     assert here / "devices.py" in naming
     assert not [str(path.relative_to(package)) for path in naming if path.parent != here]
+
+
+@cpu_only
+def test_an_attention_backend_needs_its_device_and_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform.use_attention_backend("flash")
+    with pytest.raises(ValueError, match="--attention-backend fused needs a GPU"):
+        platform.use_attention_backend("fused")
+    monkeypatch.setattr("megatron_longpo.platform.attention.has_cuda", lambda: True)
+    platform.use_attention_backend("fused")
+    with pytest.raises(ValueError, match=r"flash3 needs the package flash_attn_3.*fused needs no package"):
+        platform.use_attention_backend("flash3")

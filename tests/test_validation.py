@@ -148,6 +148,11 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
         ),
         ("--fp8-format hybrid", 1, "--fp8-format hybrid needs --bf16"),
         ("--use-cpu --transformer-impl transformer_engine", 1, "--transformer-impl transformer_engine needs a GPU"),
+        (
+            "--use-cpu --bf16 --attention-backend fused",
+            1,
+            "--attention-backend fused needs a GPU: remove it or --use-cpu",
+        ),
         ("--use-cpu --distributed-backend nccl", 1, "--distributed-backend nccl needs GPUs"),
         (
             "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --bf16 "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.attention
+import torch
 
 from megatron_longpo.config.training import FLASH, FLASH3
 from megatron_longpo.platform.devices import has_cuda
@@ -22,11 +22,13 @@ def use_attention_backend(backend: str) -> None:
         raise ValueError(f"--attention-backend {backend} needs a GPU: leave it out")
     if backend != FLASH3:
         return
-    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    import torch.nn.attention as attention
+
+    activate = getattr(attention, "activate_flash_attention_impl", None)
     if activate is None:
         raise ValueError(
-            f"--attention-backend {FLASH3} needs a torch that can exchange its FlashAttention, which {torch.__version__} "
-            "cannot: update torch, or use --attention-backend fused"
+            f"--attention-backend {FLASH3} needs a torch that can exchange its FlashAttention, not {torch.__version__}: "
+            "update torch, or use --attention-backend fused"
         )
     try:
         activate("FA3")
