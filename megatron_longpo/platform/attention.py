@@ -27,7 +27,7 @@ def use_attention_backend(backend: str) -> None:
     activate = getattr(attention, "activate_flash_attention_impl", None)
     if activate is None:
         raise ValueError(
-            f"--attention-backend {FLASH3} needs a torch that can exchange its FlashAttention, not {torch.__version__}: "
+            f"--attention-backend {FLASH3} needs a torch whose FlashAttention can be replaced, not {torch.__version__}: "
             "update torch, or use --attention-backend fused"
         )
     try:
