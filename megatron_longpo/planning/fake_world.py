@@ -109,5 +109,10 @@ def _norm_of_lists(*_: Any) -> tuple[torch.Tensor, None]:
 
 def _forget_index_tensors() -> None:
     """Index tensors are kept per layout; real ones must not meet fake tensors, nor the reverse."""
-    row_order.to_row_order.cache_clear()
-    row_order.to_rank_order.cache_clear()
+    for order in (
+        row_order.to_row_order,
+        row_order.to_rank_order,
+        row_order.to_group_order,
+        row_order.from_group_order,
+    ):
+        order.cache_clear()
