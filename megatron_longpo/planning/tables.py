@@ -46,6 +46,8 @@ def layout_text(config: RunConfig, num_gpus: int) -> str:
     context = f"CP {parallel.context_parallel_size}"
     if parallel.context_parallel_size > 1:
         context += f" {parallel.cp_comm_type}"
+    if parallel.hierarchical_context_parallel_sizes is not None:
+        context += f" {'×'.join(map(str, parallel.hierarchical_context_parallel_sizes))}"
     return (
         f"TP {parallel.tensor_model_parallel_size} · {stages} · {context} · DP {parallel.data_parallel_size(num_gpus)}"
     )
@@ -57,7 +59,15 @@ def layout_line(config: RunConfig, num_gpus: int) -> str:
     recompute = training.recompute_granularity or "none"
     if recompute == "selective":
         recompute += f" ({' '.join(training.recompute_modules)})"
+    if training.recompute_keep_attention:
+        recompute += " but attention"
+    if training.mlp_chunk_tokens is not None:
+        recompute += f", MLP in pieces of {training.mlp_chunk_tokens} tokens"
+    if training.cpu_offloading_num_layers:
+        recompute += f", {training.cpu_offloading_num_layers} layers per stage offloaded"
     sharded = "sharded optimizer" if config.parallel.use_distributed_optimizer else "whole optimizer"
+    if config.optimizer.optimizer_cpu_offload:
+        sharded += " on the host"
     return (
         f"{num_gpus} GPUs: {layout_text(config, num_gpus)}, {sharded}, {config.num_microbatches(num_gpus)} "
         f"micro-batches, recompute {recompute}, {'bf16' if training.bf16 else 'fp32'}"
@@ -110,7 +120,8 @@ def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
         [
             str(number),
             layout_text(plan.candidate.config, num_gpus),
-            plan.candidate.option,
+            plan.candidate.option.recomputed,
+            plan.candidate.option.on_host,
             f"{plan.time.seconds_per_document:.2f}",
             f"{plan.time.tokens_per_s_per_gpu:,.0f}",
             f"{100 * plan.time.mfu:.1f}",
@@ -118,8 +129,8 @@ def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
         ]
         for number, plan in enumerate(plans, 1)
     ]
-    heading = ["#", "layout", "recomputed", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
-    return table(heading, lines, left=3)
+    heading = ["#", "layout", "recomputed", "on the host", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
+    return table(heading, lines, left=4)
 
 
 def time_table(time: StepTime) -> str:
