@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     rates.add_argument("--peak-tflops", type=float, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
     rates.add_argument("--mem-gib", type=float, metavar="GIB", help="memory of one GPU")
     rates.add_argument("--link-gbs", type=float, metavar="GB/S", help="network card of one GPU, in each direction")
+    rates.add_argument("--host-mem-gib", type=float, metavar="GIB", help="host memory per GPU; 0 offloads nothing")
+    rates.add_argument("--host-link-gbs", type=float, metavar="GB/S", help="PCIe of one GPU, in each direction")
     rates.add_argument("--matmul-tflops", type=float, metavar="TFLOP/S", help="measured on matrix products")
     rates.add_argument(
         "--attention-tflops", type=float, nargs=2, metavar=("FORWARD", "BACKWARD"), help="measured on attention"

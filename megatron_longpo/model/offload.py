@@ -30,7 +30,8 @@ class LayerOffload:
 
     def __init__(self, previous: LayerOffload | None, resident: Iterable[torch.Tensor]) -> None:
         self._previous = weakref.ref(previous) if previous is not None else None
-        self._resident = {tensor.untyped_storage().data_ptr() for tensor in resident}
+        # By storage, not address: the tensors of a dry run have none.
+        self._resident = {tensor.untyped_storage()._cdata for tensor in resident}
         # Weak: a copy is freed with the last node of the graph that needs it.
         self._copies: list[tuple[weakref.ref[torch.UntypedStorage], tuple[object, ...], weakref.ref]] = []
         self._fetched = False
@@ -44,7 +45,7 @@ class LayerOffload:
     def pack(self, tensor: torch.Tensor) -> Packed:
         """What stands for a saved tensor: its copy, or itself if it stays."""
         storage = tensor.untyped_storage()
-        if tensor.nbytes < OFFLOAD_FROM_BYTES or storage.data_ptr() in self._resident:
+        if tensor.nbytes < OFFLOAD_FROM_BYTES or storage._cdata in self._resident:
             return tensor
         if tensor.device != platform.device():
             return tensor

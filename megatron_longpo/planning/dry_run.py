@@ -19,9 +19,10 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.data.batch import Batch
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.fake_world import answer, fake_tensors, fake_world
-from megatron_longpo.planning.ledger import MemoryLedger, Part
+from megatron_longpo.planning.ledger import MemoryLedger
 from megatron_longpo.planning.measured_step import MeasuredTrainer
 from megatron_longpo.planning.on_gpu import as_on_gpu, hidden_bytes, use_list_adam
+from megatron_longpo.planning.parts import Part
 from megatron_longpo.planning.workload import batch_of
 
 
@@ -32,15 +33,24 @@ class RankMemory:
     Args:
         stage: Pipeline stage of the rank.
         parts: Bytes by part, at the moment of the peak.
+        own_peaks: The most bytes of each part, at whatever moment of the step.
+        host: Bytes of host memory by part, at the moment of their peak; all zero unless something is offloaded.
     """
 
     stage: int
     parts: dict[Part, int]
+    own_peaks: dict[Part, int]
+    host: dict[Part, int]
 
     @property
     def gib(self) -> float:
         """All parts together, GiB."""
         return sum(self.parts.values()) / 2**30
+
+    @property
+    def host_gib(self) -> float:
+        """Host memory, GiB."""
+        return sum(self.host.values()) / 2**30
 
 
 def dry_run(config: RunConfig, world_size: int, rows: Sequence[TrainingRow]) -> list[RankMemory]:
@@ -85,7 +95,7 @@ def dry_run_stage(config: RunConfig, world_size: int, stage: int, rows: Sequence
     with fake_world(config, rank, world_size):
         batch = batch_of(config, rows, parallel_state.get_context_parallel_rank())
         ledger = MemoryLedger(answer, hidden_bytes if on_gpu else None)
-        with fake_tensors(batch.layout) as mode, as_on_gpu(on_gpu), ledger:
+        with fake_tensors(batch.layout) as mode, as_on_gpu(on_gpu, ledger), ledger:
             # Lengths travel between stages as numbers, which fake tensors lack: every row here has the same.
             data = dataclasses.replace(config.data, seq_length=batch.layout.padded_tokens)
             trainer = MeasuredTrainer(dataclasses.replace(config, data=data), ledger)
@@ -95,7 +105,7 @@ def dry_run_stage(config: RunConfig, world_size: int, stage: int, rows: Sequence
                 use_list_adam(trainer.optimizer)
             trainer.allocate_optimizer_state()
             trainer.measure([_fake(batch, mode)] * num_micro_batches)
-    return RankMemory(stage, dict(ledger.peak))
+    return RankMemory(stage, ledger.device.peak, ledger.device.own_peaks, ledger.host.peak)
 
 
 def _for_fake_world(config: RunConfig) -> RunConfig:

@@ -1,70 +1,81 @@
-"""A quick estimate of peak memory, to leave out layouts that cannot fit before the others are measured.
-
-Per token and layer, what backward needs of the unfused layers in the training dtype: norms' inputs and outputs 4H
-(split over TP with sequence parallel), queries, keys, values and attention's output, the MLP's hidden layer five times
-(gate, linear, linear plus its offset, activated gate, product), RoPE's cosines and sines. The same counting as in arXiv
-2205.05198, section 4.1.
-"""
+"""A quick estimate of peak memory, to leave out layouts that cannot fit before the others are measured."""
 
 # t=tokens of a rank H=hidden_size F=ffn N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_longpo.config import RunConfig
 from megatron_longpo.planning.recomputation import repeated
+from megatron_longpo.planning.saved import (
+    element_bytes,
+    kept_bytes,
+    local_tokens,
+    offloaded_share,
+    whole_layer_bytes,
+)
 from megatron_longpo.planning.step_time import layer_weights, num_virtual
 from megatron_longpo.planning.workload import Work
 
-
-def estimated_gib(config: RunConfig, num_gpus: int, work: Work) -> float:
-    """Peak memory of the fullest rank, GiB."""
-    return max(_of_stage(config, num_gpus, work, last) for last in (False, True)) / 2**30
+LAYERS_ON_THE_WAY = 2
+"""Offloaded layers whose saved tensors are on the device: one in backward, and the next one that comes back."""
 
 
-def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> float:
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory of the fullest rank.
+
+    Args:
+        gib: Of the device, GiB.
+        host_gib: Of the host, GiB.
+    """
+
+    gib: float
+    host_gib: float
+
+
+def estimate(config: RunConfig, num_gpus: int, work: Work) -> Estimate:
+    """The fuller of the first and the last pipeline stage."""
+    stages = [_of_stage(config, num_gpus, work, last) for last in (False, True)]
+    return Estimate(max(device for device, _ in stages) / 2**30, max(host for _, host in stages) / 2**30)
+
+
+def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> tuple[float, float]:
+    """Bytes of device and host."""
     model, parallel, training = config.model, config.parallel, config.training
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    size = 2 if training.bf16 else 4
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vocabulary = model.padded_vocab_size(tp) * model.hidden_size / tp
     tables = 1 if pp > 1 or not model.untie_embeddings_and_output_weights else 2
     parameters = model.num_layers / pp * layer_weights(model) / tp + tables * vocabulary
-    sharded = cp * parallel.data_parallel_size(num_gpus) if parallel.use_distributed_optimizer else 1
-    num_bytes = parameters * (size + 4 + (12 if training.bf16 else 8) / sharded)
-
-    tokens = work.layout.padded_tokens / cp
-    one_layer = tokens * _layer_bytes_per_token(config)
-    hidden = size * tokens * model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    again = repeated(config)
-    if training.recompute_granularity == "full":
-        kept = again.matmul * hidden + (1 - again.matmul) * one_layer
-        if training.recompute_keep_attention:
-            kept += again.matmul * size * tokens * model.num_attention_heads * model.kv_channels / tp
+    ranks = parallel.context_parallel_size * parallel.data_parallel_size(num_gpus)
+    updated = parameters / ranks if parallel.use_distributed_optimizer else parameters
+    size, tokens = element_bytes(config), local_tokens(config, work)
+    device, host = parameters * (size + 4), 0.0
+    if config.optimizer.optimizer_cpu_offload:
+        # Weight, gradient and moments of the shard; while it is built, the weights of the whole rank.
+        host += max(16 * updated, 4 * (parameters + updated))
     else:
-        mlp = size * 5 * tokens * model.ffn_hidden_size / tp
-        kept = one_layer - (mlp if again.matmul else 0.0)
-    num_bytes += kept * model.num_layers / pp * _rows_under_way(config, num_gpus, last)
+        device += (12 if training.bf16 else 8) * updated
+
+    one_layer, kept = whole_layer_bytes(config, work), kept_bytes(config, work)
+    layers = model.num_layers / pp * _rows_under_way(config, num_gpus, last)
+    offloaded = offloaded_share(config)
+    host += kept * layers * offloaded
+    device += kept * (layers * (1 - offloaded) + (LAYERS_ON_THE_WAY if offloaded else 0))
+    again = repeated(config).layers > 0 or training.recompute_granularity == "selective"
     # A layer in backward: what it computes again, and gradients of about the size of its widest tensors.
-    num_bytes += one_layer * (again.matmul > 0) + size * 3 * tokens * model.ffn_hidden_size / tp
+    inner_tokens = tokens if training.mlp_chunk_tokens is None else min(tokens, training.mlp_chunk_tokens)
+    inner = size * inner_tokens * model.ffn_hidden_size / tp
+    device += one_layer * again + 3 * inner + (3 * inner if training.mlp_chunk_tokens is not None else 0.0)
     keys = size * 2 * work.layout.padded_tokens * model.num_query_groups * model.kv_channels / tp
-    num_bytes += keys * 3 + 2 * size * tokens * model.hidden_size
+    device += keys * 3 + 2 * size * tokens * model.hidden_size
     if last:
         logits = training.logits_chunk_tokens * model.padded_vocab_size(tp) / tp
         head = 8 * vocabulary + 6 * logits + 3 * size * tokens * model.hidden_size
         # With recomputation the LM head's peak and a layer's do not meet.
-        num_bytes += head if again.matmul == 0 else max(0.0, head - one_layer)
-    return num_bytes
-
-
-def _layer_bytes_per_token(config: RunConfig) -> float:
-    model, parallel = config.model, config.parallel
-    tp, size = parallel.tensor_model_parallel_size, 2 if config.training.bf16 else 4
-    query, key = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
-    whole = 4 * model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    return size * (whole + (2 * query + 2 * key + 5 * model.ffn_hidden_size) / tp + 4 * model.kv_channels)
+        device += max(0.0, head - one_layer) if again else head
+    return device, host
 
 
 def _rows_under_way(config: RunConfig, num_gpus: int, last: bool) -> float:

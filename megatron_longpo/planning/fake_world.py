@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
@@ -27,6 +28,13 @@ from megatron_longpo.planning.replaced import replaced
 from megatron_longpo.training import loop
 from megatron_longpo.training.distributed import initialize, shut_down
 
+_NOISE = (
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+)
+"""Warnings of names that Megatron-Core calls and of streams, of which a fake world has none."""
+
 
 @contextmanager
 def fake_world(config: RunConfig, rank: int, world_size: int) -> Iterator[None]:
@@ -45,13 +53,16 @@ def fake_world(config: RunConfig, rank: int, world_size: int) -> Iterator[None]:
     ) -> Any:
         return make_group(ranks, timeout=timeout, backend="fake", **rest)
 
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    try:
-        with replaced(dist, "new_group", fake_group):
-            initialize(config)
-        yield
-    finally:
-        shut_down()
+    with warnings.catch_warnings():
+        for message in _NOISE:
+            warnings.filterwarnings("ignore", message=message)
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            with replaced(dist, "new_group", fake_group):
+                initialize(config)
+            yield
+        finally:
+            shut_down()
 
 
 @contextmanager
@@ -109,5 +120,10 @@ def _norm_of_lists(*_: Any) -> tuple[torch.Tensor, None]:
 
 def _forget_index_tensors() -> None:
     """Index tensors are kept per layout; real ones must not meet fake tensors, nor the reverse."""
-    row_order.to_row_order.cache_clear()
-    row_order.to_rank_order.cache_clear()
+    for order in (
+        row_order.to_row_order,
+        row_order.to_rank_order,
+        row_order.to_group_order,
+        row_order.from_group_order,
+    ):
+        order.cache_clear()

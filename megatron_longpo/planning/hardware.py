@@ -26,6 +26,9 @@ class GPU:
         matmul_tflops: What large bf16 matrix products reach.
         attention_tflops: What FlashAttention 2, the kernel of ``--transformer-impl local``, reaches on long rows,
             forward and backward.
+        host_link_gbs: PCIe to the host, GB/s in each direction.
+        host_gib: Memory of the host, its share for one GPU, GiB.
+        host_mem_gbs: Bandwidth of the host's memory, its share for one GPU, GB/s.
         gpus_per_node: GPUs that share NVLink.
     """
 
@@ -37,6 +40,9 @@ class GPU:
     network_gbs: float
     matmul_tflops: float
     attention_tflops: tuple[float, float]
+    host_link_gbs: float
+    host_gib: float
+    host_mem_gbs: float
     gpus_per_node: int = 8
 
     def with_rates(self, matmul_tflops: float | None, attention_tflops: list[float] | None) -> GPU:
@@ -46,30 +52,78 @@ class GPU:
         return dataclasses.replace(self, matmul_tflops=matmul, attention_tflops=attention)
 
 
-H100 = GPU("h100-80gb", 989, 79.6, 3350, 450, 50, 794.5, (370, 322))
-A100 = GPU("a100-80gb", 312, 79.2, 2039, 300, 25, 271.2, (225, 170))
+H100 = GPU(
+    "h100-80gb",
+    peak_tflops=989,
+    mem_gib=79.1,
+    mem_gbs=3350,
+    nvlink_gbs=450,
+    network_gbs=50,
+    matmul_tflops=794.5,
+    attention_tflops=(370, 322),
+    host_link_gbs=63,
+    host_gib=256,
+    host_mem_gbs=70,
+)
+A100 = GPU(
+    "a100-80gb",
+    peak_tflops=312,
+    mem_gib=79.1,
+    mem_gbs=2039,
+    nvlink_gbs=300,
+    network_gbs=25,
+    matmul_tflops=267.9,
+    attention_tflops=(225, 170),
+    host_link_gbs=31.5,
+    host_gib=256,
+    host_mem_gbs=51,
+)
+B200 = GPU(
+    "b200-192gb",
+    peak_tflops=2250,
+    mem_gib=178.3,
+    mem_gbs=8000,
+    nvlink_gbs=900,
+    network_gbs=50,
+    matmul_tflops=1745,
+    # FlashAttention 2 has no Blackwell code: assumed to be Hopper's with 148/132 times as many multiprocessors.
+    attention_tflops=(415, 361),
+    host_link_gbs=63,
+    host_gib=256,
+    host_mem_gbs=70,
+)
 
 GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
         H100,
-        dataclasses.replace(H100, name="h200-141gb", mem_gib=139.8, mem_gbs=4800),
+        dataclasses.replace(H100, name="h200-141gb", mem_gib=139.7, mem_gbs=4800),
         A100,
         # The A100 for China: the same chip with two thirds of its NVLink.
         dataclasses.replace(A100, name="a800-80gb", nvlink_gbs=200),
-        # FlashAttention 2 has no Blackwell code: Hopper's rates per multiprocessor and clock, 148/132 times as many.
-        GPU("b200-192gb", 2250, 178.0, 8000, 900, 50, 1745, (415, 375)),
+        B200,
     )
 }
-"""Sources.
+"""Sources, all of the SXM modules with eight in a node.
 
-Peaks, memory, NVLink: NVIDIA's data sheets of A100, A800, H100 SXM, H200 and DGX B200 (dense, so half of the figures
-with sparsity; NVLink's total is both directions, so half of that too). ``mem_gib``: the sizes that ``nvidia-smi``
-shows, less than the name says. Network: one 400 Gb/s ConnectX-7 per GPU in DGX H100, H200 and B200, one 200 Gb/s
-ConnectX-6 in DGX A100. ``matmul_tflops``: "maximum achievable matmul FLOPS" of stas00/ml-engineering,
-compute/accelerator/README.md. ``attention_tflops``: Hopper, FlashAttention-3 (arXiv 2407.08608), Figures 5 and 6,
-FlashAttention 2 at head dimension 128 and 16K tokens; A100, FlashAttention-2 (arXiv 2307.08691), section 4.1: 50-73 %
-of the peak forward and up to 63 % backward, of which 72 % and 55 % are taken; Blackwell is a guess.
+``peak_tflops``, ``mem_gbs``, ``nvlink_gbs``: data sheets of A100 80GB (312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s), H100
+(1,979 with sparsity, so 989 dense; 3.35 TB/s; 900 GB/s), H200 (the same, 4.8 TB/s), and HGX B200 (4,500 with
+sparsity; 8 TB/s; 14.4 TB/s of NVLink over eight). NVLink's figures are both directions, so half of them. A800: NVLink
+400 GB/s in place of 600, the rest as the A100 (NVIDIA to Reuters, November 2022).
+``mem_gib``: "total capacity" in PyTorch's out-of-memory messages, which is less than the name says; it differs a little
+by driver, and the smaller is taken (79.1-79.3, 139.7-139.8, 178.35). B200 has 192 GB on its module, of which 180 are
+switched on in DGX B200.
+``network_gbs``: one 400 Gb/s ConnectX-7 per GPU in DGX H100, H200 and B200, one 200 Gb/s ConnectX-6 in DGX A100 (their
+user guides).
+``matmul_tflops``: "Maximum Achievable Matmul FLOPS" of stas00/ml-engineering, compute/accelerator/README.md.
+``attention_tflops``: Hopper, FlashAttention-3 (arXiv 2407.08608), Figures 5 and 6, FlashAttention 2 at head dimension
+128 and 16K tokens; A100, FlashAttention-2 (arXiv 2307.08691), section 4.1: 50-73 % of the peak forward and up to 63 %
+backward, of which 72 % and 55 % are taken; B200, assumed.
+``host_link_gbs``: PCIe Gen5 x16, 504 GB/s for eight GPUs in NVIDIA's MLPerf submission (inference v4.1,
+H200-SXM-141GBx8); Gen4 x16 half of it (A100's data sheet).
+``host_gib``: 2 TB for eight GPUs in DGX A100 (640 GB), H100, H200 and B200 (user guides).
+``host_mem_gbs``: two sockets for eight GPUs, of eight channels each: DDR5 at 4,400 MT/s, the rate of Xeon's fourth
+generation with two modules a channel, as DGX H100's 32 modules are; DDR4-3200 of EPYC 7742. B200, assumed as H100.
 """
 
 MEASURED_LINK_SHARE = 0.8
@@ -77,6 +131,9 @@ MEASURED_LINK_SHARE = 0.8
 
 RESERVED_GIB = 3.0
 """CUDA context, NCCL's buffers and cuBLAS workspaces, which no tensor holds."""
+
+USABLE_HOST_SHARE = 0.75
+"""Share of the host's memory that tensors may take; assumed: system, data and checkpoints need some too."""
 
 FRAGMENTATION_SHARE = 0.05
 """Share of the memory that PyTorch's caching allocator is expected to lose; less with expandable segments."""
@@ -88,6 +145,8 @@ def gpu_named(
     mem_gib: float | None = None,
     link_gbs: float | None = None,
     gpus_per_node: int | None = None,
+    host_link_gbs: float | None = None,
+    host_gib: float | None = None,
 ) -> GPU:
     """A GPU of the table, or one described by its numbers.
 
@@ -96,11 +155,19 @@ def gpu_named(
         peak_tflops, mem_gib: Replace the table's.
         link_gbs: Replaces the rate of links between nodes, and of an unknown GPU that within them too, GB/s.
         gpus_per_node: Replaces 8.
+        host_link_gbs, host_gib: Replace the table's, of an unknown GPU those of an H100.
 
     Raises:
         ConfigError: The name is unknown, and not all three numbers are given.
     """
-    numbers = {"peak_tflops": peak_tflops, "mem_gib": mem_gib, "network_gbs": link_gbs, "gpus_per_node": gpus_per_node}
+    numbers = {
+        "peak_tflops": peak_tflops,
+        "mem_gib": mem_gib,
+        "network_gbs": link_gbs,
+        "gpus_per_node": gpus_per_node,
+        "host_link_gbs": host_link_gbs,
+        "host_gib": host_gib,
+    }
     given = {field: value for field, value in numbers.items() if value is not None}
     if name in GPUS:
         return dataclasses.replace(GPUS[name], **given)  # type: ignore[arg-type]
@@ -109,21 +176,24 @@ def gpu_named(
             f"--gpu {name} is not known{nearest(name, GPUS)}; known: {', '.join(GPUS)}. For another one give "
             "--peak-tflops (dense bf16), --mem-gib and --link-gbs (GB/s of its network card)"
         )
-    # What H100 reaches of its peak, and its ratio of memory bandwidth to peak.
+    # What H100 reaches of its peak, its ratio of memory bandwidth to peak, and its host.
     share = peak_tflops / H100.peak_tflops
-    return GPU(
-        name,
-        peak_tflops,
-        mem_gib,
-        H100.mem_gbs * share,
-        link_gbs,
-        link_gbs,
-        H100.matmul_tflops * share,
-        (H100.attention_tflops[0] * share, H100.attention_tflops[1] * share),
-        gpus_per_node or 8,
+    return dataclasses.replace(
+        H100,
+        name=name,
+        mem_gbs=H100.mem_gbs * share,
+        nvlink_gbs=link_gbs,
+        matmul_tflops=H100.matmul_tflops * share,
+        attention_tflops=(H100.attention_tflops[0] * share, H100.attention_tflops[1] * share),
+        **given,  # type: ignore[arg-type]
     )
 
 
 def usable_gib(gpu: GPU) -> float:
     """Memory that tensors can fill, GiB."""
     return gpu.mem_gib * (1 - FRAGMENTATION_SHARE) - RESERVED_GIB
+
+
+def usable_host_gib(gpu: GPU) -> float:
+    """Host memory that the tensors of one GPU can fill, GiB."""
+    return gpu.host_gib * USABLE_HOST_SHARE

@@ -7,49 +7,10 @@ from dataclasses import dataclass
 
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ConfigError, ModelConfig, RunConfig
-from megatron_longpo.planning.step_time import num_virtual
+from megatron_longpo.planning.options import MEMORY_OPTIONS, MemoryOption
 from megatron_longpo.validation import validate
 
-
-@dataclass(frozen=True)
-class MemoryOption:
-    """A way to trade time for memory.
-
-    Args:
-        name: Short, for tables.
-        flags: What it adds to the command line; ``{half}`` stands for half of the layers that recompute together.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-
-    def words(self, num_local_layers: int) -> list[str]:
-        """The flags for a number of layers per (virtual) pipeline stage."""
-        return [word.format(half=max(1, num_local_layers // 2)) for word in self.flags]
-
-
-MEMORY_OPTIONS = (
-    MemoryOption("none", ()),
-    MemoryOption("MLP", ("--recompute-granularity", "selective", "--recompute-modules", "mlp")),
-    MemoryOption(
-        "half the layers",
-        ("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "{half}"),
-    ),
-    MemoryOption(
-        "all but attention",
-        (
-            *("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
-            "--recompute-keep-attention",
-        ),
-    ),
-    MemoryOption(
-        "all layers",
-        ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
-    ),
-)
-"""What the search tries on every layout. An entry is all that a new flag needs to take part."""
-
-CP_COMM_TYPES = ("all_gather", "a2a", "p2p")
+CP_COMM_TYPES = ("all_gather", "a2a", "p2p", "a2a+p2p")
 
 MAX_VIRTUAL_STAGES = 8
 """More model chunks per rank save little of a bubble that they have divided by 8 already."""
@@ -62,12 +23,12 @@ class Candidate:
     Args:
         words: Its command line, behind the script's name.
         config: What the trainer makes of it; validated.
-        option: The name of its memory option.
+        option: How it saves memory.
     """
 
     words: tuple[str, ...]
     config: RunConfig
-    option: str
+    option: MemoryOption
 
 
 def candidates(
@@ -89,15 +50,15 @@ def candidates(
         if _accepted([*base, *layout], model, num_gpus, source) is None:
             continue
         for virtual in _virtual(layout, model):
+            words = (*base, *layout, *virtual)
+            config = _accepted(words, model, num_gpus, source)
+            if config is None:
+                continue
+            # An option is made of legal parts: parsing and checking all of them would take minutes.
             for option in MEMORY_OPTIONS:
-                words = [*layout, *virtual]
-                config = _accepted([*base, *words], model, num_gpus, source)
-                if config is None:
-                    break
-                words += option.words(_local_layers(config))
-                config = _accepted([*base, *words], model, num_gpus, source)
-                if config is not None:
-                    yield Candidate((*base, *words), config, option.name)
+                saving = option.of(config)
+                if saving is not None:
+                    yield Candidate((*words, *option.words(saving)), saving, option)
 
 
 def _layouts(model: ModelConfig, num_gpus: int, gpus_per_node: int) -> Iterator[list[str]]:
@@ -111,10 +72,24 @@ def _layouts(model: ModelConfig, num_gpus: int, gpus_per_node: int) -> Iterator[
                 if pp > 1:
                     words += ["--pipeline-model-parallel-size", str(pp)]
                 sharded = [["--use-distributed-optimizer"]] if tp * pp < num_gpus else [[]]
-                exchanges = [["--context-parallel-size", str(cp), "--cp-comm-type", kind] for kind in CP_COMM_TYPES]
-                for exchange in exchanges if cp > 1 else [[]]:
+                for exchange in _exchanges(tp, cp, gpus_per_node):
                     for optimizer in sharded:
                         yield [*words, *exchange, *optimizer]
+
+
+def _exchanges(tp: int, cp: int, gpus_per_node: int) -> Iterator[list[str]]:
+    """How keys and values travel; ranks that swap heads in front of a ring are those of one node."""
+    if cp == 1:
+        yield []
+        return
+    for kind in CP_COMM_TYPES:
+        words = ["--context-parallel-size", str(cp), "--cp-comm-type", kind]
+        if kind != "a2a+p2p":
+            yield words
+            continue
+        for inner in _divisors(cp, gpus_per_node // tp):
+            if 1 < inner < cp:
+                yield [*words, "--hierarchical-context-parallel-sizes", str(inner), str(cp // inner)]
 
 
 def _virtual(layout: Sequence[str], model: ModelConfig) -> Iterator[list[str]]:
@@ -135,10 +110,6 @@ def _accepted(words: Sequence[str], model: ModelConfig, num_gpus: int, source: s
     except ConfigError:
         return None
     return config
-
-
-def _local_layers(config: RunConfig) -> int:
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size // num_virtual(config)
 
 
 def _divisors(number: int, at_most: int) -> Iterator[int]:

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from types import FrameType
 from typing import Any
 
@@ -20,18 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-
-class Part(StrEnum):
-    """What memory is spent on, in the order of the reports."""
-
-    WEIGHTS = "weights"
-    GRADIENTS = "gradients"
-    OPTIMIZER = "optimizer"
-    ACTIVATIONS = "activations"
-    ATTENTION = "attention workspace"
-    LM_HEAD = "LM head"
-    COMMUNICATION = "communication buffers"
-
+from megatron_longpo.planning.parts import Part, PartCounter
 
 _SOURCES = (
     ("/megatron_longpo/attention/", Part.ATTENTION),
@@ -50,16 +38,21 @@ class _Allocation:
     num_bytes: int
     part: Part
     visit: int  # which stay in the part's code made it
+    memory: PartCounter
 
 
 class MemoryLedger(TorchDispatchMode):
-    """Counts live bytes by part while it is entered; keeps the highest total and its parts.
+    """Counts live bytes by part while it is entered; keeps the highest total and its parts, and each part's own peak.
 
     Args:
         answer: Called with every operator before it runs; what is not ``NotImplemented`` is its result. It is how a
             dry run answers for numbers that fake tensors do not have.
         hidden_bytes: Called with every operator and its arguments: what its kernel allocates and frees inside, which
             no dispatch mode sees.
+
+    Attributes:
+        device: Memory of the device.
+        host: What is allocated inside `on_host`; on a CPU both are the same memory.
     """
 
     def __init__(
@@ -73,22 +66,8 @@ class MemoryLedger(TorchDispatchMode):
         self._home: Part | None = Part.WEIGHTS
         self._source: Part | None = None
         self._visit = 0
-        self.live = dict.fromkeys(Part, 0)
-        self.peak = dict(self.live)
-
-    @property
-    def live_bytes(self) -> int:
-        """Bytes alive now."""
-        return sum(self.live.values())
-
-    @property
-    def peak_bytes(self) -> int:
-        """Highest `live_bytes` since `restart_peak`."""
-        return sum(self.peak.values())
-
-    def restart_peak(self) -> None:
-        """Forget the peak so far."""
-        self.peak = dict(self.live)
+        self.device, self.host = PartCounter(), PartCounter()
+        self._memory = self.device
 
     @contextmanager
     def everything_is(self, part: Part) -> Iterator[None]:
@@ -107,6 +86,20 @@ class MemoryLedger(TorchDispatchMode):
             yield
         finally:
             self._home = outer
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Count what is allocated inside as memory of the host."""
+        outer, self._memory = self._memory, self.host
+        try:
+            yield
+        finally:
+            self._memory = outer
+
+    def is_on_host(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was allocated inside `on_host`."""
+        known = self._known.get(tensor.untyped_storage()._cdata)
+        return known is not None and known.memory is self.host
 
     def move(self, tensor: torch.Tensor, part: Part) -> None:
         """Count a tensor's storage, whoever made it, as this part from now on."""
@@ -128,7 +121,8 @@ class MemoryLedger(TorchDispatchMode):
                 if allocation.part in (Part.ACTIVATIONS, Part.ATTENTION):
                     self._move(allocation, Part.COMMUNICATION)
         hidden = 0 if self._hidden_bytes is None else self._hidden_bytes(func, args)
-        self._raise_peak(hidden)
+        self.device.settle({Part.ATTENTION: hidden} if hidden else None)
+        self.host.settle()
         return result
 
     def _enter_source(self) -> None:
@@ -150,25 +144,20 @@ class MemoryLedger(TorchDispatchMode):
         key = storage._cdata
         if (known := self._known.get(key)) is not None:
             return known
-        made = _Allocation(storage.nbytes(), self._source or Part.ACTIVATIONS, self._visit)
+        made = _Allocation(storage.nbytes(), self._source or Part.ACTIVATIONS, self._visit, self._memory)
         self._known[key] = made
-        self.live[made.part] += made.num_bytes
+        made.memory.add(made.part, made.num_bytes)
         weakref.finalize(storage, self._free, key).atexit = False
         return made
 
     def _free(self, key: int) -> None:
         freed = self._known.pop(key)
-        self.live[freed.part] -= freed.num_bytes
+        freed.memory.add(freed.part, -freed.num_bytes)
 
     def _move(self, allocation: _Allocation, part: Part) -> None:
-        self.live[allocation.part] -= allocation.num_bytes
-        self.live[part] += allocation.num_bytes
+        allocation.memory.add(allocation.part, -allocation.num_bytes)
+        allocation.memory.add(part, allocation.num_bytes)
         allocation.part = part
-
-    def _raise_peak(self, hidden_bytes: int) -> None:
-        if self.live_bytes + hidden_bytes > self.peak_bytes:
-            self.peak = dict(self.live)
-            self.peak[Part.ATTENTION] += hidden_bytes
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

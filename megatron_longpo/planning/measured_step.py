@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.batch import Batch
 from megatron_longpo.model.build import build_model, wrap_for_training
-from megatron_longpo.planning.ledger import MemoryLedger, Part
+from megatron_longpo.planning.ledger import MemoryLedger
+from megatron_longpo.planning.parts import Part
 from megatron_longpo.training.checkpoint import Progress
 from megatron_longpo.training.data import GlobalBatch
 from megatron_longpo.training.loop import Trainer
@@ -50,7 +51,11 @@ class MeasuredTrainer(Trainer):
             self.optimizer.step()
 
     def measure(self, micro_batches: Sequence[Batch]) -> None:
-        """One whole step; the ledger's peak is that of the step."""
-        self.ledger.restart_peak()
+        """One whole step; the ledger's peaks on the device are those of the step.
+
+        On the host they are those since the first weight: Megatron's hybrid optimizer first copies all weights of a
+        rank there, later only those that the rank updates.
+        """
+        self.ledger.device.restart_peaks()
         with self.ledger.by_source():
             self._step(GlobalBatch(list(micro_batches), list(range(self.config.training.global_batch_size))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_longpo.planning.hardware import usable_gib
+from megatron_longpo.planning.hardware import usable_gib, usable_host_gib
 from megatron_longpo.planning.layouts import Candidate, candidates
 from megatron_longpo.planning.search import Search, Timed, timed_layouts
 from megatron_longpo.planning.tables import layout_text
@@ -32,21 +32,22 @@ def no_layout(search: Search) -> str:
 
 def nothing_fits(search: Search, timed: Sequence[Timed]) -> str:
     """The leanest layout here, and the fastest one on the first multiple of the GPUs on which any fits."""
-    leanest, _, gib = min(timed, key=lambda entry: entry[2])
+    lean = min(timed, key=lambda entry: (entry.memory.host_gib > usable_host_gib(search.gpu), entry.memory.gib))
+    leanest = lean.candidate
     usable = usable_gib(search.gpu)
     text = (
         f"no layout of {search.num_gpus} × {search.gpu.name} fits: the leanest, "
-        f"{layout_text(leanest.config, search.num_gpus)}, recomputing {leanest.option}, needs about {gib:.1f} GiB per "
-        f"GPU and {usable:.1f} are usable"
+        f"{layout_text(leanest.config, search.num_gpus)}, recomputing {leanest.option.recomputed}, on the host "
+        f"{leanest.option.on_host}, needs about {lean.memory.gib:.1f} GiB per GPU and {usable:.1f} are usable"
     )
     rows = made_up_rows(leanest.config, search.num_turns, search.response_tokens)
     factor = 2
     while factor <= LARGEST_FACTOR:
         number = factor * search.num_gpus
         larger = search.on(number)
-        fitting = [entry for entry in timed_layouts(larger, list(_legal(search, number)), rows) if entry[2] <= usable]
-        if fitting:
-            return f"{text}; nearest possible: --num-gpus {number} ({layout_text(fitting[0][0].config, number)})"
+        for entry in timed_layouts(larger, list(_legal(search, number)), rows):
+            if entry.may_fit(search.gpu):
+                return f"{text}; nearest possible: --num-gpus {number} ({layout_text(entry.candidate.config, number)})"
         factor *= 2
     return f"{text}; give GPUs with more memory or a shorter --seq-length"
 

@@ -1,8 +1,9 @@
 """What a step allocates on CUDA and not on a CPU, where the dry run computes.
 
-Four places differ. The LM head multiplies half precision into fp32 there, without an fp32 copy of its weight. RMSNorm
+Five places differ. The LM head multiplies half precision into fp32 there, without an fp32 copy of its weight. RMSNorm
 is one kernel that keeps its input and one number per token. FlashAttention's backward allocates inside its kernel. And
-torch's Adam goes over lists of tensors at once. Everything else is the same operators in the same order.
+torch's Adam goes over lists of tensors at once. What is offloaded is in
+another memory (`two_memories`). Everything else is the same operators in the same order.
 """
 
 # T=tokens H=hidden_size N=query heads G=key/value heads D=head_dim
@@ -16,18 +17,21 @@ from typing import Any
 import torch
 
 from megatron_longpo.objective import logprobs
+from megatron_longpo.planning.ledger import MemoryLedger
 from megatron_longpo.planning.replaced import replaced
+from megatron_longpo.planning.two_memories import two_memories
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 @contextmanager
-def as_on_gpu(on_gpu: bool) -> Iterator[None]:
+def as_on_gpu(on_gpu: bool, ledger: MemoryLedger) -> Iterator[None]:
     """Let the model allocate inside as it does on CUDA, if that is asked. For fake tensors: results have no values."""
     with ExitStack() as stack:
         if on_gpu:
             stack.enter_context(replaced(logprobs, "_operand", lambda weight: weight))
             stack.enter_context(replaced(torch.nn.RMSNorm, "forward", _fused_norm))
+            stack.enter_context(two_memories(ledger))
         yield
 
 

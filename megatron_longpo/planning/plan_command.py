@@ -43,6 +43,8 @@ def print_plan(arguments: Namespace) -> None:
     print(time_table(best.time))
     print("\nPeak memory of the first\n")
     print(memory_table(best.memory, gpu))
+    if best.host_gib:
+        print("offloading has not been measured on a GPU; --host-mem-gib 0 plans without it")
     print("\n" + cost_line(best.time, arguments.num_documents))
     print("\n" + command_of(best, gpu))
 
@@ -54,7 +56,13 @@ def command_of(plan: Plan, gpu: GPU) -> str:
 
 def _gpu(arguments: Namespace) -> GPU:
     return gpu_named(
-        arguments.gpu, arguments.peak_tflops, arguments.mem_gib, arguments.link_gbs, arguments.gpus_per_node
+        arguments.gpu,
+        arguments.peak_tflops,
+        arguments.mem_gib,
+        arguments.link_gbs,
+        arguments.gpus_per_node,
+        arguments.host_link_gbs,
+        arguments.host_mem_gib,
     ).with_rates(arguments.matmul_tflops, arguments.attention_tflops)
 
 

@@ -1,4 +1,4 @@
-"""Published training speeds, and what the time model says of the same runs: the two tables of docs/performance.md.
+"""Published training speeds, and what the time model says of the same runs: the tables of docs/performance.md.
 
     python -m megatron_longpo.planning.published
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
-from megatron_longpo.model.flops import attended_pairs
+from megatron_longpo.model.flops import attended_pairs, step_flops
 from megatron_longpo.planning.hardware import GPUS, H100
 from megatron_longpo.planning.links import all_gather_s
 from megatron_longpo.planning.step_time import StepTime, layer_weights, step_time
@@ -52,6 +52,28 @@ NEMO_TOKENS_PER_BATCH = 4 * 2**20
 
 FP8_MATMUL_TFLOPS = 1402.6
 """On H100, the source of ``matmul_tflops``."""
+
+LLAMA3_405B = (
+    "--hidden-size 16384 --ffn-hidden-size 53248 --num-attention-heads 128 --group-query-attention "
+    "--num-query-groups 8 --vocab-size 128256 --untie-embeddings-and-output-weights"
+)
+LLAMA3_8B = (
+    "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention "
+    "--num-query-groups 8 --vocab-size 128256 --untie-embeddings-and-output-weights"
+)
+LLAMA3_LAYERS = 126
+
+LLAMA3 = ((8_192, 1, 64, 32, 430), (8_192, 1, 128, 16, 400), (131_072, 16, 8, 16, 380))
+"""Tokens, CP, DP, rows per DP rank, BF16 TFLOP/s per GPU, all with TP 8 and PP 16 (arXiv 2407.21783, Table 4)."""
+
+TITAN_8B = ((32_768, 1, 3890), (65_536, 2, 2540), (131_072, 4, 1071), (262_144, 8, 548))
+"""Tokens, CP, tokens/s per GPU of Llama 3.1 8B on 8 H100s in FP8 (torchtitan, llama3_h100_202412, Table 2)."""
+
+TITAN_405B = ((32_768, 1, 76), (65_536, 2, 47), (131_072, 4, 31), (262_144, 8, 16))
+"""The same of Llama 3.1 405B on 512 H100s, with TP 8 and PP 8 (Table 6)."""
+
+TITAN_MEM_GBS, TITAN_ROWS = 2400, 8
+"""Memory bandwidth of those H100s, and rows of each 405B data-parallel rank in a step."""
 
 CUDNN_ATTENTION_TFLOPS = (595.0, 516.0)
 """cuDNN, Transformer Engine's kernel on Hopper: arXiv 2407.08608, Figures 5 and 6, head dimension 128, 16K tokens."""
@@ -116,6 +138,54 @@ def nemo_long_sequences(attention_tflops: tuple[float, float]) -> list[Compariso
     return comparisons
 
 
+def llama3_pretraining(attention_tflops: tuple[float, float]) -> list[Comparison]:
+    """Meta's pre-training of Llama 3 405B, TFLOP/s per GPU.
+
+    The first and the last of the 128 model chunks have no layer, so there are 8 of one layer on each of the 16 stages,
+    and a stage takes as long as if all were filled. Keys and values are gathered, optimizer and gradients sharded.
+    """
+    gpu = dataclasses.replace(H100, attention_tflops=attention_tflops)
+    comparisons = []
+    for tokens, cp, dp, rows, published in LLAMA3:
+        num_gpus = 8 * cp * 16 * dp
+        layout = f"--tensor-model-parallel-size 8 --sequence-parallel --context-parallel-size {cp}"
+        words = f"{LLAMA3_405B} {layout} --pipeline-model-parallel-size 16 --num-layers-per-virtual-pipeline-stage 1"
+        chunks = _config(f"{words} --num-layers 128 --use-distributed-optimizer", tokens, rows * dp)
+        work = Work(RowLayout((DocumentLayout(tokens, ()),), cp, cp * 8), tokens - 1)
+        step = step_time(chunks, num_gpus, work, gpu)
+        model = dataclasses.replace(chunks.model, num_layers=LLAMA3_LAYERS)
+        step = dataclasses.replace(step, flops=step.documents * step_flops(model, work.layout, work.num_predictions))
+        comparisons.append(Comparison(f"{tokens // 1024}K, {num_gpus:,} H100", published, step.tflops_per_gpu))
+    return comparisons
+
+
+def torchtitan(attention_tflops: tuple[float, float]) -> list[Comparison]:
+    """torchtitan's Llama 3.1 8B and 405B in FP8, every layer recomputed, tokens/s per GPU.
+
+    Of its H100s the memory bandwidth is published; they run at 500 W in place of 700, and what that takes from the
+    other rates is not known, so it is not modelled. Sharded weights are gathered in forward and backward of every row.
+    """
+    gpu = dataclasses.replace(
+        H100, matmul_tflops=FP8_MATMUL_TFLOPS, attention_tflops=attention_tflops, mem_gbs=TITAN_MEM_GBS
+    )
+    runs = [("8B", LLAMA3_8B, 8, 1, 1, run) for run in TITAN_8B]
+    # 126 layers on 8 stages: the fullest has 16.
+    runs += [("405B", f"{LLAMA3_405B} --num-layers 128", 8 * 64, 8, 8, run) for run in TITAN_405B]
+    comparisons = []
+    for name, model, num_gpus, tp, pp, (tokens, cp, published) in runs:
+        words = f"{model} {ALL_LAYERS} --context-parallel-size {cp} --use-distributed-optimizer"
+        words += f" --tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp}"
+        words += " --sequence-parallel" if tp > 1 else ""
+        dp = num_gpus // tp // pp // cp
+        config = _config(words, tokens, dp * (TITAN_ROWS if pp > 1 else 1))
+        step = step_time(config, num_gpus, Work(RowLayout((DocumentLayout(tokens, ()),), cp, cp * tp), tokens - 1), gpu)
+        weights = 2 * config.model.num_layers / pp * layer_weights(config.model) / tp
+        gathered_s = 2 * config.num_microbatches(num_gpus) * all_gather_s(gpu, weights, dp * cp, stride=tp)
+        rate = step.tokens / (step.seconds + gathered_s) / num_gpus
+        comparisons.append(Comparison(f"{name}, {tokens // 1024}K, {num_gpus} H100", published, rate))
+    return comparisons
+
+
 def _non_causal_tflops(config: RunConfig, layout: RowLayout, step: StepTime) -> float:
     model = config.model
     per_pair = 3 * 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels
@@ -139,8 +209,13 @@ def main() -> None:
     """Print the tables."""
     print(comparison_table(longpo_paper(), "tokens/s"))
     for kernel, rates in (("FlashAttention 2", H100.attention_tflops), ("cuDNN", CUDNN_ATTENTION_TFLOPS)):
-        print(f"\nattention at the rates of {kernel}: {rates[0]:.0f} forward, {rates[1]:.0f} backward")
+        print(f"\n\nAttention at the rates of {kernel}: {rates[0]:.0f} forward, {rates[1]:.0f} backward")
+        print("\nNeMo, Llama 2 7B")
         print(comparison_table(nemo_long_sequences(rates), "TFLOP/s/GPU"))
+        print("\nLlama 3 405B")
+        print(comparison_table(llama3_pretraining(rates), "TFLOP/s/GPU"))
+        print("\ntorchtitan")
+        print(comparison_table(torchtitan(rates), "tokens/s/GPU"))
 
 
 if __name__ == "__main__":

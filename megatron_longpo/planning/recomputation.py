@@ -6,32 +6,54 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import RunConfig
 
+SWAPS_HEADS = ("a2a", "a2a+p2p")
+"""Values of ``--cp-comm-type`` that exchange heads for tokens."""
+
 
 @dataclass(frozen=True)
 class Repeated:
-    """Shares of all layers' forward passes, 0 to 1.
+    """Shares of all layers' forward passes.
 
     Args:
-        matmul: Of the matrix products and what is element by element between them.
-        attention: Of attention and its exchange of keys and values.
+        layers: Layers that are recomputed as a whole, 0 to 1.
+        matmul: Of the matrix products and what is element by element between them; above 1 where an MLP runs forward
+            three times.
+        attention: Of attention, and of the keys and values that it gathers or passes around a ring.
+        exchange: Of the exchange of heads for tokens, which kept attention needs too: backward takes the exchanged
+            queries, keys and values.
     """
 
+    layers: float
     matmul: float
     attention: float
+    exchange: float
 
 
 def repeated(config: RunConfig) -> Repeated:
     """What the flags of recomputation repeat (arXiv 2205.05198, section 5)."""
-    training, model = config.training, config.model
+    training = config.training
+    pieces = mlp_share(config) if training.mlp_chunk_tokens is not None else 0.0
     if training.recompute_granularity == "full":
-        local = model.num_layers // config.parallel.pipeline_model_parallel_size
-        local = config.parallel.num_layers_per_virtual_pipeline_stage or local
-        share = (training.recompute_num_layers or 0) / local if training.recompute_method == "block" else 1.0
-        return Repeated(share, 0.0 if training.recompute_keep_attention else share)
+        share = 1.0
+        if training.recompute_method == "block":
+            share = (training.recompute_num_layers or 0) / local_layers(config)
+        return Repeated(share, share + pieces, 0.0 if training.recompute_keep_attention else share, share)
     if training.recompute_granularity == "selective":
-        mlp = 3 * model.ffn_hidden_size
-        heads = model.num_attention_heads * model.kv_channels
-        whole = mlp + 2 * heads + 2 * model.num_query_groups * model.kv_channels
-        matmul = mlp / whole if "mlp" in training.recompute_modules else 0.0
-        return Repeated(matmul, 1.0 if "core_attn" in training.recompute_modules else 0.0)
-    return Repeated(0.0, 0.0)
+        matmul = mlp_share(config) if "mlp" in training.recompute_modules else pieces
+        attention = 1.0 if "core_attn" in training.recompute_modules else 0.0
+        return Repeated(0.0, matmul, attention, attention)
+    return Repeated(0.0, pieces, 0.0, 0.0)
+
+
+def mlp_share(config: RunConfig) -> float:
+    """The MLP's share of a layer's matrix products."""
+    model = config.model
+    mlp = 3 * model.ffn_hidden_size
+    heads = model.num_attention_heads * model.kv_channels
+    return mlp / (mlp + 2 * heads + 2 * model.num_query_groups * model.kv_channels)
+
+
+def local_layers(config: RunConfig) -> int:
+    """Layers of one (virtual) pipeline stage."""
+    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+    return config.parallel.num_layers_per_virtual_pipeline_stage or layers

@@ -12,12 +12,13 @@ from tqdm import tqdm
 from megatron_longpo.config import ConfigError, ModelConfig
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory
-from megatron_longpo.planning.estimate import estimated_gib
-from megatron_longpo.planning.hardware import GPU, usable_gib
+from megatron_longpo.planning.estimate import Estimate, estimate
+from megatron_longpo.planning.hardware import GPU, usable_gib, usable_host_gib
 from megatron_longpo.planning.layouts import Candidate, candidates
 from megatron_longpo.planning.parallel_dry_runs import dry_runs
 from megatron_longpo.planning.step_time import StepTime, step_time
 from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
+from megatron_longpo.validation import validate
 
 ESTIMATE_MARGIN = 1.03
 """Layouts whose estimate is above the memory by more than this are not measured; it errs by a few percent."""
@@ -45,9 +46,26 @@ class Plan:
         """Peak memory of the fullest rank, GiB."""
         return max(stage.gib for stage in self.memory)
 
+    @property
+    def host_gib(self) -> float:
+        """Host memory of the fullest rank, GiB."""
+        return max(stage.host_gib for stage in self.memory)
 
-Timed = tuple[Candidate, StepTime, float]
-"""A layout, its predicted step and its estimated GiB."""
+    def fits(self, gpu: GPU) -> bool:
+        return self.gib <= usable_gib(gpu) and self.host_gib <= usable_host_gib(gpu)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A layout, its predicted step and its estimated memory."""
+
+    candidate: Candidate
+    time: StepTime
+    memory: Estimate
+
+    def may_fit(self, gpu: GPU, margin: float = 1.0) -> bool:
+        """Whether the estimate is not above a GPU's memory and its share of the host's, times a margin."""
+        return self.memory.gib <= margin * usable_gib(gpu) and self.memory.host_gib <= margin * usable_host_gib(gpu)
 
 
 @dataclass(frozen=True)
@@ -92,34 +110,54 @@ def find_plans(search: Search) -> list[Plan]:
         raise ConfigError(no_layout(search))
     rows = made_up_rows(legal[0].config, search.num_turns, search.response_tokens)
     timed = timed_layouts(search, legal, rows)
-    usable = usable_gib(search.gpu)
-    possible = [(option, time) for option, time, gib in timed if gib <= ESTIMATE_MARGIN * usable]
+    possible = [entry for entry in timed if entry.may_fit(search.gpu, ESTIMATE_MARGIN)]
     plans: list[Plan] = []
     measured = 0
     with tqdm(desc="dry runs", unit="stage", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
-        while len(plans) < search.num_plans and measured < min(MAX_MEASURED, len(possible)):
-            chosen = possible[measured : measured + search.num_plans - len(plans)]
+        while possible and len(plans) < search.num_plans and measured < MAX_MEASURED:
+            chosen = _fastest_of_sizes(possible)[: search.num_plans - len(plans)]
             measured += len(chosen)
-            plans += [plan for plan in _measured(search, chosen, rows, bar) if plan.gib <= usable]
+            found = [plan for plan in _measured(search, chosen, rows, bar) if plan.fits(search.gpu)]
+            plans += found
+            # Of sizes that have a plan, what saves more memory or sends more bytes is of no interest.
+            done = {_sizes(plan.candidate) for plan in found}
+            possible = [e for e in possible if e not in chosen and _sizes(e.candidate) not in done]
     if not plans:
         raise ConfigError(nothing_fits(search, timed))
     return sorted(plans, key=lambda plan: plan.time.seconds)[: search.num_plans]
 
 
 def timed_layouts(search: Search, legal: Sequence[Candidate], rows: Sequence[TrainingRow]) -> list[Timed]:
-    """Every layout with its predicted step and its estimated GiB, fastest first."""
+    """Every layout with its predicted step and its estimated memory: fastest first, equals in `candidates`' order."""
     predictions = num_predictions(legal[0].config, rows)
     timed = []
     for option in legal:
         work = work_of(option.config, rows, predictions)
         time = step_time(option.config, search.num_gpus, work, search.gpu)
-        timed.append((option, time, estimated_gib(option.config, search.num_gpus, work)))
-    return sorted(timed, key=lambda entry: entry[1].seconds)
+        timed.append(Timed(option, time, estimate(option.config, search.num_gpus, work)))
+    return sorted(timed, key=lambda entry: entry.time.seconds)
+
+
+def _fastest_of_sizes(timed: Sequence[Timed]) -> list[Timed]:
+    """The fastest of every split over TP, PP and CP: neighbours in the whole list hardly differ."""
+    fastest: dict[tuple[int, int, int], Timed] = {}
+    for entry in timed:
+        fastest.setdefault(_sizes(entry.candidate), entry)
+    return list(fastest.values())
+
+
+def _sizes(candidate: Candidate) -> tuple[int, int, int]:
+    parallel = candidate.config.parallel
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
 
 
 def _measured(
     search: Search,
-    chosen: Sequence[tuple[Candidate, StepTime]],
+    chosen: Sequence[Timed],
     rows: Sequence[TrainingRow],
     bar: tqdm,  # type: ignore[type-arg]
 ) -> list[Plan]:
@@ -129,5 +167,7 @@ def _measured(
         bar.total = before + total
         bar.update(before + finished - bar.n)
 
-    memories = dry_runs([(option.config, search.num_gpus) for option, _ in chosen], rows, done)
-    return [Plan(option, time, tuple(stages)) for (option, time), stages in zip(chosen, memories, strict=True)]
+    for entry in chosen:
+        validate(entry.candidate.config, search.num_gpus)
+    memories = dry_runs([(entry.candidate.config, search.num_gpus) for entry in chosen], rows, done)
+    return [Plan(entry.candidate, entry.time, tuple(stages)) for entry, stages in zip(chosen, memories, strict=True)]

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import ModelConfig, RunConfig
 from megatron_longpo.model.flops import attention_flops, forward_flops, step_flops
-from megatron_longpo.planning.hardware import GPU
+from megatron_longpo.planning.hardware import GPU, MEASURED_LINK_SHARE
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, neighbour_s
 from megatron_longpo.planning.recomputation import Repeated, repeated
+from megatron_longpo.planning.saved import element_bytes, kept_bytes, offloaded_share
 from megatron_longpo.planning.workload import Work
 
 FLASH_BACKWARD = 2.5
@@ -91,6 +92,7 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> StepTim
         "element-wise": _element_wise_s(config, work, gpu, again),
         "tensor parallel": _tensor_parallel_s(config, work, gpu, again),
         "context parallel": _context_parallel_s(config, work, gpu, again, compute["attention"]),
+        "host transfers": _host_transfers_s(config, work, gpu, compute),
         "pipeline transfers": _pipeline_s(config, num_gpus, work, gpu),
     }
     parts = {name: micro_batches * seconds for name, seconds in one.items()}
@@ -156,20 +158,24 @@ def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[s
 
 
 def _element_wise_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> float:
-    """Norms, residuals, RoPE, SwiGLU and copies between kernels: bytes over memory bandwidth, backward twice forward.
+    """Norms, residuals, RoPE, SwiGLU and copies between kernels: bytes over memory bandwidth.
 
     Values read and written per token and layer, counted from the operators: two norms 4H, two residuals 6H, RoPE
-    9(N+G)D, heads laid out for attention and back 2(N+2G)D + 2ND, SwiGLU 5F. Then the weight gradients of the
-    micro-batch: 12 bytes each, from bf16 into the fp32 buffer.
+    9(N+G)D, heads laid out for attention and back 2(N+2G)D + 2ND, SwiGLU 5F; backward twice that, SwiGLU 11F; and what
+    backward makes again, the outputs of norms and gate, 4H + 5F. Then the weight gradients of the micro-batch: 12 bytes
+    each, from bf16 into the fp32 buffer.
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
     query, key = model.num_attention_heads * model.kv_channels, _kv_width(model)
     split = 9 * (query + key) + 2 * (query + 2 * key) + 2 * query + 5 * model.ffn_hidden_size
-    values = 10 * model.hidden_size / (tp if parallel.sequence_parallel else 1) + split / tp
+    hidden = model.hidden_size / (tp if parallel.sequence_parallel else 1)
+    forward = 10 * hidden + split / tp
+    more_backward = 4 * hidden + 6 * model.ffn_hidden_size / tp
     layers = model.num_layers / parallel.pipeline_model_parallel_size
     tokens = work.layout.padded_tokens / parallel.context_parallel_size
-    num_bytes = (3 + again.matmul) * _element_bytes(config) * values * tokens * layers
+    values = (3 + again.matmul) * forward + more_backward
+    num_bytes = element_bytes(config) * values * tokens * layers
     return (num_bytes + 12 * parameters_of_rank(config)) / (gpu.mem_gbs * 1e9)
 
 
@@ -181,7 +187,7 @@ def _tensor_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated)
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
     tokens = work.layout.padded_tokens / parallel.context_parallel_size
-    num_bytes = _element_bytes(config) * tokens * model.hidden_size
+    num_bytes = element_bytes(config) * tokens * model.hidden_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
     # The embedding and the LM head need about one more in each direction.
     return (layers * (4 + 2 * again.matmul) + 2) * all_reduce_s(gpu, num_bytes, tp, stride=1)
@@ -192,23 +198,51 @@ def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated
 
     ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2). ``p2p``: K and V of a rank to
     the next one, cp - 1 times in forward and again in backward, there with their fp32 gradients; what of it is longer
-    than the attention that hides it (arXiv 2310.01889, section 3).
+    than the attention that hides it (arXiv 2310.01889, section 3). ``a2a+p2p``: the first in a group of ranks, then the
+    second in a ring of fewer steps, with as many bytes in each (arXiv 2405.07719).
     """
     model, parallel = config.model, config.parallel
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
-    tokens, size = work.layout.padded_tokens, _element_bytes(config)
+    tokens, size = work.layout.padded_tokens, element_bytes(config)
     query, key = model.num_attention_heads * model.kv_channels / tp, _kv_width(model) / tp
-    if parallel.cp_comm_type == "a2a":
-        one_way = all_to_all_s(gpu, size * tokens / cp * (2 * query + 2 * key), cp, stride=tp)
-        return layers * (2 + again.attention) * one_way
-    if parallel.cp_comm_type == "p2p":
-        own = tokens / cp * 2 * key
-        sent = (cp - 1) * own * ((2 + again.attention) * size + 4)
-        return max(0.0, layers * neighbour_s(gpu, sent, stride=tp, group_size=cp) - attention_s)
+    inner, ring = {"a2a": (cp, 1), "p2p": (1, cp)}.get(parallel.cp_comm_type, (1, 1))
+    if parallel.cp_comm_type == "a2a+p2p":
+        assert parallel.hierarchical_context_parallel_sizes is not None
+        inner, ring = parallel.hierarchical_context_parallel_sizes
+    if cp > 1 and inner * ring == cp:
+        one_way = all_to_all_s(gpu, size * tokens / cp * (2 * query + 2 * key), inner, stride=tp)
+        seconds = layers * (2 + again.exchange) * one_way
+        if ring > 1:
+            own = tokens / cp * 2 * key
+            sent = (ring - 1) * own * ((2 + again.attention) * size + 4)
+            sent_s = neighbour_s(gpu, sent, stride=tp * inner, group_size=ring)
+            seconds += max(0.0, layers * sent_s - attention_s)
+        return seconds
     gather = all_gather_s(gpu, size * tokens * 2 * key, cp, stride=tp)
     scatter = all_gather_s(gpu, 4 * tokens * 2 * key, cp, stride=tp)
     return layers * ((2 + again.attention) * gather + scatter)
+
+
+def _host_transfers_s(config: RunConfig, work: Work, gpu: GPU, compute: dict[str, float]) -> float:
+    """Offloaded activations to the host and back: what is longer than the computation that hides it, each way.
+
+    The host's memory takes both ways together. The last layer's tensors are asked for as soon as they are away, so one
+    layer's transfer hides behind nothing.
+    """
+    layers = offloaded_share(config) * config.model.num_layers / config.parallel.pipeline_model_parallel_size
+    if not layers:
+        return 0.0
+    rate = gpu.host_link_gbs * 1e9 * MEASURED_LINK_SHARE
+    one_layer = kept_bytes(config, work) / rate
+    one_way = layers * one_layer
+    _, backward_rate = gpu.attention_tflops
+    forward_attention = 1 / (1 + FLASH_BACKWARD * gpu.attention_tflops[0] / backward_rate)
+    forward = compute["matrix products"] / 3 + compute["attention"] * forward_attention
+    backward = compute["matrix products"] + compute["attention"] + compute["recomputation"] - forward
+    in_memory = 2 * one_way * gpu.host_link_gbs / gpu.host_mem_gbs
+    waiting = max(max(0.0, one_way - forward) + max(0.0, one_way - backward), in_memory - forward - backward)
+    return one_layer + waiting
 
 
 def _pipeline_s(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> float:
@@ -219,7 +253,7 @@ def _pipeline_s(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> float
         return 0.0
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     tokens = work.layout.padded_tokens / parallel.context_parallel_size
-    num_bytes = _element_bytes(config) * tokens * model.hidden_size / split
+    num_bytes = element_bytes(config) * tokens * model.hidden_size / split
     return 2 * neighbour_s(gpu, num_bytes, stride=num_gpus // stages, group_size=stages)
 
 
@@ -230,20 +264,23 @@ def _once_per_step(config: RunConfig, num_gpus: int, gpu: GPU) -> dict[str, floa
     ranks = parallel.context_parallel_size * parallel.data_parallel_size(num_gpus)
     tp = parallel.tensor_model_parallel_size
     if parallel.use_distributed_optimizer:
-        data_s = all_gather_s(gpu, (4 + _element_bytes(config)) * parameters, ranks, stride=tp)
+        data_s = all_gather_s(gpu, (4 + element_bytes(config)) * parameters, ranks, stride=tp)
         updated = parameters / ranks
     else:
         data_s = all_reduce_s(gpu, 4 * parameters, ranks, stride=tp)
         updated = parameters
-    # Adam reads gradient, weight and moments and writes all but the first; gradients are zeroed, checked and normed.
-    num_bytes = 28 * updated + 12 * parameters
-    return {"data parallel": data_s, "optimizer": num_bytes / (gpu.mem_gbs * 1e9)}
+    # Gradients are zeroed, checked and normed.
+    optimizer_s = 12 * parameters / (gpu.mem_gbs * 1e9)
+    # Adam reads gradient, weight and moments and writes all but the first.
+    if config.optimizer.optimizer_cpu_offload:
+        # On the host, with fp32 gradients on their way there, and updated weights cast to bf16 on their way back.
+        optimizer_s += (28 + 6) * updated / (gpu.host_mem_gbs * 1e9 * MEASURED_LINK_SHARE)
+        optimizer_s += (4 + element_bytes(config)) * updated / (gpu.host_link_gbs * 1e9 * MEASURED_LINK_SHARE)
+    else:
+        optimizer_s += 28 * updated / (gpu.mem_gbs * 1e9)
+    return {"data parallel": data_s, "optimizer": optimizer_s}
 
 
 def _kv_width(model: ModelConfig) -> int:
     groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
     return groups * model.kv_channels
-
-
-def _element_bytes(config: RunConfig) -> int:
-    return 2 if config.training.bf16 else 4

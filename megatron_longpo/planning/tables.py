@@ -9,15 +9,18 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory
 from megatron_longpo.planning.hardware import GPU, usable_gib
-from megatron_longpo.planning.ledger import Part
+from megatron_longpo.planning.parts import Part
 from megatron_longpo.planning.step_time import StepTime
 
 if TYPE_CHECKING:
     from megatron_longpo.planning.search import Plan
 
 
-def table(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns under their headings; the first ``left`` ones are aligned left, the others right."""
+def table(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1, rules: Sequence[int] = ()) -> str:
+    """Columns under their headings; the first ``left`` ones are aligned left, the others right.
+
+    ``rules`` are the lines in front of which there is a rule, as there is under the heading.
+    """
     widths = [max(len(row[column]) for row in (heading, *lines)) for column in range(len(heading))]
 
     def line(cells: Sequence[str]) -> str:
@@ -27,7 +30,11 @@ def table(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1)
         ]
         return "  ".join(padded).rstrip()
 
-    return "\n".join([line(heading), "  ".join("─" * width for width in widths), *map(line, lines)])
+    rule = "  ".join("─" * width for width in widths)
+    text = [line(heading), rule]
+    for number, cells in enumerate(lines):
+        text += [rule, line(cells)] if number in rules else [line(cells)]
+    return "\n".join(text)
 
 
 def layout_text(config: RunConfig, num_gpus: int) -> str:
@@ -39,6 +46,8 @@ def layout_text(config: RunConfig, num_gpus: int) -> str:
     context = f"CP {parallel.context_parallel_size}"
     if parallel.context_parallel_size > 1:
         context += f" {parallel.cp_comm_type}"
+    if parallel.hierarchical_context_parallel_sizes is not None:
+        context += f" {'×'.join(map(str, parallel.hierarchical_context_parallel_sizes))}"
     return (
         f"TP {parallel.tensor_model_parallel_size} · {stages} · {context} · DP {parallel.data_parallel_size(num_gpus)}"
     )
@@ -50,7 +59,15 @@ def layout_line(config: RunConfig, num_gpus: int) -> str:
     recompute = training.recompute_granularity or "none"
     if recompute == "selective":
         recompute += f" ({' '.join(training.recompute_modules)})"
+    if training.recompute_keep_attention:
+        recompute += " but attention"
+    if training.mlp_chunk_tokens is not None:
+        recompute += f", MLP in pieces of {training.mlp_chunk_tokens} tokens"
+    if training.cpu_offloading_num_layers:
+        recompute += f", {training.cpu_offloading_num_layers} layers per stage offloaded"
     sharded = "sharded optimizer" if config.parallel.use_distributed_optimizer else "whole optimizer"
+    if config.optimizer.optimizer_cpu_offload:
+        sharded += " on the host"
     return (
         f"{num_gpus} GPUs: {layout_text(config, num_gpus)}, {sharded}, {config.num_microbatches(num_gpus)} "
         f"micro-batches, recompute {recompute}, {'bf16' if training.bf16 else 'fp32'}"
@@ -67,16 +84,34 @@ def rows_line(rows: Sequence[TrainingRow], made_up: bool) -> str:
 
 
 def memory_table(stages: Sequence[RankMemory], gpu: GPU | None) -> str:
-    """Peak memory per rank by part, and whether it fits."""
-    names = ["GiB at the peak"] if len(stages) == 1 else ["first stage", "last stage"]
-    lines = [[str(part), *(f"{stage.parts[part] / 2**30:.2f}" for stage in stages)] for part in Part]
-    lines.append(["total", *(f"{stage.gib:.2f}" for stage in stages)])
-    text = table(["GiB per rank" if len(stages) > 1 else "part", *names], lines)
+    """Peak memory per rank by part, host memory if some is used, and whether it fits."""
+    names = ["a rank"] if len(stages) == 1 else ["first stage", "last stage"]
+    heading = ["GiB per rank", *(title for name in names for title in (name, "own peak"))]
+    lines = [
+        [str(part), *(_gib(count[part]) for stage in stages for count in (stage.parts, stage.own_peaks))]
+        for part in Part
+    ]
+    lines.append(["total", *(cell for stage in stages for cell in (_gib(sum(stage.parts.values())), ""))])
+    text = table(heading, lines, rules=(len(Part),))
+    text += f"\n({names[0]}: when the total is highest; own peak: the most of a part at any time in the step)"
+    if any(stage.host_gib for stage in stages):
+        text += "\n\n" + _host_line(stages)
     if gpu is None:
         return text
     needed, usable = max(stage.gib for stage in stages), usable_gib(gpu)
     verdict = "fits" if needed <= usable else "does NOT fit"
     return f"{text}\n\n{needed:.1f} GiB {verdict} in {gpu.name}: {usable:.1f} of {gpu.mem_gib:.1f} GiB are for tensors"
+
+
+def _host_line(stages: Sequence[RankMemory]) -> str:
+    """Pinned memory of the fullest rank, which every rank of a node needs."""
+    stage = max(stages, key=lambda stage: stage.host_gib)
+    parts = ", ".join(f"{part} {_gib(num_bytes)}" for part, num_bytes in stage.host.items() if num_bytes)
+    return f"host memory: {stage.host_gib:.2f} GiB per rank ({parts})"
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f}" if num_bytes else "–"
 
 
 def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
@@ -85,7 +120,8 @@ def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
         [
             str(number),
             layout_text(plan.candidate.config, num_gpus),
-            plan.candidate.option,
+            plan.candidate.option.recomputed,
+            plan.candidate.option.on_host,
             f"{plan.time.seconds_per_document:.2f}",
             f"{plan.time.tokens_per_s_per_gpu:,.0f}",
             f"{100 * plan.time.mfu:.1f}",
@@ -93,8 +129,8 @@ def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
         ]
         for number, plan in enumerate(plans, 1)
     ]
-    heading = ["#", "layout", "recomputed", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
-    return table(heading, lines, left=3)
+    heading = ["#", "layout", "recomputed", "on the host", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
+    return table(heading, lines, left=4)
 
 
 def time_table(time: StepTime) -> str:

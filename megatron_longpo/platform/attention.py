@@ -27,8 +27,8 @@ def use_attention_backend(backend: str) -> None:
     activate = getattr(attention, "activate_flash_attention_impl", None)
     if activate is None:
         raise ValueError(
-            f"--attention-backend {FLASH3} needs a newer torch than {torch.__version__}, one whose FlashAttention can be "
-            "replaced: update it, or use --attention-backend fused"
+            f"--attention-backend {FLASH3}: torch {torch.__version__} cannot replace its FlashAttention; update it, or "
+            "use --attention-backend fused"
         )
     try:
         activate("FA3")

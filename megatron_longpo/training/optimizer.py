@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
+
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -14,13 +17,13 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
     """Megatron's (distributed) optimizer over all model chunks; fp32 master weights under bf16.
 
     Raises:
-        ValueError: ``--optimizer-cpu-offload`` without a GPU.
+        ValueError: ``--optimizer-cpu-offload`` without a GPU or without Transformer Engine.
     """
     settings = config.optimizer
-    if settings.optimizer_cpu_offload and not platform.has_cuda():
-        raise ValueError("--optimizer-cpu-offload needs a GPU: on a CPU all state is in host memory; remove it")
+    if settings.optimizer_cpu_offload:
+        refuse_impossible_offload()
     with platform.construction():
-        return get_megatron_optimizer(
+        optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer=settings.optimizer,
                 lr=settings.lr,
@@ -42,6 +45,22 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
                 use_precision_aware_optimizer=settings.optimizer_cpu_offload,
             ),
             chunks,
+        )
+    if settings.optimizer_cpu_offload:
+        # Megatron makes the hybrid optimizer of all weights, then that of the rank's shard. The first is a cycle of
+        # references that holds all weights on the host in fp32.
+        gc.collect()
+    return optimizer
+
+
+def refuse_impossible_offload() -> None:
+    """Raise ValueError where Megatron's hybrid optimizer finds no second memory, or would fail on a missing package."""
+    if not platform.has_cuda():
+        raise ValueError("--optimizer-cpu-offload needs a GPU: on a CPU all state is in host memory; remove it")
+    if importlib.util.find_spec("transformer_engine") is None:
+        # Megatron-Core 0.16 compares the version of Transformer Engine here without asking whether there is one.
+        raise ValueError(
+            "--optimizer-cpu-offload needs Transformer Engine: Megatron-Core asks for its version; install it"
         )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.rows import TrainingRow
-from megatron_longpo.planning.ledger import MemoryLedger, Part
+from megatron_longpo.planning.ledger import MemoryLedger
 from megatron_longpo.planning.measured_step import MeasuredTrainer
+from megatron_longpo.planning.parts import Part
 from megatron_longpo.planning.workload import batch_of, made_up_rows
 from megatron_longpo.validation import validate
 
@@ -31,12 +35,17 @@ def rows_of(config: RunConfig) -> list[TrainingRow]:
     return made_up_rows(config, 2, 20)
 
 
-def measure_real_step(config: RunConfig, world_size: int, cp_rank: int = 0) -> tuple[dict[Part, int], MeasuredTrainer]:
+def measure_real_step(
+    config: RunConfig,
+    world_size: int,
+    cp_rank: int = 0,
+    around: Callable[[MemoryLedger], AbstractContextManager[None]] = lambda ledger: nullcontext(),
+) -> tuple[dict[Part, int], MeasuredTrainer]:
     """The ledger's peak over a step with real tensors; Megatron's parallel state must be up."""
     batch = batch_of(config, rows_of(config), cp_rank)
     ledger = MemoryLedger()
-    with ledger:
+    with around(ledger), ledger:
         trainer = MeasuredTrainer(config, ledger)
         trainer.allocate_optimizer_state()
         trainer.measure([batch] * config.num_microbatches(world_size))
-    return dict(ledger.peak), trainer
+    return ledger.device.peak, trainer

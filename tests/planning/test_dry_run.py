@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_longpo.attention.row_order import to_group_order
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
+from megatron_longpo.model import offload
 from megatron_longpo.planning import dry_run as dry_run_module
 from megatron_longpo.planning.dry_run import RankMemory, dry_run
 from megatron_longpo.planning.fake_world import fake_tensors
-from megatron_longpo.planning.ledger import MemoryLedger, Part
+from megatron_longpo.planning.ledger import MemoryLedger
 from megatron_longpo.planning.measured_step import MeasuredTrainer
 from megatron_longpo.planning.on_gpu import hidden_bytes
+from megatron_longpo.planning.parts import Part
+from megatron_longpo.planning.two_memories import two_memories
 from megatron_longpo.planning.workload import batch_of
 from megatron_longpo.training.data import GlobalBatch
 from megatron_longpo.training.distributed import initialize, shut_down
@@ -44,21 +49,62 @@ def test_layers_see_the_one_layout_with_their_own_window() -> None:
         f"--global-batch-size 2 --use-distributed-optimizer {FULL}",
         "--global-batch-size 1 --bf16 --recompute-granularity selective --recompute-modules mlp --turns independent",
         "--global-batch-size 1 --window-size 15,0",
+        f"--global-batch-size 1 --mlp-chunk-tokens 100 --cpu-offloading-num-layers 3 {FULL} --recompute-keep-attention",
     ],
 )
-def test_a_dry_run_counts_what_a_real_step_allocates(words: str, tmp_path: Path) -> None:
+def test_a_dry_run_counts_what_a_real_step_allocates(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "OFFLOAD_FROM_BYTES", 2**12)
     config = run_config(words)
     (fake,) = dry_run(config, 1, rows_of(config))
     initialize(config)
     try:
         real, trainer = measure_real_step(config, 1)
         assert fake.parts == real
-        before = trainer.ledger.live_bytes
+        assert fake.own_peaks == trainer.ledger.device.own_peaks
+        assert all(fake.own_peaks[part] >= real[part] for part in Part)
+        before = trainer.ledger.device.total
         allocated = _allocator_peak(trainer, tmp_path / "trace.json")
     finally:
         shut_down()
     # torch's allocator counts without knowing of storages and parts, kernels' own workspace included.
     assert allocated == pytest.approx(sum(real.values()) - before, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [
+        ("--cpu-offloading-num-layers 4 --mlp-chunk-tokens 200", 0.5),
+        pytest.param("", 1.0, marks=pytest.mark.slow),
+        pytest.param("--cpu-offloading-num-layers 2", 0.0, marks=pytest.mark.slow),
+    ],
+)
+def test_offloaded_tensors_are_host_memory_and_come_back_to_the_device(
+    words: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "OFFLOAD_FROM_BYTES", 2**12)
+    monkeypatch.setattr(dry_run_module, "as_on_gpu", lambda on_gpu, ledger: two_memories(ledger))
+    config = run_config(f"--bf16 --global-batch-size 1 --use-distributed-optimizer {words}")
+    # The trainer's checks refuse an optimizer on the host beside --use-cpu.
+    hosted = replace(config.optimizer, optimizer_cpu_offload=share > 0, optimizer_offload_fraction=share)
+    config = replace(config, optimizer=hosted)
+    (fake,) = dry_run(config, 1, rows_of(config))
+    initialize(config)
+    try:
+        real, trainer = measure_real_step(config, 1, around=two_memories)
+    finally:
+        shut_down()
+    assert fake.parts == real
+    # The norm of the gradients goes through numbers, which fake tensors do not have.
+    assert fake.own_peaks == pytest.approx(trainer.ledger.device.own_peaks, abs=512)
+    assert fake.host == trainer.ledger.host.peak
+    assert (fake.host[Part.ACTIVATIONS] > 2**20) == bool(words)
+    # Megatron's HybridDeviceOptimizer: for a weight on the host fp32 weight, gradient and moments there, 16 B; for one
+    # on the device fp32 weight and moments, 12 B, beside the gradient that it has anyway.
+    weights, on_host = fake.parts[Part.WEIGHTS] / 2, fake.host[Part.OPTIMIZER] / 16
+    assert share * weights * 0.999 <= on_host < (share + 0.2) * weights  # whole tensors, until the share is reached
+    assert fake.parts[Part.OPTIMIZER] == pytest.approx(12 * (weights - on_host), rel=1e-2, abs=200)
 
 
 def _allocator_peak(trainer: MeasuredTrainer, trace: Path) -> int:
@@ -76,6 +122,14 @@ def _allocator_peak(trainer: MeasuredTrainer, trace: Path) -> int:
     return peak
 
 
+def test_groups_of_a2a_and_p2p_leave_no_fake_tensors_behind() -> None:
+    (hierarchical,) = planned(f"--context-parallel-size 4 {HIERARCHICAL}", 4)
+    assert hierarchical.own_peaks[Part.COMMUNICATION] > 0
+    layout = RowLayout((DocumentLayout(32, ()),), 4)
+    assert not isinstance(to_group_order(layout, 2, 0, torch.device("cpu")), FakeTensor)
+
+
+HIERARCHICAL = "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
 LAYOUTS = {
     "tensor and sequence": ("--tensor-model-parallel-size 2 --sequence-parallel", 0.01),
     # gloo copies what a reduce-scatter adds up; NCCL does not, nor does the fake process group.
@@ -89,12 +143,17 @@ MORE_LAYOUTS = {
 }
 
 
+FOUR_RANKS = {"groups of a ring": (f"--context-parallel-size 4 {HIERARCHICAL} --mlp-chunk-tokens 64", 0.01)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layouts", [LAYOUTS, MORE_LAYOUTS])
-def test_one_rank_of_a_fake_world_counts_what_the_real_rank_allocates(layouts: dict[str, tuple[str, float]]) -> None:
-    by_rank = run_ranks(_measure_layouts, 2, layouts)
+@pytest.mark.parametrize(("layouts", "world_size"), [(LAYOUTS, 2), (MORE_LAYOUTS, 2), (FOUR_RANKS, 4)])
+def test_one_rank_of_a_fake_world_counts_what_the_real_rank_allocates(
+    layouts: dict[str, tuple[str, float]], world_size: int
+) -> None:
+    by_rank = run_ranks(_measure_layouts, world_size, layouts, world_size)
     for name, (words, tolerance) in layouts.items():
-        stages = planned(words, 2)
+        stages = planned(words, world_size)
         real = [by_rank[0][name], by_rank[1][name]] if len(stages) == 2 else [by_rank[0][name]]
         for fake, parts in zip(stages, real, strict=True):
             assert sum(fake.parts.values()) == pytest.approx(sum(parts.values()), rel=tolerance), (name, fake, parts)
@@ -104,12 +163,12 @@ def test_one_rank_of_a_fake_world_counts_what_the_real_rank_allocates(layouts: d
             assert fake.parts[Part.OPTIMIZER] == pytest.approx(parts[Part.OPTIMIZER], abs=64), name
 
 
-def _measure_layouts(rank: int, layouts: dict[str, tuple[str, float]]) -> dict[str, dict[Part, int]]:
+def _measure_layouts(rank: int, layouts: dict[str, tuple[str, float]], world_size: int) -> dict[str, dict[Part, int]]:
     peaks = {}
     for name, (words, _) in layouts.items():
-        config = run_config(words, 2)
+        config = run_config(words, world_size)
         initialize(config)
-        peaks[name], _ = measure_real_step(config, 2, parallel_state.get_context_parallel_rank())
+        peaks[name], _ = measure_real_step(config, world_size, parallel_state.get_context_parallel_rank())
         parallel_state.destroy_model_parallel()
     return peaks
 
@@ -191,12 +250,12 @@ def test_the_ledger_counts_storages_once_until_they_end() -> None:
         view = one.view(10, 100)
         two = torch.zeros(500)
         del one
-        assert ledger.live[Part.WEIGHTS] == 6000
+        assert ledger.device.live[Part.WEIGHTS] == 6000
         del two
-        assert ledger.live[Part.WEIGHTS] == 4000
+        assert ledger.device.live[Part.WEIGHTS] == 4000
         del view
-    assert ledger.live_bytes == 0
-    assert ledger.peak_bytes == 6000
+    assert ledger.device.total == 0
+    assert ledger.device.peak_total == 6000
 
 
 @pytest.mark.slow

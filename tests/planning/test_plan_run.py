@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ConfigError
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.dry_run_command import print_dry_run
-from megatron_longpo.planning.layouts import MEMORY_OPTIONS, candidates
+from megatron_longpo.planning.hardware import gpu_named
+from megatron_longpo.planning.layouts import candidates
+from megatron_longpo.planning.options import MEMORY_OPTIONS, MemoryOption
+from megatron_longpo.planning.search import Search, timed_layouts
+from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
 from tests.planning.cases import MODEL
@@ -68,10 +73,21 @@ def test_the_plan_ends_in_a_command_that_the_trainer_takes(
 
 
 def test_every_layout_of_the_search_passes_the_trainer_s_checks() -> None:
-    base = ["--load-hf", "x", "--data-path", "y", "--seq-length", "512", "--bf16"]
+    base = [
+        "--load-hf",
+        "x",
+        "--data-path",
+        "y",
+        "--seq-length",
+        "65536",
+        "--max-position-embeddings",
+        "65536",
+        "--bf16",
+    ]
     model = parse_arguments(MODEL.split()).model
     found = list(candidates(base, model, 8, 8))
-    for one in found:
+    # Every option once, and every layout once; all of them take a minute.
+    for one in {**{one.option: one for one in found}, **{one.config.parallel: one for one in found}}.values():
         validate(one.config, 8)
         again = parse_arguments(one.words).with_model(model).with_device_defaults("local", "nccl")
         assert again == one.config
@@ -79,9 +95,40 @@ def test_every_layout_of_the_search_passes_the_trainer_s_checks() -> None:
     sizes = {(p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size) for p in layouts}
     assert {(1, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8)} <= sizes
     assert (8, 1, 1) not in sizes  # 4 key/value heads
-    assert {p.cp_comm_type for p in layouts} == {"all_gather", "a2a", "p2p"}
+    assert {p.cp_comm_type for p in layouts} == {"all_gather", "a2a", "p2p", "a2a+p2p"}
+    assert {p.hierarchical_context_parallel_sizes for p in layouts} == {None, (2, 2), (2, 4), (4, 2)}
     assert {p.num_layers_per_virtual_pipeline_stage for p in layouts} == {None, 1}
-    assert {one.option for one in found} == {option.name for option in MEMORY_OPTIONS}
+    assert {one.option for one in found} == set(MEMORY_OPTIONS)
+    assert {one.config.training.cpu_offloading_num_layers for one in found} == {0, 1, 2, 4}
+
+
+def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None:
+    base = [
+        "--load-hf",
+        "x",
+        "--data-path",
+        "y",
+        "--bf16",
+        "--seq-length",
+        "131072",
+        "--max-position-embeddings",
+        "131072",
+    ]
+    model = replace(parse_arguments(MODEL.split()).model, num_layers=16, hidden_size=4096, ffn_hidden_size=14336)
+    model = replace(model, num_attention_heads=32, num_query_groups=8, kv_channels=128)
+
+    def options_that_fit(mem_gib: float, host_gib: float) -> list[MemoryOption]:
+        gpu = gpu_named("h100-80gb", mem_gib=mem_gib, host_gib=host_gib)
+        search = Search(base, model, "x", 8, gpu, num_turns=4, response_tokens=512, num_plans=1)
+        rows = made_up_rows(legal[0].config)
+        return [entry.candidate.option for entry in timed_layouts(search, legal, rows) if entry.may_fit(gpu)]
+
+    legal = list(candidates(base, model, 8, 8))
+    roomy, tight = options_that_fit(200, 256), options_that_fit(30, 256)
+    assert (roomy[0].recomputed, roomy[0].on_host) == ("nothing", "–")
+    assert "activations" in tight[0].on_host
+    without = options_that_fit(30, 0)
+    assert {option.on_host for option in without} == {"–"} and without[0].recomputed != "nothing"
 
 
 @pytest.mark.parametrize(
