@@ -73,6 +73,8 @@ def all_gather_attention(
 
 @dataclass(frozen=True)
 class _AllGather(RowAttention):
+    """All tiles of the rank's queries, a chunk of heads at a time; see `all_gather_attention` for the collectives."""
+
     cp_group: dist.ProcessGroup
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:

@@ -66,6 +66,8 @@ def ring_attention(
 
 @dataclass(frozen=True)
 class _RingAttention(RowAttention):
+    """A step for every rank's keys; cp - 1 sends forward, 2 (cp - 1) backward."""
+
     cp_group: dist.ProcessGroup
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
@@ -103,7 +105,7 @@ class _RingAttention(RowAttention):
 def _steps(
     ring: _Ring, plan: RingPlan, k: torch.Tensor, v: torch.Tensor
 ) -> Iterator[tuple[Plan, torch.Tensor, torch.Tensor]]:
-    """The tiles of every step, its keys and its values; the next ones are under way meanwhile."""
+    """The tiles of every step, its keys and its values; the next ones are under way meanwhile. cp - 1 sends."""
     keys, values = k, v
     block = torch.cat([x[start:stop] for x in (k, v) for start, stop in plan.sent]).unflatten(0, (2, -1))
     for step, tiles in enumerate(plan.steps):

@@ -53,7 +53,7 @@ def shared_prefix_attention(
 
 @dataclass(frozen=True)
 class _WholeRow(RowAttention):
-    """All tiles of the row, on this rank."""
+    """All tiles of the row, on this rank; no collectives."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
         return forward_tiles(q, k, v, plan(self.layout), self.scale, self.kernel(q))
