@@ -20,6 +20,7 @@ from megatron_longpo.platform.devices import (
     synchronize,
 )
 from megatron_longpo.platform.megatron_core import CHECKED_VERSIONS
+from megatron_longpo.platform.newer_megatron import async_save_options
 from megatron_longpo.platform.preparation import prepare
 from megatron_longpo.platform.profiles import around_waits, nsight_range, profiler_activities
 from megatron_longpo.platform.transfers import HostCopy, pipeline_options
@@ -28,6 +29,7 @@ __all__ = [
     "CHECKED_VERSIONS",
     "HostCopy",
     "around_waits",
+    "async_save_options",
     "construction",
     "default_backend",
     "default_transformer_impl",

@@ -10,6 +10,7 @@ from megatron_longpo.platform.cpu_patches import replace_grad_clipping, use_cpu_
 from megatron_longpo.platform.cpu_torch import install_cpu_torch
 from megatron_longpo.platform.devices import device, has_cuda
 from megatron_longpo.platform.megatron_core import require_checked_version
+from megatron_longpo.platform.newer_megatron import let_blocks_recompute_themselves, name_the_cause_of_failed_writes
 from megatron_longpo.platform.repairs import (
     fix_zero1_resume,
     group_ranks_without_einops,
@@ -43,4 +44,6 @@ def prepare(use_cpu: bool = False) -> None:
     group_ranks_without_einops()
     fix_zero1_resume()
     tie_checkpoint_manager_to_its_rank()
+    let_blocks_recompute_themselves()
+    name_the_cause_of_failed_writes()
     _prepared = True

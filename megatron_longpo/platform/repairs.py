@@ -96,4 +96,7 @@ def tie_checkpoint_manager_to_its_rank() -> None:
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
-    filesystem_async._get_write_results_queue = results_queue
+    # The second name is that of 0.19.
+    for name in ("_get_write_results_queue", "get_write_results_queue"):
+        if hasattr(filesystem_async, name):
+            setattr(filesystem_async, name, results_queue)

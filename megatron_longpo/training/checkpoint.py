@@ -95,7 +95,11 @@ class Checkpointer:
             state["rng_state"] = random_state()
         with _clear_failure(final):
             request = dist_checkpointing.save(
-                state, str(partial), async_sharded_save=settings.async_save, content_metadata=_format()
+                state,
+                str(partial),
+                async_sharded_save=settings.async_save,
+                content_metadata=_format(),
+                **platform.async_save_options(),
             )
 
         def publish() -> None:

@@ -1,0 +1,56 @@
+"""What Megatron-Core does otherwise from 0.19 on than in 0.16, where the rest of this package knows only one way."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+
+def let_blocks_recompute_themselves() -> None:
+    """Full recomputation asks the block's own ``_checkpointed_forward``, as in 0.16, where the block has one.
+
+    From 0.19 on it is a function of a module, so that a subclass can no longer bring its own.
+    Remove when it can, or when 0.16 is gone and Megatron has another place for it.
+    """
+    from megatron.core.transformer import transformer_block
+
+    upstream = getattr(transformer_block, "checkpointed_forward", None)
+    if upstream is None:
+        return
+
+    def checkpointed_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(block, "_checkpointed_forward", None)
+        return upstream(block, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    transformer_block.checkpointed_forward = checkpointed_forward
+
+
+def name_the_cause_of_failed_writes() -> None:
+    """A checkpoint file that cannot be written fails with its reason ("No space left on device").
+
+    From 0.19 on the first writer of a rank runs in its caller, where the reason is replaced by the exception's type.
+    Remove when ``write_preloaded_data_multithread`` keeps it.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    upstream = writer.write_preloaded_data
+
+    def write_preloaded_data(*args: Any, **kwargs: Any) -> Any:
+        result = upstream(*args, **kwargs)
+        if result is not None and isinstance(result[1], Exception):
+            raise result[1]
+        return result
+
+    writer.write_preloaded_data = staticmethod(write_preloaded_data)
+
+
+def async_save_options() -> dict[str, str]:
+    """Arguments of ``dist_checkpointing.save`` by which Megatron-Core itself writes in the background.
+
+    From 0.19 on that is the work of another package unless it is asked for; its own one is said to go in time.
+    """
+    from megatron.core import dist_checkpointing
+
+    named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    return {"async_strategy": "mcore"} if named else {}
