@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import ConfigError
 from megatron_longpo.config.flags import nearest
+from megatron_longpo.config.training import FLASH
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class GPU:
         nvlink_gbs: To the other GPUs of its node, GB/s in each direction.
         network_gbs: Of its network card, GB/s in each direction: one card per GPU.
         matmul_tflops: What large bf16 matrix products reach.
-        attention_tflops: What FlashAttention 2, the kernel of ``--transformer-impl local``, reaches on long rows,
-            forward and backward.
+        attention_tflops: What FlashAttention 2 reaches on long rows, forward and backward.
         host_link_gbs: PCIe to the host, GB/s in each direction.
         host_gib: Memory of the host, its share for one GPU, GiB.
         host_mem_gbs: Bandwidth of the host's memory, its share for one GPU, GB/s.
         gpus_per_node: GPUs that share NVLink.
+        faster_attention_tflops: What the other values of ``--attention-backend`` reach; None where nothing was found,
+            and the rates of FlashAttention 2 stand for them.
     """
 
     name: str
@@ -44,12 +46,20 @@ class GPU:
     host_gib: float
     host_mem_gbs: float
     gpus_per_node: int = 8
+    faster_attention_tflops: tuple[float, float] | None = None
+
+    def attention_rates(self, backend: str) -> tuple[float, float]:
+        """TFLOP/s of attention, forward and backward, by ``--attention-backend``."""
+        return self.attention_tflops if backend == FLASH else self.faster_attention_tflops or self.attention_tflops
 
     def with_rates(self, matmul_tflops: float | None, attention_tflops: list[float] | None) -> GPU:
         """The GPU with measured rates in place of the table's."""
         matmul = matmul_tflops or self.matmul_tflops
-        attention = (attention_tflops[0], attention_tflops[1]) if attention_tflops else self.attention_tflops
-        return dataclasses.replace(self, matmul_tflops=matmul, attention_tflops=attention)
+        rated = dataclasses.replace(self, matmul_tflops=matmul)
+        if not attention_tflops:
+            return rated
+        forward, backward = attention_tflops
+        return dataclasses.replace(rated, attention_tflops=(forward, backward), faster_attention_tflops=None)
 
 
 H100 = GPU(
@@ -61,6 +71,7 @@ H100 = GPU(
     network_gbs=50,
     matmul_tflops=794.5,
     attention_tflops=(370, 322),
+    faster_attention_tflops=(595, 516),
     host_link_gbs=63,
     host_gib=256,
     host_mem_gbs=70,
@@ -119,6 +130,7 @@ user guides).
 ``attention_tflops``: Hopper, FlashAttention-3 (arXiv 2407.08608), Figures 5 and 6, FlashAttention 2 at head dimension
 128 and 16K tokens; A100, FlashAttention-2 (arXiv 2307.08691), section 4.1: 50-73 % of the peak forward and up to 63 %
 backward, of which 72 % and 55 % are taken; B200, assumed.
+``faster_attention_tflops``: Hopper, cuDNN in the same figures of FlashAttention-3, whose own curve is a little above.
 ``host_link_gbs``: PCIe Gen5 x16, 504 GB/s for eight GPUs in NVIDIA's MLPerf submission (inference v4.1,
 H200-SXM-141GBx8); Gen4 x16 half of it (A100's data sheet).
 ``host_gib``: 2 TB for eight GPUs in DGX A100 (640 GB), H100, H200 and B200 (user guides).
@@ -185,6 +197,7 @@ def gpu_named(
         nvlink_gbs=link_gbs,
         matmul_tflops=H100.matmul_tflops * share,
         attention_tflops=(H100.attention_tflops[0] * share, H100.attention_tflops[1] * share),
+        faster_attention_tflops=None,
         **given,  # type: ignore[arg-type]
     )
 

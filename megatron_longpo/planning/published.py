@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
+from megatron_longpo.config.training import FUSED
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from megatron_longpo.model.flops import attended_pairs, step_flops
 from megatron_longpo.planning.hardware import GPUS, H100
@@ -74,9 +75,6 @@ TITAN_405B = ((32_768, 1, 76), (65_536, 2, 47), (131_072, 4, 31), (262_144, 8, 1
 
 TITAN_MEM_GBS, TITAN_ROWS = 2400, 8
 """Memory bandwidth of those H100s, and rows of each 405B data-parallel rank in a step."""
-
-CUDNN_ATTENTION_TFLOPS = (595.0, 516.0)
-"""cuDNN, Transformer Engine's kernel on Hopper: arXiv 2407.08608, Figures 5 and 6, head dimension 128, 16K tokens."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ def comparison_table(comparisons: list[Comparison], unit: str) -> str:
 def main() -> None:
     """Print the tables."""
     print(comparison_table(longpo_paper(), "tokens/s"))
-    for kernel, rates in (("FlashAttention 2", H100.attention_tflops), ("cuDNN", CUDNN_ATTENTION_TFLOPS)):
+    for kernel, rates in (("FlashAttention 2", H100.attention_tflops), ("cuDNN", H100.attention_rates(FUSED))):
         print(f"\n\nAttention at the rates of {kernel}: {rates[0]:.0f} forward, {rates[1]:.0f} backward")
         print("\nNeMo, Llama 2 7B")
         print(comparison_table(nemo_long_sequences(rates), "TFLOP/s/GPU"))

@@ -138,7 +138,7 @@ def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[s
     whole = forward_flops(model, work.layout, 0)
     attention = attention_flops(model, work.layout)
     head = forward_flops(model, work.layout, work.num_predictions) - whole
-    forward, backward = (tflops * 1e12 for tflops in gpu.attention_tflops)
+    forward, backward = (tflops * 1e12 for tflops in gpu.attention_rates(config.training.attention_backend))
     matmul_s = (whole - attention) / ranks / stages / (gpu.matmul_tflops * 1e12)
     attention_s = attention / ranks / stages / forward
     local_predictions = work.num_predictions / parallel.context_parallel_size
@@ -236,8 +236,8 @@ def _host_transfers_s(config: RunConfig, work: Work, gpu: GPU, compute: dict[str
     rate = gpu.host_link_gbs * 1e9 * MEASURED_LINK_SHARE
     one_layer = kept_bytes(config, work) / rate
     one_way = layers * one_layer
-    _, backward_rate = gpu.attention_tflops
-    forward_attention = 1 / (1 + FLASH_BACKWARD * gpu.attention_tflops[0] / backward_rate)
+    forward_rate, backward_rate = gpu.attention_rates(config.training.attention_backend)
+    forward_attention = 1 / (1 + FLASH_BACKWARD * forward_rate / backward_rate)
     forward = compute["matrix products"] / 3 + compute["attention"] * forward_attention
     backward = compute["matrix products"] + compute["attention"] + compute["recomputation"] - forward
     in_memory = 2 * one_way * gpu.host_link_gbs / gpu.host_mem_gbs

@@ -147,6 +147,18 @@ def test_an_optimizer_on_the_host_is_bound_by_the_host_s_memory_and_link() -> No
     assert on_host - on_device == pytest.approx(seconds - 28 * shard / H100.mem_gbs / 1e9)
 
 
+def test_attention_takes_as_long_as_its_backend() -> None:
+    def attention_s(words: str, gpu: GPU = H100) -> float:
+        return predicted(f"--bf16 {words}", gpu=gpu).parts["attention"]
+
+    flash, fused = attention_s(""), attention_s("--attention-backend fused")
+    assert flash / fused == pytest.approx((1 / 370 + 2.5 / 322) / (1 / 595 + 2.5 / 516))
+    a100 = GPUS["a100-80gb"]  # of which no rate of cuDNN is known
+    assert attention_s("", a100) == attention_s("--attention-backend fused", a100)
+    measured = H100.with_rates(None, [500, 400])
+    assert attention_s("", measured) == attention_s("--attention-backend flash3", measured)
+
+
 def test_an_unknown_gpu_is_described_by_three_numbers() -> None:
     with pytest.raises(ConfigError, match=r"--gpu h100 is not known; did you mean h100-80gb.*--peak-tflops.*--mem-gib"):
         gpu_named("h100")
