@@ -184,6 +184,10 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     assert words_of(command) == words
     assert words_of(launch_command(words, 4, 8)) == words
     assert max(map(len, launch_command(words, 4, 8).splitlines())) <= 112
+    hosted = [*words, "--optimizer-cpu-offload"]
+    assert launch_command(hosted, 4, 8).startswith("OMP_NUM_THREADS=$(($(nproc --all) / 4)) torchrun")
+    assert "#!/bin/bash\nexport OMP_NUM_THREADS=$(($(nproc --all) / 8))\nsrun" in launch_command(hosted, 16, 8)
+    assert words_of(launch_command(hosted, 16, 8)) == hosted
 
 
 def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
