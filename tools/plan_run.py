@@ -9,11 +9,39 @@ stated rates; docs/performance.md has the formulas, their sources, and how far t
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 
 from megatron_longpo.config import ConfigError
 from megatron_longpo.config.flags import FLAGS
+
+
+def whole_number(text: str) -> int:
+    """A number of things, at least one."""
+    if text.lower().removesuffix("k").isdigit() and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number: {int(text[:-1]) * 1024}")
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A speed or a size, greater than 0."""
+    if size(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return float(text)
+
+
+def size(text: str) -> float:
+    """A number that is not below 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,28 +51,30 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--hf-model", required=True, metavar="PATH", help="Hugging Face folder, or its config.json")
-    add("--seq-length", type=int, required=True, metavar="TOKENS", help="longest conversation")
-    add("--num-gpus", type=int, required=True, metavar="GPUS")
+    add("--seq-length", type=whole_number, required=True, metavar="TOKENS", help="longest conversation")
+    add("--num-gpus", type=whole_number, required=True, metavar="GPUS")
     add("--gpu", required=True, help="h100-80gb, h200-141gb, a100-80gb, a800-80gb, b200-192gb, or a name of your own")
-    add("--gpus-per-node", type=int, metavar="GPUS", help="default: 8")
+    add("--gpus-per-node", type=whole_number, metavar="GPUS", help="default: 8")
     add("--objective", default="longpo", choices=FLAGS["objective"].info.choices)
-    add("--global-batch-size", type=int, default=8, metavar="DOCUMENTS", help="default: 8")
-    add("--turns-per-document", type=int, default=4, metavar="TURNS", help="default: 4")
-    add("--response-tokens", type=int, default=512, metavar="TOKENS", help="of every answer; default: 512")
+    add("--global-batch-size", type=whole_number, default=8, metavar="DOCUMENTS", help="default: 8")
+    add("--turns-per-document", type=whole_number, default=4, metavar="TURNS", help="default: 4")
+    add("--response-tokens", type=whole_number, default=512, metavar="TOKENS", help="of every answer; default: 512")
     add("--rotary-base", metavar="X", help="default: the model's")
-    add("--num-documents", type=int, default=45_000, help="for GPU-hours and days; default: 45000, the paper's")
-    add("--num-plans", type=int, default=3, metavar="N", help="layouts to measure and show; default: 3")
+    add(
+        "--num-documents", type=whole_number, default=45_000, help="for GPU-hours and days; default: 45000, the paper's"
+    )
+    add("--num-plans", type=whole_number, default=3, metavar="N", help="layouts to measure and show; default: 3")
     add("--data-path", default="data/pairs", metavar="PREFIX", help="for the command; default: data/pairs")
     add("--save", default="runs/longpo", metavar="FOLDER", help="for the command; default: runs/longpo")
     rates = made.add_argument_group("rates, in place of the table's")
-    rates.add_argument("--peak-tflops", type=float, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
-    rates.add_argument("--mem-gib", type=float, metavar="GIB", help="memory of one GPU")
-    rates.add_argument("--link-gbs", type=float, metavar="GB/S", help="network card of one GPU, in each direction")
-    rates.add_argument("--host-mem-gib", type=float, metavar="GIB", help="host memory per GPU; 0 offloads nothing")
-    rates.add_argument("--host-link-gbs", type=float, metavar="GB/S", help="PCIe of one GPU, in each direction")
-    rates.add_argument("--matmul-tflops", type=float, metavar="TFLOP/S", help="measured on matrix products")
+    rates.add_argument("--peak-tflops", type=rate, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
+    rates.add_argument("--mem-gib", type=rate, metavar="GIB", help="memory of one GPU")
+    rates.add_argument("--link-gbs", type=rate, metavar="GB/S", help="network card of one GPU, in each direction")
+    rates.add_argument("--host-mem-gib", type=size, metavar="GIB", help="host memory per GPU; 0 offloads nothing")
+    rates.add_argument("--host-link-gbs", type=rate, metavar="GB/S", help="PCIe of one GPU, in each direction")
+    rates.add_argument("--matmul-tflops", type=rate, metavar="TFLOP/S", help="measured on matrix products")
     rates.add_argument(
-        "--attention-tflops", type=float, nargs=2, metavar=("FORWARD", "BACKWARD"), help="measured on attention"
+        "--attention-tflops", type=rate, nargs=2, metavar=("FORWARD", "BACKWARD"), help="measured on attention"
     )
     return made
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory, dry_run_stage, measured_stages
+from megatron_longpo.processes import die_with_parent
 
 
 def dry_runs(
@@ -36,16 +38,24 @@ def dry_runs(
         return results
     workers = min(len(tasks), os.cpu_count() or 1)
     # Fresh processes: the fake world is global state, and forked ones would inherit torch's threads.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        waiting = {pool.submit(dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
-        for finished, future in enumerate(as_completed(waiting), 1):
-            results[waiting[future]].append(future.result())
-            done(finished, len(tasks))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
+        try:
+            waiting = {pool.submit(dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
+            for finished, future in enumerate(as_completed(waiting), 1):
+                results[waiting[future]].append(future.result())
+                done(finished, len(tasks))
+        except BaseException:
+            # Ctrl-C or a failed stage: what the others would find is of no use, and a stage takes minutes.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     return [sorted(stages, key=lambda stage: stage.stage) for stages in results]
 
 
-def _one_thread() -> None:
-    """Fake tensors compute nothing that threads could share."""
+def _prepare_worker() -> None:
+    """Fake tensors compute nothing that threads could share; Ctrl-C is the parent's to answer."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     torch.set_num_threads(1)

@@ -14,6 +14,10 @@ from megatron_longpo.planning.hardware import GPU, gpu_named
 from megatron_longpo.planning.search import Plan, Search, find_plans
 from megatron_longpo.planning.tables import cost_line, memory_table, plans_table, rows_line, time_table
 from megatron_longpo.planning.workload import made_up_rows
+from megatron_longpo.validation import nearest_multiple
+
+TOKENS_MULTIPLE = 256
+"""Rows that are no multiple of 2 · 16 CP · 8 TP would leave out most layouts, and say nothing of it."""
 
 
 def print_plan(arguments: Namespace) -> None:
@@ -23,6 +27,12 @@ def print_plan(arguments: Namespace) -> None:
         ConfigError: Unknown GPU, no possible layout, or none that fits.
         ValueError: The model's config.json cannot be read.
     """
+    nearest = nearest_multiple(arguments.seq_length, TOKENS_MULTIPLE)
+    if arguments.seq_length != nearest:
+        raise ConfigError(
+            f"--seq-length {arguments.seq_length} must be a multiple of {TOKENS_MULTIPLE} here, so that a row divides "
+            f"over context- and tensor-parallel ranks; nearest: {nearest}"
+        )
     gpu = _gpu(arguments)
     search = Search(
         base=_base(arguments),
@@ -84,5 +94,9 @@ def _model(path: Path) -> ModelConfig:
     if path.is_dir() or path.name == CONFIG_FILE:
         return read_hf_model(path if path.is_dir() else path.parent)
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(path, Path(folder) / CONFIG_FILE)
-        return read_hf_model(folder)
+        copy = Path(folder) / CONFIG_FILE
+        shutil.copy(path, copy)
+        try:
+            return read_hf_model(folder)
+        except ValueError as error:
+            raise ConfigError(str(error).replace(str(copy), str(path))) from error

@@ -85,7 +85,7 @@ def rows_line(rows: Sequence[TrainingRow], made_up: bool) -> str:
 
 def memory_table(stages: Sequence[RankMemory], gpu: GPU | None) -> str:
     """Peak memory per rank by part, host memory if some is used, and whether it fits."""
-    names = ["a rank"] if len(stages) == 1 else ["first stage", "last stage"]
+    names = ["at the peak"] if len(stages) == 1 else ["first stage", "last stage"]
     heading = ["GiB per rank", *(title for name in names for title in (name, "own peak"))]
     lines = [
         [str(part), *(_gib(count[part]) for stage in stages for count in (stage.parts, stage.own_peaks))]
@@ -93,7 +93,7 @@ def memory_table(stages: Sequence[RankMemory], gpu: GPU | None) -> str:
     ]
     lines.append(["total", *(cell for stage in stages for cell in (_gib(sum(stage.parts.values())), ""))])
     text = table(heading, lines, rules=(len(Part),))
-    text += f"\n({names[0]}: when the total is highest; own peak: the most of a part at any time in the step)"
+    text += "\n(own peak: the most of a part at any time in the step; the column before it: when the total is highest)"
     if any(stage.host_gib for stage in stages):
         text += "\n\n" + _host_line(stages)
     if gpu is None:

@@ -127,9 +127,10 @@ def _allocator_peak(trainer: MeasuredTrainer, trace: Path) -> int:
 
 
 def test_groups_of_a2a_and_p2p_leave_no_fake_tensors_behind() -> None:
-    (hierarchical,) = planned(f"--context-parallel-size 4 {HIERARCHICAL}", 4)
-    assert hierarchical.own_peaks[Part.COMMUNICATION] > 0
-    layout = RowLayout((DocumentLayout(32, ()),), 4)
+    config = run_config(f"--context-parallel-size 4 {HIERARCHICAL}", 4)
+    (memory,) = dry_run(config, 4, rows_of(config))
+    assert memory.own_peaks[Part.COMMUNICATION] > 0
+    layout = batch_of(config, rows_of(config)).layout
     assert not isinstance(to_group_order(layout, 2, 0, torch.device("cpu")), FakeTensor)
 
 

@@ -141,6 +141,7 @@ def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None
         ),
         ("--num-gpus 2 --gpu h100", "--gpu h100 is not known; did you mean h100-80gb"),
         ("--num-gpus 2 --gpu h100-80gb --turns-per-document 99", "has no room for a document"),
+        ("--num-gpus 2 --gpu h100-80gb --seq-length 1023", "--seq-length 1023 must be a multiple of 256 .*: 1024"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_what_can(
@@ -148,6 +149,30 @@ def test_what_cannot_be_planned_is_refused_with_what_can(
 ) -> None:
     with pytest.raises(SystemExit, match=message):
         plan(monkeypatch, model, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--num-gpus 0 --gpu h100-80gb", "--num-gpus: 0 must be a whole number of at least 1"),
+        ("--num-gpus 2 --gpu h100-80gb --seq-length 128K", "--seq-length: 128K must be a whole number: 131072"),
+        ("--num-gpus 2 --gpu h100-80gb --link-gbs -1", "--link-gbs: -1 must be a number of at least 0"),
+        ("--num-gpus 2 --gpu h100-80gb --link-gbs 0", "--link-gbs: 0 must be greater than 0"),
+    ],
+)
+def test_numbers_that_are_none_are_said_to_be(
+    words: str, message: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        plan(monkeypatch, model, words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_broken_config_is_named_by_its_own_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = model / "shape.json"
+    broken.write_text("{")
+    with pytest.raises(SystemExit, match=rf"{broken} is not JSON"):
+        plan(monkeypatch, broken, "--num-gpus 2 --gpu h100-80gb")
 
 
 def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
@@ -159,19 +184,27 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     assert words_of(command) == words
     assert words_of(launch_command(words, 4, 8)) == words
     assert max(map(len, launch_command(words, 4, 8).splitlines())) <= 112
+    hosted = [*words, "--optimizer-cpu-offload"]
+    assert launch_command(hosted, 4, 8).startswith("OMP_NUM_THREADS=$(($(nproc --all) / 4)) torchrun")
+    assert "#!/bin/bash\nexport OMP_NUM_THREADS=$(($(nproc --all) / 8))\nsrun" in launch_command(hosted, 16, 8)
+    assert words_of(launch_command(hosted, 16, 8)) == hosted
 
 
 def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
-    model: Path, capsys: pytest.CaptureFixture[str]
+    model: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     flags = [*MODEL_FLAGS, "--seq-length=4096", "--bf16", "--dry-run", "--num-gpus=4", "--context-parallel-size=2"]
+    flags.insert(0, "--use-distributed-optimizer")
     print_dry_run(parse_arguments(flags))
     made_up = capsys.readouterr().out
-    assert "4 GPUs: TP 1 · PP 1 · CP 2 all_gather · DP 2, whole optimizer" in made_up
+    assert "4 GPUs: TP 1 · PP 1 · CP 2 all_gather · DP 2, sharded optimizer" in made_up
     assert "as long as --seq-length allows" in made_up and "total" in made_up
     data = write_tiny_dataset(model / "data")
     print_dry_run(parse_arguments([*flags, f"--data-path={data}", "--gpu=h100-80gb"]))
     real = capsys.readouterr().out
+    assert "own peak" in real and "host memory" not in real
+    known = ("is deprecated. Please use `torch.distributed", "CUDA_DEVICE_MAX_CONNECTIONS")
+    assert not [warning for warning in recwarn if any(text in str(warning.message) for text in known)]
     assert "the dataset's longest, tiny-" in real and "fits in h100-80gb" in real
     with pytest.raises(ConfigError, match="--num-query-groups 2 must be a multiple of --tensor-model-parallel-size 4"):
         print_dry_run(parse_arguments([*flags[:-1], "--tensor-model-parallel-size=4"]))
