@@ -15,6 +15,7 @@ import sys
 
 from megatron_longpo.config import ConfigError
 from megatron_longpo.config.flags import FLAGS
+from megatron_longpo.config.training import FLASH
 
 
 def whole_number(text: str) -> int:
@@ -63,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--num-documents", type=whole_number, default=45_000, help="for GPU-hours and days; default: 45000, the paper's"
     )
+    add("--attention-backend", default=FLASH, choices=FLAGS["attention_backend"].info.choices, help="default: flash")
     add("--num-plans", type=whole_number, default=3, metavar="N", help="layouts to measure and show; default: 3")
     add("--data-path", default="data/pairs", metavar="PREFIX", help="for the command; default: data/pairs")
     add("--save", default="runs/longpo", metavar="FOLDER", help="for the command; default: runs/longpo")

@@ -10,26 +10,34 @@ WIDTH = 110
 
 def launch_command(words: Sequence[str], num_gpus: int, gpus_per_node: int) -> str:
     """The command that starts ``pretrain_longpo.py`` with these words on this many GPUs."""
-    # torchrun gives every process one thread; an optimizer on the host needs its share of the cores.
-    threads = f"OMP_NUM_THREADS=$(($(nproc --all) / {min(num_gpus, gpus_per_node)}))"
-    hosted = "--optimizer-cpu-offload" in words
+    environment = _environment(words, min(num_gpus, gpus_per_node))
     if num_gpus <= gpus_per_node:
-        start = [threads] if hosted else []
-        return _wrapped([*start, "torchrun", "--nproc-per-node", str(num_gpus), "pretrain_longpo.py"], words)
+        torchrun = f"torchrun --nproc-per-node {num_gpus}"
+        return f"{' '.join(environment)} \\\n{_wrapped(torchrun, words)}"
     nodes = -(-num_gpus // gpus_per_node)
     # Expanded on the first node, where the batch script runs.
     rendezvous = '--rdzv-backend c10d --rdzv-endpoint "$(hostname):29500"'
     torchrun = f"srun torchrun --nnodes {nodes} --nproc-per-node {gpus_per_node} {rendezvous}"
-    script = _wrapped([torchrun, "pretrain_longpo.py"], words)
-    if hosted:
-        script = f"export {threads}\n{script}"
+    script = "\n".join([f"export {' '.join(environment)}", _wrapped(torchrun, words)])
     return (
         f"sbatch --nodes {nodes} --ntasks-per-node 1 --gpus-per-node {gpus_per_node} <<'END'\n"
         f"#!/bin/bash\n{script}\nEND"
     )
 
 
-def _wrapped(start: Sequence[str], words: Sequence[str]) -> str:
+def _environment(words: Sequence[str], ranks_per_node: int) -> list[str]:
+    # Rows are of ever new lengths, which breaks the allocator's fixed blocks into pieces.
+    settings = ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
+    if "--sequence-parallel" in words:
+        # Megatron asks for it: kernels start in the order of their launches, so communication gets behind computation.
+        settings.append("CUDA_DEVICE_MAX_CONNECTIONS=1")
+    if "--optimizer-cpu-offload" in words:
+        # torchrun gives every process one thread; an optimizer on the host needs its share of the cores.
+        settings.append(f"OMP_NUM_THREADS=$(($(nproc --all) / {ranks_per_node}))")
+    return settings
+
+
+def _wrapped(torchrun: str, words: Sequence[str]) -> str:
     """Flags with their values on lines of at most `WIDTH` columns."""
     flags: list[str] = []
     for word in words:
@@ -37,7 +45,7 @@ def _wrapped(start: Sequence[str], words: Sequence[str]) -> str:
             flags.append(word)
         else:
             flags[-1] += " " + shlex.quote(word)
-    lines = [" ".join(start)]
+    lines = [f"{torchrun} pretrain_longpo.py"]
     for flag in flags:
         if len(lines[-1]) + len(flag) + 3 > WIDTH:
             lines.append("   ")

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_longpo.config import ConfigError, ModelConfig
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, read_hf_model
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.hardware import GPU, gpu_named
@@ -84,6 +85,8 @@ def _base(arguments: Namespace) -> list[str]:
     if arguments.rotary_base is not None:
         words += ["--rotary-base", arguments.rotary_base]
     words += ["--global-batch-size", str(arguments.global_batch_size), "--bf16"]
+    if arguments.attention_backend != FLASH:
+        words += ["--attention-backend", arguments.attention_backend]
     return [*words, "--save", arguments.save, "--load", arguments.save]
 
 

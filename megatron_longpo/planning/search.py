@@ -23,6 +23,10 @@ from megatron_longpo.validation import validate
 ESTIMATE_MARGIN = 1.03
 """Layouts whose estimate is above the memory by more than this are not measured; it errs by a few percent."""
 
+HOST_GAIN = 1.1
+"""How many times faster what uses the host's memory must be to come before what does not: links shared with network
+cards, and other programs on the host, are not predicted."""
+
 MAX_MEASURED = 12
 """Layouts to measure at most."""
 
@@ -115,7 +119,7 @@ def find_plans(search: Search) -> list[Plan]:
     measured = 0
     with tqdm(desc="dry runs", unit="stage", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
         while possible and len(plans) < search.num_plans and measured < MAX_MEASURED:
-            chosen = _fastest_of_sizes(possible)[: search.num_plans - len(plans)]
+            chosen = _best_of_sizes(possible)[: search.num_plans - len(plans)]
             measured += len(chosen)
             found = [plan for plan in _measured(search, chosen, rows, bar) if plan.fits(search.gpu)]
             plans += found
@@ -124,26 +128,33 @@ def find_plans(search: Search) -> list[Plan]:
             possible = [e for e in possible if e not in chosen and _sizes(e.candidate) not in done]
     if not plans:
         raise ConfigError(nothing_fits(search, timed))
-    return sorted(plans, key=lambda plan: plan.time.seconds)[: search.num_plans]
+    return sorted(plans, key=_rank)[: search.num_plans]
 
 
 def timed_layouts(search: Search, legal: Sequence[Candidate], rows: Sequence[TrainingRow]) -> list[Timed]:
-    """Every layout with its predicted step and its estimated memory: fastest first, equals in `candidates`' order."""
+    """Every layout with its predicted step and its estimated memory, the best first, equals in `candidates`' order."""
     predictions = num_predictions(legal[0].config, rows)
     timed = []
     for option in legal:
         work = work_of(option.config, rows, predictions)
         time = step_time(option.config, search.num_gpus, work, search.gpu)
         timed.append(Timed(option, time, estimate(option.config, search.num_gpus, work)))
-    return sorted(timed, key=lambda entry: entry.time.seconds)
+    return sorted(timed, key=_rank)
 
 
-def _fastest_of_sizes(timed: Sequence[Timed]) -> list[Timed]:
-    """The fastest of every split over TP, PP and CP: neighbours in the whole list hardly differ."""
-    fastest: dict[tuple[int, int, int], Timed] = {}
+def _rank(entry: Timed | Plan) -> float:
+    """Predicted seconds; more by `HOST_GAIN` with something in host memory."""
+    config = entry.candidate.config
+    on_host = config.training.cpu_offloading_num_layers > 0 or config.optimizer.optimizer_cpu_offload
+    return entry.time.seconds * (HOST_GAIN if on_host else 1.0)
+
+
+def _best_of_sizes(timed: Sequence[Timed]) -> list[Timed]:
+    """The best of every split over TP, PP and CP: neighbours in the whole list hardly differ."""
+    best: dict[tuple[int, int, int], Timed] = {}
     for entry in timed:
-        fastest.setdefault(_sizes(entry.candidate), entry)
-    return list(fastest.values())
+        best.setdefault(_sizes(entry.candidate), entry)
+    return list(best.values())
 
 
 def _sizes(candidate: Candidate) -> tuple[int, int, int]:

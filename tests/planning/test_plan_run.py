@@ -124,11 +124,13 @@ def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None
         return [entry.candidate.option for entry in timed_layouts(search, legal, rows) if entry.may_fit(gpu)]
 
     legal = list(candidates(base, model, 8, 8))
-    roomy, tight = options_that_fit(200, 256), options_that_fit(30, 256)
+    roomy, short, tight = (options_that_fit(mem_gib, 256) for mem_gib in (200, 30, 20))
     assert (roomy[0].recomputed, roomy[0].on_host) == ("nothing", "–")
+    # The host would be a little faster here, but not by a tenth.
+    assert (short[0].recomputed, short[0].on_host) == ("all but attention", "–")
     assert "activations" in tight[0].on_host
-    without = options_that_fit(30, 0)
-    assert {option.on_host for option in without} == {"–"} and without[0].recomputed != "nothing"
+    without = options_that_fit(20, 0)
+    assert {option.on_host for option in without} == {"–"} and "everything" in without[0].recomputed
 
 
 @pytest.mark.parametrize(
@@ -178,15 +180,18 @@ def test_a_broken_config_is_named_by_its_own_path(model: Path, monkeypatch: pyte
 def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     words = ["--load-hf", "models/my model", "--bf16", *(f"--flag-{n}" for n in range(30))]
     command = launch_command(words, 16, 8)
-    assert command.startswith(
-        "sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 <<'END'\n#!/bin/bash\nsrun torchrun"
-    )
+    memory = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+    start = "sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 <<'END'\n#!/bin/bash\n"
+    assert command.startswith(f"{start}export {memory}\nsrun torchrun")
     assert words_of(command) == words
     assert words_of(launch_command(words, 4, 8)) == words
     assert max(map(len, launch_command(words, 4, 8).splitlines())) <= 112
     hosted = [*words, "--optimizer-cpu-offload"]
-    assert launch_command(hosted, 4, 8).startswith("OMP_NUM_THREADS=$(($(nproc --all) / 4)) torchrun")
-    assert "#!/bin/bash\nexport OMP_NUM_THREADS=$(($(nproc --all) / 8))\nsrun" in launch_command(hosted, 16, 8)
+    threads = "OMP_NUM_THREADS=$(($(nproc --all) / {}))"
+    assert launch_command(hosted, 4, 8).startswith(f"{memory} {threads.format(4)} \\\ntorchrun")
+    assert f"\nexport {memory} {threads.format(8)}\nsrun" in launch_command(hosted, 16, 8)
+    split = [*words, "--sequence-parallel"]
+    assert launch_command(split, 4, 8).startswith(f"{memory} CUDA_DEVICE_MAX_CONNECTIONS=1 \\\ntorchrun")
     assert words_of(launch_command(hosted, 16, 8)) == hosted
 
 

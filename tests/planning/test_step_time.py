@@ -176,16 +176,8 @@ def test_an_unknown_gpu_is_described_by_three_numbers() -> None:
 
 
 def test_predictions_of_published_runs_stay_as_near_as_the_documentation_says() -> None:
+    flash = H100.attention_tflops
     assert [round(c.ratio, 2) for c in longpo_paper()] == [0.84, 1.03, 0.83]
-    assert [round(c.ratio, 2) for c in llama3_pretraining(H100.attention_tflops)] == [1.06, 1.03, 0.82]
-    titan = [1.36, 1.29, 1.75, 1.84, 1.09, 1.37, 1.43, 1.70]
-    assert [round(c.ratio, 2) for c in torchtitan(H100.attention_tflops)] == titan
-    assert [round(c.ratio, 2) for c in nemo_long_sequences(H100.attention_tflops)] == [
-        1.05,
-        1.07,
-        1.03,
-        1.05,
-        1.05,
-        1.02,
-        1.05,
-    ]
+    assert [round(c.ratio, 2) for c in nemo_long_sequences(flash)] == [1.04, 1.06, 1.02, 1.04, 1.04, 1.02, 1.05]
+    assert [round(c.ratio, 2) for c in llama3_pretraining(flash)] == [1.05, 1.03, 0.82]
+    assert [round(c.ratio, 2) for c in torchtitan(flash)] == [1.34, 1.28, 1.74, 1.83, 1.09, 1.36, 1.42, 1.7]
