@@ -34,8 +34,7 @@ def group_ranks_without_einops() -> None:
 def count_missing_te_as_old() -> None:
     """Where Transformer Engine is not installed, "at least version 2.1?" is answered with no.
 
-    0.16 compares with None, and so fails on ``--optimizer-cpu-offload``, which needs no Transformer Engine; 0.19 answers.
-    Remove with 0.16.
+    0.16 compares with None, and so fails on ``--optimizer-cpu-offload``, which does not need it. Remove with 0.16.
     """
     from megatron.core import utils
 
