@@ -149,3 +149,16 @@ def test_flash_refuses_heads_that_its_kernels_do_not_have() -> None:
     q = torch.zeros(4, 2, 12)
     with pytest.raises(ValueError, match=r"--kv-channels 12: flash attention on CUDA needs a multiple of 8"):
         CudaFlashKernel().forward(q, q, q, True, 1.0)
+
+
+@pytest.mark.parametrize("kernel", [CudaFlashKernel(), CudaEfficientKernel()], ids=["flash", "efficient"])
+def test_some_heads_of_wider_tensors_give_what_they_give_alone(kernel: AttentionKernel) -> None:
+    """As context parallelism calls them, which gathers keys and values a few heads at a time."""
+    q, k, v, grad = (torch.randn(19, 6, 16, dtype=torch.float64)[:, 2:4] for _ in range(4))
+    wide_out, wide_lse = torch.zeros(19, 6, 16, dtype=torch.float64), torch.zeros(6, 19, dtype=torch.float64)
+    out, lse = kernel.forward(q, k, v, True, 0.3)
+    wide_out[:, 2:4], wide_lse[2:4] = out, lse
+    alone = kernel.backward(*(x.contiguous() for x in (grad, q, k, v, out, lse)), True, 0.3)
+    among = kernel.backward(grad, q, k, v, wide_out[:, 2:4], wide_lse[2:4], True, 0.3)
+    for a, b in zip(among, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
