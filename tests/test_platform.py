@@ -11,8 +11,11 @@ from packaging.version import Version
 
 import megatron_longpo
 from megatron_longpo import platform
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.model.specs import block_spec
 from megatron_longpo.platform import transfers
 from megatron_longpo.platform.megatron_core import require_checked_version
+from tests.tiny import MODEL_FLAGS
 
 cpu_only = pytest.mark.skipif(platform.has_cuda(), reason="the adapters are for machines without CUDA")
 
@@ -120,3 +123,13 @@ def test_a_block_that_recomputes_itself_is_asked() -> None:
             return hidden_states + 1
 
     assert transformer_block.checkpointed_forward(Block(), hidden_states=1, padding_mask=0) == 2
+
+
+def test_layers_of_a_missing_transformer_engine_are_refused() -> None:
+    platform.prepare()
+    from megatron.core.extensions import transformer_engine
+
+    if transformer_engine.HAVE_TE:
+        pytest.skip("it is installed")
+    with pytest.raises(ValueError, match=r"--transformer-impl transformer_engine needs Transformer Engine"):
+        block_spec(parse_arguments(MODEL_FLAGS).model, "transformer_engine", 1)
