@@ -30,7 +30,8 @@ def circumstances(packages: Sequence[str]) -> dict[str, Any]:
             "system": platform.platform(),
         },
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        "commit": commit or None,
+        # A copy without history cannot tell.
+        "commit": commit or os.environ.get("LONGPO_COMMIT"),
     }
 
 

@@ -33,6 +33,8 @@ from megatron_longpo.files import atomic_writer
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 VARIANTS = ("shared_prefix", "two_sequences", "two_sequences_full_logits", "shared_prefix_dpo", "trl")
+_MAIN_SHAPE = 1, 128
+"""Turns and response tokens of the cases that all rivals run."""
 _WARM_UP_BELOW = 4096
 """Prefix tokens from which a step is so long that what the first one adds does not show."""
 
@@ -68,22 +70,18 @@ TINY = Matrix(
 )
 
 
-def run_suite(
-    matrix: Matrix, num_threads: int, by_cpu_time: bool, survives: bool = False, variants: Sequence[str] = VARIANTS
-) -> dict[str, Any]:
+def run_suite(matrix: Matrix, num_threads: int, by_cpu_time: bool) -> dict[str, Any]:
     """Measure every case.
 
     Args:
         matrix: The cases.
         num_threads: Threads of each process.
         by_cpu_time: Compare CPU time instead of wall-clock time.
-        survives: A variant that fails (out of memory) is left out of longer cases instead of ending the run.
-        variants: What to measure.
     """
     cases = list(matrix.cases())
-    jobs = [(case, [name for name in available_variants(case) if name in _variants(case, variants)]) for case in cases]
+    jobs = [(case, [name for name in available_variants(case) if name in variants_of(case)]) for case in cases]
     total = sum(_num_steps(case) * RELATIVE_COST[name] * case.pair_tokens for case, names in jobs for name in names)
-    summaries, failed = [], {}
+    summaries = []
     with tqdm(total=total, bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more") as bar:
         for case, names in jobs:
             measured: dict[str, list[Measurement]] = {}
@@ -93,34 +91,26 @@ def run_suite(
                     label = f"P {case.prefix_tokens}, R {case.response_tokens}, n {case.turns}: {name}"
                     bar.set_description(label)
                     cost = RELATIVE_COST[name] * case.pair_tokens
-                    if name in failed:
-                        continue
-                    try:
-                        run = run_variant(
-                            case,
-                            name,
-                            Path(folder),
-                            _num_steps(case),
-                            num_threads,
-                            lambda cost=cost: bar.update(cost),  # type: ignore[misc]
-                        )
-                    except RuntimeError as error:
-                        if not survives:
-                            raise
-                        failed[name] = f"{label}: {str(error).strip().splitlines()[-1]}"
-                        continue
+                    run = run_variant(
+                        case,
+                        name,
+                        Path(folder),
+                        _num_steps(case),
+                        num_threads,
+                        lambda cost=cost: bar.update(cost),  # type: ignore[misc]
+                    )
                     measured[name] = [run]
-            if measured:
-                summaries.append(summarize(case, measured, by_cpu_time))
-    return {**circumstances(num_threads, by_cpu_time), "cases": summaries, "failed": failed}
+            summaries.append(summarize(case, measured, by_cpu_time))
+    return {**circumstances(num_threads, by_cpu_time), "cases": summaries}
 
 
-def _variants(case: StepCase, chosen: Sequence[str]) -> Sequence[str]:
-    return chosen if (case.turns, case.response_tokens) == (1, 128) else chosen[:2]
+def variants_of(case: StepCase) -> Sequence[str]:
+    """What is measured of a case: the main row of the matrix against all rivals, others against two sequences."""
+    return VARIANTS if (case.turns, case.response_tokens) == _MAIN_SHAPE else VARIANTS[:2]
 
 
 def _num_steps(case: StepCase) -> int:
-    return 2 if case.prefix_tokens < _WARM_UP_BELOW or case.device == "cuda" else 1
+    return 2 if case.prefix_tokens < _WARM_UP_BELOW else 1
 
 
 def write_results(result: dict[str, Any], name: str, results: Path = RESULTS, docs: Path | None = DOCS) -> None:

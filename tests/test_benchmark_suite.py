@@ -1,8 +1,7 @@
-"""The benchmark suite and the GPU benchmark: their matrix, their files, and (slow) that they run from end to end."""
+"""The benchmark suite: its matrix, its files, and (slow) that it runs from end to end."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu.__main__ import _longest
-from benchmarks.gpu.__main__ import main as gpu_main
-from benchmarks.gpu.settings import TINY as GPU_TINY
 from benchmarks.step.measure import Measurement
 from benchmarks.step.summary import circumstances, summarize
 from benchmarks.suite import CPU, write_results
@@ -34,7 +30,7 @@ def result_of_all_cases() -> dict[str, Any]:
             runs["shared_prefix_dpo"] = measured(0.8 * size**1.5, 0.2 * size, loss=0.5)
             runs["trl"] = measured(3 * size**1.5, size, loss=0.5)
         cases.append(summarize(case, runs, by_cpu_time=True))
-    return {**circumstances(1, by_cpu_time=True), "cases": cases, "failed": {}}
+    return {**circumstances(1, by_cpu_time=True), "cases": cases}
 
 
 def test_the_matrix_has_all_lengths_and_both_dimensions_beside_them() -> None:
@@ -62,49 +58,10 @@ def test_a_rerun_replaces_json_picture_and_table(tmp_path: Path) -> None:
     assert "| shared prefix against two sequences | 4,096 | 512 | 1 | 2.00 | 0.50x |" in page
 
 
-def test_the_longest_document_is_found_by_doubling_and_halving() -> None:
-    settings = dataclasses.replace(GPU_TINY, first_length=64, length_limit=4096)
-    asked: list[int] = []
-
-    def measure(_: str, __: str, length: str, steps: str) -> dict[str, Any]:
-        asked.append(int(length))
-        return {} if int(length) <= 300 else {"error": "out of memory"}
-
-    found = _longest(settings, "tiny", measure)
-    assert asked == [64, 128, 256, 512, 384, 320]
-    assert found == {"fits_tokens": 256, "fails_tokens": 320, "why": "out of memory"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--device=cpu"], "--device cpu is for --tiny"),
-        (["--device=cpu", "--tiny"], "the peak of 'CPU' is not known: give --peak-tflops"),
-    ],
-)
-def test_what_cannot_be_measured_is_said(
-    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LONGPO_USE_CPU", "1")
-    assert gpu_main(flags) == 1
-    assert message in capsys.readouterr().err
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "flags", "files"),
-    [
-        ("benchmarks.suite", ["--tiny"], {"step_cpu.json", "step_cpu.png"}),
-        (
-            "benchmarks.gpu",
-            ["--tiny", "--device=cpu", "--peak-tflops=1"],
-            {"gpu.json", "step_cpu.json", "step_cpu.png"},
-        ),
-    ],
-)
-def test_runs_from_end_to_end(module: str, flags: list[str], files: set[str], tmp_path: Path) -> None:
+def test_runs_from_end_to_end(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", module, *flags, f"--results={tmp_path}"],
+        [sys.executable, "-m", "benchmarks.suite", "--tiny", f"--results={tmp_path}"],
         cwd=REPOSITORY,
         env=environment(),
         capture_output=True,
@@ -112,9 +69,4 @@ def test_runs_from_end_to_end(module: str, flags: list[str], files: set[str], tm
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {path.name for path in tmp_path.iterdir()} == files
-    if "gpu.json" in files:
-        result = json.loads((tmp_path / "gpu.json").read_text())
-        assert [entry["prefix_tokens"] for entry in result["speed"]["tiny"]] == list(GPU_TINY.lengths)
-        assert all(entry["mfu"] > 0 and entry["time_over_possible"] > 0 for entry in result["speed"]["tiny"])
-        assert result["longest"]["tiny"]["fits_tokens"] == GPU_TINY.length_limit
+    assert {path.name for path in tmp_path.iterdir()} == {"step_cpu.json", "step_cpu.png"}

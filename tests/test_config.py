@@ -295,3 +295,20 @@ def test_a_yaml_file_may_have_groups_or_not_and_either_kind_of_dash(tmp_path: Pa
 def test_a_yaml_file_that_cannot_be_read_is_an_error(path: str) -> None:
     with pytest.raises(ConfigError, match=r"--config \S+ cannot be read"):
         read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "multiple"),
+    [
+        ("", 1),
+        ("--tensor-model-parallel-size 4 --sequence-parallel --context-parallel-size 2", 8),
+        ("--fp8-format hybrid --bf16 --transformer-impl transformer_engine", 16),
+        (
+            "--fp8-format e4m3 --bf16 --transformer-impl transformer_engine --tensor-model-parallel-size 3 "
+            "--sequence-parallel --context-parallel-size 2",
+            96,
+        ),
+    ],
+)
+def test_rows_are_whole_blocks_on_every_rank(words: str, multiple: int) -> None:
+    assert parse_arguments(words.split()).row_multiple == multiple

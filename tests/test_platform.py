@@ -11,7 +11,11 @@ from packaging.version import Version
 
 import megatron_longpo
 from megatron_longpo import platform
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.model.specs import block_spec
+from megatron_longpo.platform import transfers
 from megatron_longpo.platform.megatron_core import require_checked_version
+from tests.tiny import MODEL_FLAGS
 
 cpu_only = pytest.mark.skipif(platform.has_cuda(), reason="the adapters are for machines without CUDA")
 
@@ -101,3 +105,42 @@ def test_an_attention_backend_needs_its_device_and_its_package(monkeypatch: pyte
     platform.use_attention_backend("fused")
     with pytest.raises(ValueError, match=r"flash3 needs the package flash_attn_3.*fused needs no package"):
         platform.use_attention_backend("flash3")
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2**20, 2**28, 2**28 - 1, 3 * 2**28 + 5 * 2**20 + 17, 132_096 * 4096 * 2])
+def test_pinned_pieces_are_powers_of_two_but_the_last(num_bytes: int) -> None:
+    pieces = transfers.piece_bytes(num_bytes)
+    assert sum(pieces) == num_bytes and max(pieces) <= 2**28
+    rounded = sum(1 << (piece - 1).bit_length() for piece in pieces)
+    assert rounded - num_bytes < 2**20
+    assert len(pieces) <= num_bytes // 2**28 + 9
+
+
+def test_pieces_hold_a_tensor() -> None:
+    tensor = torch.randn(3, 200_001).bfloat16()
+    pieces = transfers.pieces_of(tensor)
+    assert len(pieces) == 2 and torch.equal(torch.cat(pieces).view(torch.bfloat16).view_as(tensor), tensor)
+
+
+def test_a_block_that_recomputes_itself_is_asked() -> None:
+    platform.prepare()
+    from megatron.core.transformer import transformer_block
+
+    if not hasattr(transformer_block, "checkpointed_forward"):
+        pytest.skip("this Megatron-Core asks the block itself")
+
+    class Block:
+        def _checkpointed_forward(self, hidden_states: int, **_: int) -> int:
+            return hidden_states + 1
+
+    assert transformer_block.checkpointed_forward(Block(), hidden_states=1, padding_mask=0) == 2
+
+
+def test_layers_of_a_missing_transformer_engine_are_refused() -> None:
+    platform.prepare()
+    from megatron.core.extensions import transformer_engine
+
+    if transformer_engine.HAVE_TE:
+        pytest.skip("it is installed")
+    with pytest.raises(ValueError, match=r"--transformer-impl transformer_engine needs Transformer Engine"):
+        block_spec(parse_arguments(MODEL_FLAGS).model, "transformer_engine", 1)

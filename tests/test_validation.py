@@ -175,9 +175,14 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
         ("--profile --profile-step-start 5 --profile-step-end 5", 1, "--profile-step-end 5 must be greater than"),
         ("--profile --profile-step-start 1 --profile-ranks 0 2 3", 2, "--profile-ranks 2 3 must be less than the"),
         ("--profile --profile-step-start 1 --use-cpu --no-use-pytorch-profiler", 1, "Nsight Systems and needs a GPU"),
-        ("--use-distributed-optimizer --use-cpu --optimizer-cpu-offload", 1, "--optimizer-cpu-offload needs a GPU"),
         (
-            "--use-distributed-optimizer --optimizer-cpu-offload --optimizer-offload-fraction 1.5",
+            "--use-distributed-optimizer --bf16 --use-cpu --optimizer-cpu-offload",
+            1,
+            "--optimizer-cpu-offload needs a GPU",
+        ),
+        ("--use-distributed-optimizer --optimizer-cpu-offload", 1, "--optimizer-cpu-offload needs --bf16"),
+        (
+            "--use-distributed-optimizer --bf16 --optimizer-cpu-offload --optimizer-offload-fraction 1.5",
             1,
             "--optimizer-offload-fraction 1.5 must be at most 1",
         ),

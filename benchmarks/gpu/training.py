@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 from pathlib import Path
 
 from benchmarks.gpu.settings import Model
-from benchmarks.step.case import DATASET, ReferenceNumbers
+from benchmarks.step.case import DATASET, ReferenceNumbers, StepCase, write_document
 from benchmarks.step.trainer import LONGPO, shared_prefix_batch
 from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.dataset import PreferenceDataset
-from megatron_longpo.data.records import RecordWriter
+from megatron_longpo.data.rows import OBJECTIVE_ROLES
 from megatron_longpo.model.flops import attended_pairs, step_flops
 from megatron_longpo.training.data import GlobalBatch
 from megatron_longpo.training.distributed import initialize, shut_down
@@ -33,12 +34,7 @@ def speed(model: Model, prefix_tokens: int, num_steps: int, folder: Path) -> dic
     Returns:
         Tokens are those of the row; ``attention_flops`` and ``matmul_flops`` are model FLOPs of a step.
     """
-    case = dataclasses.replace(model.case, prefix_tokens=prefix_tokens)
-    with RecordWriter(folder / DATASET) as writer:
-        writer.add(case.document())
-        writer.finish(tokenizer={"vocab_size": case.vocab_size, "hash": "random", "path": "none"})
-    config = _config(model, case.prefix_tokens + case.branch_tokens, folder, num_steps)
-    dataset = PreferenceDataset(folder / DATASET)
+    case, config, dataset = _prepared(model, prefix_tokens, num_steps, folder)
     initialize(config)
     try:
         trainer = Trainer(config, dataset)
@@ -62,6 +58,26 @@ def speed(model: Model, prefix_tokens: int, num_steps: int, folder: Path) -> dic
         "peak_memory_gib": platform.peak_memory_gib(),
         "loss": measured[-1]["loss"],
     }
+
+
+def predicted_memory(model: Model, prefix_tokens: int, folder: Path) -> dict[str, float]:
+    """What a dry run says of the memory of `speed` with the same arguments; it needs no GPU and leaves it alone."""
+    os.environ["LONGPO_USE_CPU"] = "1"
+    from megatron_longpo.planning.dry_run import dry_run
+
+    _, config, dataset = _prepared(model, prefix_tokens, 1, folder)
+    (rank,) = dry_run(config, 1, [dataset.row(0, "joint", OBJECTIVE_ROLES[config.objective.objective])])
+    return {"peak_memory_gib": rank.gib}
+
+
+def _prepared(
+    model: Model, prefix_tokens: int, num_steps: int, folder: Path
+) -> tuple[StepCase, RunConfig, PreferenceDataset]:
+    """One random document in a dataset, and the run that trains on it."""
+    case = dataclasses.replace(model.case, prefix_tokens=prefix_tokens)
+    write_document(case, folder)
+    config = _config(model, case.prefix_tokens + case.branch_tokens, folder, num_steps)
+    return case, config, PreferenceDataset(folder / DATASET)
 
 
 def _config(model: Model, num_tokens: int, folder: Path, num_steps: int) -> RunConfig:

@@ -113,12 +113,22 @@ class ReferenceNumbers:
 
 def write_files(case: StepCase, folder: Path) -> None:
     """Write the dataset and the model (a Hugging Face folder) that all variants read."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    write_document(case, folder)
+    write_weights(case, folder)
 
+
+def write_document(case: StepCase, folder: Path) -> None:
+    """Write the dataset."""
     with RecordWriter(folder / DATASET) as writer:
         writer.add(case.document())
         writer.finish(tokenizer={"vocab_size": case.vocab_size, "hash": "random", "path": "none"})
+
+
+def write_weights(case: StepCase, folder: Path) -> None:
+    """Write the model, whose weights do not depend on the document; it takes any up to this case's length."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(case.seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -172,13 +172,13 @@ def _logits_gib() -> float:
     return lm_head.NUM_TOKENS * lm_head.VOCAB_SIZE * 4 / 2**30
 
 
-def replace_section(path: Path, device: str, text: str) -> None:
-    """Put a text between the two markers of a device in a Markdown file.
+def replace_section(path: Path, device: str, text: str, benchmark: str = "benchmark_step") -> None:
+    """Put a text between the two markers of a benchmark and a device in a Markdown file.
 
     Raises:
         ValueError: The file has no such markers.
     """
-    begin, end = f"<!-- benchmark_step {device} -->", f"<!-- end of benchmark_step {device} -->"
+    begin, end = f"<!-- {benchmark} {device} -->", f"<!-- end of {benchmark} {device} -->"
     page = path.read_text(encoding="utf-8")
     found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", page, re.DOTALL)
     if found is None:

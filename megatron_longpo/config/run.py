@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from megatron_longpo.config.planning import PlanningConfig
 from megatron_longpo.config.training import TrainingConfig
 from megatron_longpo.config.yaml_file import to_yaml
 from megatron_longpo.files import atomic_writer
+
+FP8_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,17 @@ class RunConfig:
         """Rows that every rank computes for one optimizer step."""
         rows = self.training.micro_batch_size * self.parallel.data_parallel_size(world_size)
         return self.training.global_batch_size // rows
+
+    @property
+    def row_multiple(self) -> int:
+        """`RowLayout.row_multiple`: that of the parallel layout, and with fp8 whole blocks on every rank.
+
+        Transformer Engine multiplies fp8 matrices of a multiple of 16 rows only (``get_fp8_align_size`` in
+        ``megatron.core.fp8_utils``), and in the weights' gradients tokens are rows.
+        """
+        if self.training.fp8_format is None:
+            return self.parallel.row_multiple
+        return math.lcm(self.parallel.row_multiple, FP8_ROWS * self.parallel.context_parallel_size)
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Every value by the key of its flag, as plain JSON and YAML types."""

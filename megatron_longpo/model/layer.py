@@ -59,7 +59,11 @@ class FrugalLayer(TransformerLayer):
         whole = super()._forward_mlp
 
         def half(tokens: torch.Tensor) -> torch.Tensor:
-            return whole(tokens, *args, **kwargs)
+            try:
+                return whole(tokens, *args, **kwargs)
+            finally:
+                # Recomputation ends in the middle of it, where Megatron-Core 0.19 still holds the half's input here.
+                self.mlp_norm_manager = None
 
         pieces = hidden_states.split(piece)
         return torch.cat([checkpoint(half, x, use_reentrant=False, preserve_rng_state=False) for x in pieces])

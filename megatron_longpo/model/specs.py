@@ -81,12 +81,15 @@ def _local_layer(model: ModelConfig) -> ModuleSpec:
 
 
 def _transformer_engine_layer(model: ModelConfig) -> tuple[ModuleSpec, type]:
-    try:
-        from megatron.core.extensions.transformer_engine import TENorm
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    except ImportError as error:
+    from megatron.core.extensions import transformer_engine
+
+    # Where it is missing the module is there all the same, with stand-ins for its classes.
+    if not transformer_engine.HAVE_TE:
         raise ValueError(
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: use "
             "--transformer-impl local, an NGC image, or pip install 'megatron_longpo[gpu]'"
-        ) from error
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm), TENorm
+        )
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+    return spec, transformer_engine.TENorm

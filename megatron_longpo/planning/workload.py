@@ -85,7 +85,7 @@ def batch_of(config: RunConfig, rows: Sequence[TrainingRow], cp_rank: int = 0) -
         objective=config.objective,
         cp_size=config.parallel.context_parallel_size,
         cp_rank=cp_rank,
-        row_multiple=config.parallel.row_multiple,
+        row_multiple=config.row_multiple,
         max_sequence_tokens=config.data.seq_length,
         reference=_NoReference(rows),
     )
@@ -101,7 +101,7 @@ def work_of(config: RunConfig, rows: Sequence[TrainingRow], predictions: int) ->
     """A micro-batch laid out for a run's ranks."""
     parallel = config.parallel
     documents = tuple(row.layout for row in rows)
-    return Work(RowLayout(documents, parallel.context_parallel_size, parallel.row_multiple), predictions)
+    return Work(RowLayout(documents, parallel.context_parallel_size, config.row_multiple), predictions)
 
 
 class _NoReference:

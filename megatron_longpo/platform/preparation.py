@@ -12,8 +12,10 @@ from megatron_longpo.platform.devices import device, has_cuda
 from megatron_longpo.platform.megatron_core import require_checked_version
 from megatron_longpo.platform.newer_megatron import let_blocks_recompute_themselves, name_the_cause_of_failed_writes
 from megatron_longpo.platform.repairs import (
+    count_missing_te_as_old,
     fix_zero1_resume,
     group_ranks_without_einops,
+    let_checkpoints_name_optimizers,
     tie_checkpoint_manager_to_its_rank,
 )
 
@@ -42,7 +44,9 @@ def prepare(use_cpu: bool = False) -> None:
         use_cpu_rng_tracker()
         replace_grad_clipping()
     group_ranks_without_einops()
+    count_missing_te_as_old()
     fix_zero1_resume()
+    let_checkpoints_name_optimizers()
     tie_checkpoint_manager_to_its_rank()
     let_blocks_recompute_themselves()
     name_the_cause_of_failed_writes()

@@ -8,6 +8,7 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from megatron_longpo.processes import die_with_parent
 
@@ -30,14 +31,26 @@ def group_ranks_without_einops() -> None:
     parallel_state.HAVE_EINOPS = True
 
 
+def count_missing_te_as_old() -> None:
+    """Where Transformer Engine is not installed, "at least version 2.1?" is answered with no.
+
+    0.16 compares with None, and so fails on ``--optimizer-cpu-offload``, which does not need it. Remove with 0.16.
+    """
+    from megatron.core import utils
+
+    if utils.get_te_version() is None:
+        utils.get_te_version = lambda: Version("0.0.0")
+
+
 def fix_zero1_resume() -> None:
     """Make the distributed optimizer resume exactly when torch's AdamW runs inside it (no TE or Apex at hand).
 
     Upstream asserts on a state without ``step``, misses ``step`` when it copies loaded state, and gives all parameters
-    ONE ``step`` tensor, which then advances once per parameter: the resumed run is silently wrong.
+    ONE ``step`` tensor, which then advances once per parameter: the resumed run is silently wrong. The hybrid optimizer
+    of ``--optimizer-cpu-offload`` has the first and the last of these, and takes AdamW for a sign of the host.
     Remove when a resumed run under torch AdamW equals an uninterrupted one upstream.
     """
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import HybridDeviceOptimizer, distrib_optimizer
 
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
@@ -47,6 +60,9 @@ def fix_zero1_resume() -> None:
 
     def is_torch_adam(self: Any) -> bool:
         return isinstance(self.optimizer, torch.optim.Adam | torch.optim.AdamW)
+
+    def is_hybrid(self: Any) -> bool:
+        return isinstance(self.optimizer, HybridDeviceOptimizer)
 
     def allocate_state(self: Any) -> None:
         for group in self.optimizer.param_groups:
@@ -60,15 +76,18 @@ def fix_zero1_resume() -> None:
     def fixed_state_dict(self: Any) -> Any:
         if is_torch_adam(self):
             allocate_state(self)
+        elif is_hybrid(self) and not self.optimizer.state:
+            # It makes its state in a step; what that step writes is about to be loaded over.
+            self.optimizer.dummy_step()
         return state_dict(self)
 
     def fixed_load_state_dict(self: Any, state: Any) -> None:
-        if not is_torch_adam(self):
-            return load_state_dict(self, state)
-        allocate_state(self)
+        if is_torch_adam(self):
+            allocate_state(self)
         load_state_dict(self, state)
-        for param_state in self.optimizer.state.values():
-            param_state["step"] = param_state["step"].clone()
+        if is_torch_adam(self) or is_hybrid(self):
+            for param_state in self.optimizer.state.values():
+                param_state["step"] = param_state["step"].clone()
 
     def fixed_set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         if is_torch_adam(self):
@@ -77,9 +96,26 @@ def fix_zero1_resume() -> None:
             tensors = {**tensors, "step": own["step"]}
         set_states(self, model_param, tensors)
 
+    def move_state_to_parameters(self: Any) -> None:
+        for optimizer in self.sub_optimizers:
+            for param, state in optimizer.state.items():
+                # One dictionary for both optimizers, as upstream has it.
+                state.update({name: v.to(param.device) for name, v in state.items() if isinstance(v, torch.Tensor)})
+
+    HybridDeviceOptimizer._move_new_state_to_right_device = move_state_to_parameters
     upstream.state_dict = fixed_state_dict
     upstream.load_state_dict = fixed_load_state_dict
     upstream._set_main_param_and_optimizer_states = fixed_set_states
+
+
+def let_checkpoints_name_optimizers() -> None:
+    """Read checkpoints of ``--optimizer-cpu-offload``, whose parameter groups name the classes of both optimizers.
+
+    Remove when Megatron's ``SAFE_GLOBALS`` has them.
+    """
+    from megatron.core import optimizer
+
+    torch.serialization.add_safe_globals([optimizer.Adam, optimizer.CPUAdam])
 
 
 def tie_checkpoint_manager_to_its_rank() -> None:

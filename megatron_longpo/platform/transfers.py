@@ -21,6 +21,31 @@ def pipeline_options(pipeline_size: int, interleaved: bool) -> dict[str, bool]:
     return {"batch_p2p_comm": not interleaved, "overlap_p2p_comm": interleaved}
 
 
+LARGEST_PIECE_BYTES, SMALLEST_PIECE_BYTES = 2**28, 2**20
+
+
+def piece_bytes(num_bytes: int) -> list[int]:
+    """Sizes of the pinned buffers that hold so many bytes.
+
+    torch rounds a pinned buffer up to a power of two, which for one buffer can be twice the memory: a row of 132,096
+    tokens would take that of 262,144. In powers of two from the start nothing is rounded but the last piece, by less
+    than `SMALLEST_PIECE_BYTES`. Source: ``CachingHostAllocatorImpl::allocate`` in torch's CachingHostAllocator.h.
+    """
+    pieces = [LARGEST_PIECE_BYTES] * (num_bytes // LARGEST_PIECE_BYTES)
+    rest, size = num_bytes % LARGEST_PIECE_BYTES, LARGEST_PIECE_BYTES // 2
+    while size >= SMALLEST_PIECE_BYTES:
+        if rest & size:
+            pieces.append(size)
+        size //= 2
+    last = rest % SMALLEST_PIECE_BYTES
+    return [*pieces, last] if last else pieces
+
+
+def pieces_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The memory of a contiguous tensor as views of `piece_bytes`, uint8."""
+    return tensor.view(-1).view(torch.uint8).split(piece_bytes(tensor.nbytes))
+
+
 class HostCopy:
     """A copy of a device's tensor in pinned host memory, made and brought back behind computation.
 
@@ -28,7 +53,7 @@ class HostCopy:
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._device = tensor.device
+        self._device, self._shape, self._dtype = tensor.device, tensor.shape, tensor.dtype
         self._returned: torch.Tensor | None = None
         if not tensor.is_cuda:
             self._host = tensor.clone()
@@ -36,8 +61,10 @@ class HostCopy:
         to_host, _ = _copy_streams()
         to_host.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(to_host):
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
+            self._pieces = []
+            for piece in pieces_of(tensor.contiguous()):
+                self._pieces.append(torch.empty(piece.shape, dtype=piece.dtype, pin_memory=True))
+                self._pieces[-1].copy_(piece, non_blocking=True)
             self._made = to_host.record_event()
         # The allocator must not give the memory away before it is copied.
         tensor.record_stream(to_host)
@@ -52,7 +79,9 @@ class HostCopy:
         _, to_device = _copy_streams()
         to_device.wait_event(self._made)
         with torch.cuda.stream(to_device):
-            self._returned = self._host.to(self._device, non_blocking=True)
+            self._returned = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            for piece, host in zip(pieces_of(self._returned), self._pieces, strict=True):
+                piece.copy_(host, non_blocking=True)
             self._arrived = to_device.record_event()
 
     def tensor(self) -> torch.Tensor:

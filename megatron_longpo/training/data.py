@@ -31,7 +31,7 @@ class MicroBatches(Dataset[Batch]):
             objective=config.objective,
             cp_size=config.parallel.context_parallel_size,
             cp_rank=self.cp_rank,
-            row_multiple=config.parallel.row_multiple,
+            row_multiple=config.row_multiple,
             max_sequence_tokens=config.data.seq_length,
             reference=self.reference,
         )

@@ -167,7 +167,7 @@ def _collate(config: RunConfig, dataset: PreferenceDataset, number: int, kind: s
         objective=None,
         cp_size=config.parallel.context_parallel_size,
         cp_rank=parallel_state.get_context_parallel_rank(),
-        row_multiple=config.parallel.row_multiple,
+        row_multiple=config.row_multiple,
         max_sequence_tokens=config.data.seq_length,
     )
 

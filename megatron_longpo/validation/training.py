@@ -66,6 +66,9 @@ def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--optimizer-offload-fraction {optimizer.optimizer_offload_fraction:g} must be at most 1"
     if optimizer.optimizer_cpu_offload and config.training.use_cpu:
         yield "--optimizer-cpu-offload needs a GPU: remove it or --use-cpu"
+    if optimizer.optimizer_cpu_offload and not config.training.bf16:
+        # Megatron's hybrid optimizer neither updates nor stores the host's copies of fp32 weights when it is loaded.
+        yield "--optimizer-cpu-offload needs --bf16"
     if optimizer.min_lr > optimizer.lr:
         yield f"--min-lr {optimizer.min_lr:g} must be at most --lr {optimizer.lr:g}"
     if optimizer.lr_warmup_init > optimizer.lr:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_longpo import platform
 from megatron_longpo.model.offload import OffloadChain
 
 pytestmark = [
@@ -40,3 +41,12 @@ def test_gradients_are_equal_and_memory_is_not() -> None:
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
     # The last layer's output is in use; the allocator may still wait for the last copy.
     assert held_offloaded < 0.4 * held
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 2**20 + 1), (5, 7, 300_000)])
+def test_a_copy_comes_back(shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape, device="cuda").bfloat16()
+    for original in (tensor, tensor.transpose(0, -1)):
+        expected = original.clone()
+        copy = platform.HostCopy(original)
+        assert torch.equal(copy.tensor(), expected)

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.tiny import write_tiny_dataset
 from tests.training.commands import metrics, train
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 FLAGS = ["--train-iters=10", "--lr=1e-3", "--lambda=0.5", "--transformer-impl=local"]
 

@@ -19,7 +19,8 @@ from megatron_longpo.objective.logprobs import linear_logprobs
 from tests.objective.lm_head import HeadInputs, head_inputs
 
 VOCAB = 37
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
 
 
 def logps_and_gradients(function: Any, inputs: HeadInputs, **options: Any) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,134 @@
+"""What follows from the measurements of the GPU benchmark: rates against each other, tables, the suite's cases."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.parts import NUM_STEPS, rival_name
+from benchmarks.gpu.settings import Settings
+from benchmarks.step.measure import Measurement
+from benchmarks.step.summary import replace_section, summarize
+from benchmarks.suite import Matrix, variants_of, write_results
+
+Measured = dict[str, dict[str, Any]]
+"""Measurements by name."""
+
+
+def write_summary(folder: Path, around: dict[str, Any], found: dict[str, Any], docs: Path | None) -> None:
+    """Write the suite's files and, if asked to, the tables of the docs, as far as there is something to write.
+
+    Args:
+        folder: For the suite's JSON and picture.
+        around: Device, versions, commit.
+        found: Of `summary`.
+        docs: The page.
+    """
+    name = around["device"]["name"]
+    kind = "cpu" if name == "CPU" else "cuda"
+    cases = found["rivals"]
+    if cases and "shared_prefix" in cases[0]["variants"]:
+        suite = {**around, "machine": name, "cases": cases, "failed": found["rivals_failed"]}
+        write_results(suite, kind, folder, docs)
+    if docs is not None:
+        replace_section(docs, kind, table(around, found), "benchmark_gpu")
+
+
+def summary(settings: Settings, measured: Measured, peak_tflops: float) -> dict[str, Any]:
+    """What follows from the measurements that there are.
+
+    Args:
+        settings: Sizes.
+        measured: By name.
+        peak_tflops: Of the device, in the training dtype.
+    """
+    rates = measured.get("rates", {})
+    speeds = {
+        name: [
+            _against_rates(entry, length, rates, measured.get(f"memory {name} {length}", {}), peak_tflops)
+            for length in lengths
+            if (entry := measured.get(f"speed {name} {length} {NUM_STEPS}")) is not None
+        ]
+        for name, lengths in settings.speed.items()
+    }
+    cases, failed = rival_cases(settings, measured)
+    return {
+        "peak_tflops": peak_tflops,
+        "speed": speeds,
+        "longest": {name: _fits(name, measured) for name in settings.longest},
+        "rivals": cases,
+        "rivals_failed": failed,
+    }
+
+
+def _against_rates(
+    entry: dict[str, Any], length: int, rates: dict[str, Any], memory: dict[str, Any], peak_tflops: float
+) -> dict[str, Any]:
+    if "error" in entry:
+        return {"prefix_tokens": length, **{name: entry[name] for name in ("error", "out_of_memory")}}
+    flops = entry["matmul_flops"] + entry["attention_flops"]
+    found = {**entry, "mfu": flops / entry["step_s"] / peak_tflops / 1e12}
+    if "both" in rates:
+        possible = entry["matmul_flops"] / rates["matmul_tflops"] + entry["attention_flops"] / rates["both"]
+        found["time_over_possible"] = entry["step_s"] / (possible / 1e12)
+    if "peak_memory_gib" in memory:
+        found["memory_over_dry_run"] = entry["peak_memory_gib"] / memory["peak_memory_gib"]
+    return found
+
+
+def _fits(name: str, measured: Measured) -> dict[str, Any]:
+    """The longest document that fitted and the shortest that did not, of one model, in any part."""
+    tried = {int(words[2]): e for key, e in measured.items() if (words := key.split())[:2] == ["speed", name]}
+    fits = [length for length, entry in tried.items() if "error" not in entry]
+    fails = [length for length, entry in tried.items() if entry.get("out_of_memory")]
+    return {"fits_tokens": max(fits, default=0), "fails_tokens": min(fails, default=None)}
+
+
+def rival_cases(settings: Settings, measured: Measured) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """The suite's summaries of every case with a measurement, and by variant or case what went wrong."""
+    summaries, failed = [], {}
+    for case in Matrix(settings.rivals, settings.rival_lengths, settings.more_rival_lengths).cases():
+        runs: dict[str, list[Measurement]] = {}
+        for variant in variants_of(case):
+            entry = measured.get(rival_name(case, variant), {})
+            if "error" in entry:
+                failed[variant] = f"P {case.prefix_tokens}: {entry['error']}"
+            elif entry:
+                names = {field.name for field in dataclasses.fields(Measurement)}
+                runs[variant] = [Measurement(**{key: value for key, value in entry.items() if key in names})]
+        if not runs:
+            continue
+        try:
+            summaries.append(summarize(case, runs, by_cpu_time=False))
+        except ValueError as error:
+            failed[f"P {case.prefix_tokens}, R {case.response_tokens}, n {case.turns}"] = str(error)
+    return summaries, failed
+
+
+def table(around: dict[str, Any], found: dict[str, Any]) -> str:
+    """Speed and memory of every model and length, as a table for the docs."""
+    lines = [
+        "| model | document | tokens/s | MFU | time over what the rates allow | peak GiB | over the dry run |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, entries in found["speed"].items():
+        for entry in entries:
+            if "error" in entry:
+                why = "does not fit" if entry["out_of_memory"] else "failed"
+                lines.append(f"| {name} | {entry['prefix_tokens']:,} | {why} | | | | |")
+                continue
+            ratios = [f"{entry[k]:.2f}x" if k in entry else "" for k in ("time_over_possible", "memory_over_dry_run")]
+            lines.append(
+                f"| {name} | {entry['prefix_tokens']:,} | {entry['tokens_per_s']:,.0f} | {entry['mfu']:.1%} | "
+                f"{ratios[0]} | {entry['peak_memory_gib']:.1f} | {ratios[1]} |"
+            )
+    for name, bounds in found["longest"].items():
+        fails = f", {bounds['fails_tokens']:,} do not" if bounds["fails_tokens"] else ""
+        lines += ["", f"Longest document of {name}: {bounds['fits_tokens']:,} tokens fit{fails}."]
+    versions = ", ".join(f"{name} {number}" for name, number in around["versions"].items() if number)
+    device = ", ".join(
+        f"{name.replace('_', ' ')} {value}" for name, value in around["device"].items() if name != "name"
+    )
+    lines += ["", f"{around['device']['name']}{', ' if device else ''}{device}; {versions}; commit {around['commit']}."]
+    return "\n".join(lines)

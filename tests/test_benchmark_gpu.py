@@ -1,0 +1,194 @@
+"""The GPU benchmark on a CPU: it stores and resumes, goes on after failures, and (slow) runs from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import parts, processes
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.processes import Measurements, OutOfTime, failure
+from benchmarks.gpu.results import StoredResults
+from benchmarks.gpu.settings import REAL, TINY
+from benchmarks.gpu.summary import summary, table
+from benchmarks.step.case import StepCase
+from benchmarks.step.run import run_variant
+from megatron_longpo.arguments import parse_arguments
+from tests.training.commands import REPOSITORY, environment
+
+AROUND = {"device": {"name": "H100"}, "versions": {"torch": "2.13"}, "commit": "abc", "date": "today"}
+OUT_OF_MEMORY = {"error": "CUDA out of memory", "out_of_memory": True}
+BROKEN = {"error": "KeyError: 'x'", "out_of_memory": False}
+
+
+def test_the_longest_document_is_found_by_doubling_and_halving() -> None:
+    settings = dataclasses.replace(TINY, first_length=64, length_limit=4096)
+    asked: list[int] = []
+
+    def measure(_: str, __: str, length: str, steps: str) -> dict[str, Any]:
+        asked.append(int(length))
+        return {} if int(length) <= 300 else OUT_OF_MEMORY
+
+    parts.longest(settings, measure)
+    assert asked == [64, 128, 256, 512, 384, 320]
+    measured = {f"speed tiny {n} 1": {} if n <= 300 else OUT_OF_MEMORY for n in asked}
+    assert summary(settings, measured, 1.0)["longest"]["tiny"] == {"fits_tokens": 256, "fails_tokens": 320}
+
+
+def test_what_does_not_fit_ends_a_model_and_not_the_part() -> None:
+    settings = dataclasses.replace(TINY, speed={"a": (1, 2, 3), "b": (4, 5)})
+    asked: list[str] = []
+
+    def measure(*words: str) -> dict[str, Any]:
+        asked.append(" ".join(words))
+        return OUT_OF_MEMORY if words[:3] == ("speed", "a", "2") else {}
+
+    parts.speed(settings, measure)
+    assert [name for name in asked if name.startswith("speed")] == [
+        f"speed {name} {length} 3" for name, length in (("a", 1), ("a", 2), ("b", 4), ("b", 5))
+    ]
+
+
+def test_measurements_are_stored_one_by_one_and_only_mistakes_are_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: dict[str, dict[str, Any]] = {"good": {"x": 1}, "large": OUT_OF_MEMORY, "broken": BROKEN}
+    asked: list[str] = []
+
+    def in_process(flags: list[str], timeout_s: float | None) -> dict[str, Any]:
+        asked.append(flags[-1])
+        return answers[flags[-1]]
+
+    monkeypatch.setattr(processes, "in_process", in_process)
+    path = tmp_path / "results" / "gpu.json"
+    for number in range(2):
+        measure = Measurements([], StoredResults(path, {**AROUND, "commit": f"commit {number}"}))
+        for name in answers:
+            measure(name)
+            assert name in json.loads(path.read_text())["measured"]
+    assert asked == ["good", "large", "broken", "broken"]
+    stored = json.loads(path.read_text())["measured"]
+    assert stored["good"]["commit"] == "commit 0" and stored["broken"]["commit"] == "commit 1"
+    with pytest.raises(ValueError, match=r"was measured with device .*H100.* give --again"):
+        StoredResults(path, {**AROUND, "device": {"name": "H200"}})
+    assert not StoredResults(path, {**AROUND, "device": {"name": "H200"}}, again=True).measured
+
+
+def test_a_limit_of_time_ends_what_runs_and_stores_nothing_of_it(tmp_path: Path) -> None:
+    measure = Measurements(["--device=cpu", "--tiny"], StoredResults(tmp_path / "gpu.json", AROUND), minutes=0.5 / 60)
+    began = time.monotonic()
+    with pytest.raises(OutOfTime):
+        measure("rates")
+    assert time.monotonic() - began < 10
+    with pytest.raises(OutOfTime):
+        measure("rates")
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_a_rival_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    case = StepCase(prefix_tokens=8, num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4)
+    with pytest.raises(TimeoutError, match=r"shared_prefix took longer than 0 s"):
+        run_variant(case, "shared_prefix", tmp_path, 1, 1, timeout_s=0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "out_of_memory", "error"),
+    [
+        (
+            "Traceback\n[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nnote: see docs",
+            1,
+            True,
+            "exit code 1: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+        ),
+        ("", -9, True, "exit code -9: exit code -9"),
+        ("Traceback\nKeyError: 'x'\n", 1, False, "exit code 1: KeyError: 'x'"),
+        ("torch.AcceleratorError: CUDA error: an illegal memory access", 1, False, "exit code 1: torch.Acc"),
+    ],
+)
+def test_a_failed_process_says_why_and_whether_it_was_memory(
+    text: str, code: int, out_of_memory: bool, error: str
+) -> None:
+    entry = failure(text, code)
+    assert entry["out_of_memory"] is out_of_memory and entry["error"].startswith(error)
+
+
+def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None:
+    good = {"prefix_tokens": 64, "matmul_flops": 4e12, "attention_flops": 6e12, "step_s": 0.1, "peak_memory_gib": 3.0}
+    measured = {
+        "rates": {"matmul_tflops": 200.0, "both": 100.0},
+        "speed tiny 64 3": {**good, "tokens_per_s": 640.0},
+        "memory tiny 64": {"peak_memory_gib": 2.0},
+        "speed tiny 128 3": BROKEN,
+    }
+    found = summary(TINY, measured, peak_tflops=1000.0)
+    first, second = found["speed"]["tiny"]
+    assert (first["mfu"], first["time_over_possible"]) == pytest.approx((0.1, 1.25))
+    assert first["memory_over_dry_run"] == 1.5
+    assert second == {"prefix_tokens": 128, **BROKEN}
+    text = table(AROUND, found)
+    assert "| tiny | 64 | 640 | 10.0% | 1.25x | 3.0 | 1.50x |" in text and "| tiny | 128 | failed |" in text
+    del measured["rates"]
+    assert "time_over_possible" not in summary(TINY, measured, 1000.0)["speed"]["tiny"][0]
+
+
+def test_the_real_settings_are_flags_that_the_trainer_takes() -> None:
+    for name, model in REAL.models.items():
+        assert parse_arguments(list(model.flags)).training.recompute_keep_attention, name
+        model.case.check()
+    assert set(REAL.speed) == set(REAL.models) and set(REAL.longest) <= set(REAL.models)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--device=cpu"], "--device cpu is for --tiny"),
+        (["--device=cpu", "--tiny"], "the peak of 'CPU' is not known: give --peak-tflops"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LONGPO_USE_CPU", "1")
+    assert main(flags) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device=cpu", "--peak-tflops=1", *flags],
+            cwd=REPOSITORY,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    results = f"--results={tmp_path}"
+    done = run(results, "--minutes=0.25")
+    assert done.returncode == 3 and "the time is over" in done.stdout, done.stderr[-4000:]
+    before = json.loads((tmp_path / "gpu.json").read_text())["measured"]
+    done = run(results)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "step_cpu.json", "step_cpu.png"}
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert before and before.items() <= result["measured"].items()
+    assert not [entry for entry in result["measured"].values() if "error" in entry]
+    assert [entry["prefix_tokens"] for entry in result["speed"]["tiny"]] == list(TINY.speed["tiny"])
+    for entry in result["speed"]["tiny"]:
+        assert entry["mfu"] > 0 and entry["time_over_possible"] > 0 and entry["memory_over_dry_run"] > 0
+    assert result["longest"]["tiny"]["fits_tokens"] == TINY.length_limit
+    (case,) = result["rivals"]
+    assert set(case["variants"]) == set(parts.variants_of(StepCase(**case["case"])))
+    elsewhere = tmp_path / "elsewhere"
+    done = run(f"--results={elsewhere}", f"--tabulate={tmp_path / 'gpu.json'}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {path.name for path in elsewhere.iterdir()} == {"step_cpu.json", "step_cpu.png"}
