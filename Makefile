@@ -22,7 +22,7 @@ help:
 	@echo "make test-slow   the opt-in long tests"
 	@echo "make test-gpu    the tests that need a CUDA device"
 	@echo "make bench       a step against its rivals over document length, on this CPU (under 10 minutes on an idle one)"
-	@echo "make bench-gpu   kernels, speed, lengths and rivals on this machine's GPU"
+	@echo "make bench-gpu   kernels, speed, lengths and rivals on this machine's GPU; goes on where it was stopped (docs/gpu.md)"
 	@echo "make lint        ruff check, ruff format --check, mypy"
 	@echo "make format      let ruff fix and format"
 

@@ -22,7 +22,8 @@ CORE = [
 
 EXTRAS = {
     # CUDA machines only: elsewhere it is a stub that raises on import, and takes megatron.core down with it.
-    "gpu": ["transformer-engine[pytorch]"],
+    # Its compiled core is an extra of its own, here for the CUDA that the locked torch brings.
+    "gpu": ["transformer-engine[pytorch,core_cu13]"],
     "wandb": ["wandb"],
     "eval": ["lm-eval"],
     # datatrove's inference runner and request cache; the answers' language; vLLM and SGLang are asked over HTTP.

@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,17 +30,28 @@ OUT_OF_MEMORY = {"error": "CUDA out of memory", "out_of_memory": True}
 BROKEN = {"error": "KeyError: 'x'", "out_of_memory": False}
 
 
+class Answers:
+    """Measurements that a function makes up; none is stored."""
+
+    def __init__(self, answer: Callable[..., dict[str, Any]]) -> None:
+        self.answer = answer
+        self.results = SimpleNamespace(measured={})
+
+    def __call__(self, *words: str) -> dict[str, Any]:
+        return self.answer(*words)
+
+
 def test_the_longest_document_is_found_by_doubling_and_halving() -> None:
     settings = dataclasses.replace(TINY, first_length=64, length_limit=4096)
     asked: list[int] = []
 
-    def measure(_: str, __: str, length: str, steps: str) -> dict[str, Any]:
+    def measure(_: str, __: str, length: str, steps: str, backend: str) -> dict[str, Any]:
         asked.append(int(length))
         return {} if int(length) <= 300 else OUT_OF_MEMORY
 
-    parts.longest(settings, measure)
+    parts.longest(settings, Answers(measure))
     assert asked == [64, 128, 256, 512, 384, 320]
-    measured = {f"speed tiny {n} 1": {} if n <= 300 else OUT_OF_MEMORY for n in asked}
+    measured = {f"speed tiny {n} 1 flash": {} if n <= 300 else OUT_OF_MEMORY for n in asked}
     assert summary(settings, measured, 1.0)["longest"]["tiny"] == {"fits_tokens": 256, "fails_tokens": 320}
 
 
@@ -50,9 +63,9 @@ def test_what_does_not_fit_ends_a_model_and_not_the_part() -> None:
         asked.append(" ".join(words))
         return OUT_OF_MEMORY if words[:3] == ("speed", "a", "2") else {}
 
-    parts.speed(settings, measure)
+    parts.speed(settings, Answers(measure))
     assert [name for name in asked if name.startswith("speed")] == [
-        f"speed {name} {length} 3" for name, length in (("a", 1), ("a", 2), ("b", 4), ("b", 5))
+        f"speed {name} {length} 3 flash" for name, length in (("a", 1), ("a", 2), ("b", 4), ("b", 5))
     ]
 
 
@@ -85,10 +98,10 @@ def test_a_limit_of_time_ends_what_runs_and_stores_nothing_of_it(tmp_path: Path)
     measure = Measurements(["--device=cpu", "--tiny"], StoredResults(tmp_path / "gpu.json", AROUND), minutes=0.5 / 60)
     began = time.monotonic()
     with pytest.raises(OutOfTime):
-        measure("rates")
+        measure("matmul")
     assert time.monotonic() - began < 10
     with pytest.raises(OutOfTime):
-        measure("rates")
+        measure("matmul")
     assert not (tmp_path / "gpu.json").exists()
 
 
@@ -122,10 +135,13 @@ def test_a_failed_process_says_why_and_whether_it_was_memory(
 def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None:
     good = {"prefix_tokens": 64, "matmul_flops": 4e12, "attention_flops": 6e12, "step_s": 0.1, "peak_memory_gib": 3.0}
     measured = {
-        "rates": {"matmul_tflops": 200.0, "both": 100.0},
-        "speed tiny 64 3": {**good, "tokens_per_s": 640.0},
+        "matmul": {"tflops": 200.0},
+        **{f"errors bfloat16 {name}": {"relative_error": 1e-3} for name in parts.BACKENDS},
+        "attention flash": {"both": 60.0},
+        "attention fused": {"both": 100.0},
+        "speed tiny 64 3 fused": {**good, "tokens_per_s": 640.0},
         "memory tiny 64": {"peak_memory_gib": 2.0},
-        "speed tiny 128 3": BROKEN,
+        "speed tiny 128 3 fused": BROKEN,
     }
     found = summary(TINY, measured, peak_tflops=1000.0)
     first, second = found["speed"]["tiny"]
@@ -134,8 +150,17 @@ def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None
     assert second == {"prefix_tokens": 128, **BROKEN}
     text = table(AROUND, found)
     assert "| tiny | 64 | 640 | 10.0% | 1.25x | 3.0 | 1.50x |" in text and "| tiny | 128 | failed |" in text
-    del measured["rates"]
+    assert "`--attention-backend fused`" in text
+    del measured["matmul"]
     assert "time_over_possible" not in summary(TINY, measured, 1000.0)["speed"]["tiny"][0]
+
+
+def test_the_fastest_kernel_that_is_exact_trains() -> None:
+    exact = {"relative_error": 1e-3}
+    rates = {"attention flash": {"both": 300.0}, "attention fused": {"both": 500.0}}
+    assert parts.fastest_backend({}) == "flash"
+    assert parts.fastest_backend({**rates, "errors bfloat16 flash": exact, "errors bfloat16 fused": exact}) == "fused"
+    assert parts.fastest_backend({**rates, "errors bfloat16 flash": exact, "errors bfloat16 fused": BROKEN}) == "flash"
 
 
 def test_the_real_settings_are_flags_that_the_trainer_takes() -> None:

@@ -19,7 +19,8 @@ def measure(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
 
     Args:
         settings: Sizes.
-        words: ``device``; ``errors DTYPE``; ``rates``; ``speed MODEL TOKENS STEPS``; ``memory MODEL TOKENS``.
+        words: ``device``; ``errors DTYPE BACKEND``; ``matmul``; ``attention BACKEND``; ``speed MODEL TOKENS STEPS
+            BACKEND``; ``memory MODEL TOKENS``. A backend is a value of ``--attention-backend``.
     """
     kind, *rest = words
     if kind == "device":
@@ -27,17 +28,19 @@ def measure(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
     if kind == "errors":
         from benchmarks.gpu.rates import kernel_error
 
-        return {"relative_error": kernel_error(getattr(torch, rest[0]))}
-    if kind == "rates":
-        from benchmarks.gpu.rates import attention_tflops, matmul_tflops
+        return {"relative_error": kernel_error(getattr(torch, rest[0]), rest[1])}
+    if kind in ("matmul", "attention"):
+        from benchmarks.gpu import rates
 
-        return {"matmul_tflops": matmul_tflops(settings), **attention_tflops(settings)}
+        return (
+            {"tflops": rates.matmul_tflops(settings)} if kind == "matmul" else rates.attention_tflops(settings, *rest)
+        )
     from benchmarks.gpu import training
 
     with tempfile.TemporaryDirectory(prefix="benchmark-gpu-") as folder:
         if kind == "memory":
             return training.predicted_memory(settings.models[rest[0]], int(rest[1]), Path(folder))
-        return training.speed(settings.models[rest[0]], int(rest[1]), int(rest[2]), Path(folder))
+        return training.speed(settings.models[rest[0]], int(rest[1]), int(rest[2]), Path(folder), rest[3])
 
 
 def _device() -> dict[str, Any]:

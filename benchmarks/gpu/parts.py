@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +15,50 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.step.case import WEIGHTS, StepCase, write_document, write_weights
 from benchmarks.step.run import VariantFailed, available_variants, run_variant
 from benchmarks.suite import Matrix, variants_of
+from megatron_longpo.config.training import FLASH, FUSED
 
-Measure = Callable[..., dict[str, Any]]
+BACKENDS = (FLASH, FUSED)
+"""Attention kernels that need no further package."""
 NUM_STEPS = 3
 """Of a speed measurement; the first is a warm-up."""
 
 
-def rates(settings: Settings, measure: Measure) -> None:
-    """Exactness of the attention kernels, rates of matrix products and of attention."""
-    measure("errors", "float32")
-    measure("errors", "bfloat16")
-    measure("rates")
+def rates(settings: Settings, measure: Measurements) -> None:
+    """Exactness and rates of the attention kernels, and the rate of matrix products."""
+    measure("errors", "float32", FLASH)
+    measure("matmul")
+    for backend in BACKENDS:
+        measure("errors", "bfloat16", backend)
+        measure("attention", backend)
 
 
-def speed(settings: Settings, measure: Measure) -> None:
+def fastest_backend(measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """The attention kernel to train with: the fastest that was exact, or torch's own where none was measured."""
+    exact = [name for name in BACKENDS if "relative_error" in measured.get(f"errors bfloat16 {name}", {})]
+    speeds = {name: measured.get(f"attention {name}", {}).get("both", 0.0) for name in exact}
+    return max(speeds, key=lambda name: speeds[name], default=FLASH)
+
+
+def speed(settings: Settings, measure: Measurements) -> None:
     """Steps of every model at every length, and what a dry run says of their memory; ends at what does not fit."""
+    backend = fastest_backend(measure.results.measured)
     for name, lengths in settings.speed.items():
         for length in lengths:
-            entry = measure("speed", name, str(length), str(NUM_STEPS))
+            entry = measure("speed", name, str(length), str(NUM_STEPS), backend)
             measure("memory", name, str(length))
             if "error" in entry:
                 break
 
 
-def longest(settings: Settings, measure: Measure) -> None:
+def longest(settings: Settings, measure: Measurements) -> None:
     """Doubles the document until it does not fit, then halves the interval twice."""
+    backend = fastest_backend(measure.results.measured)
     for name in settings.longest:
         fits, fails = 0, 0
         length = settings.first_length
         halvings = 0
         while halvings < 3 and length <= settings.length_limit:
-            entry = measure("speed", name, str(length), "1")
+            entry = measure("speed", name, str(length), "1", backend)
             if entry.get("out_of_memory"):
                 fails = length
             elif "error" in entry:

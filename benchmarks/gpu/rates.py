@@ -31,14 +31,14 @@ def matmul_tflops(settings: Settings) -> float:
     return 2 * size**3 / _seconds(lambda: a @ b) / 1e12
 
 
-def attention_tflops(settings: Settings) -> dict[str, float]:
+def attention_tflops(settings: Settings, backend: str) -> dict[str, float]:
     """Rates of shared-prefix attention with a 7B model's heads, TFLOP/s, counting attended pairs only."""
     layout = RowLayout((DocumentLayout(settings.attention_tokens, (512, 512)),))
     q, k, v = _row(layout, _dtype())
     flops = 4.0 * _HEADS * _HEAD_DIM * attended_pairs(layout)
     scale = 1 / math.sqrt(_HEAD_DIM)
-    forward = _seconds(lambda: shared_prefix_attention(q, k, v, layout, scale))
-    out = shared_prefix_attention(q, k, v, layout, scale)
+    forward = _seconds(lambda: shared_prefix_attention(q, k, v, layout, scale, backend))
+    out = shared_prefix_attention(q, k, v, layout, scale, backend)
     grad = torch.randn_like(out)
     backward = _seconds(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True))
     # Model FLOPs: the backward's recomputed scores are not counted, as everywhere here.
@@ -49,7 +49,7 @@ def attention_tflops(settings: Settings) -> dict[str, float]:
     }
 
 
-def kernel_error(dtype: torch.dtype) -> float:
+def kernel_error(dtype: torch.dtype, backend: str) -> float:
     """Largest relative error of output and gradients against the dense twin in fp64.
 
     Raises:
@@ -63,12 +63,12 @@ def kernel_error(dtype: torch.dtype) -> float:
     grad = torch.randn_like(expected_out)
     expected = [expected_out, *torch.autograd.grad(expected_out, exact, grad)]
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in exact)
-    out = shared_prefix_attention(q, k, v, layout, scale)
+    out = shared_prefix_attention(q, k, v, layout, scale, backend)
     actual = [out, *torch.autograd.grad(out, (q, k, v), grad.to(dtype))]
     worst = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(actual, expected, strict=True))
     if not worst < ERROR_LIMITS[dtype]:
         raise RuntimeError(
-            f"attention in {dtype} is off by {worst:.1e} from its dense twin; at most {ERROR_LIMITS[dtype]:g}"
+            f"attention {backend} in {dtype} is off by {worst:.1e} from its dense twin; at most {ERROR_LIMITS[dtype]:g}"
         )
     return worst
 

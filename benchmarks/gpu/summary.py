@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import NUM_STEPS, rival_name
+from benchmarks.gpu.parts import NUM_STEPS, fastest_backend, rival_name
 from benchmarks.gpu.settings import Settings
 from benchmarks.step.measure import Measurement
 from benchmarks.step.summary import replace_section, summarize
@@ -43,18 +43,23 @@ def summary(settings: Settings, measured: Measured, peak_tflops: float) -> dict[
         measured: By name.
         peak_tflops: Of the device, in the training dtype.
     """
-    rates = measured.get("rates", {})
+    backend = fastest_backend(measured)
+    rates = {
+        "matmul": measured.get("matmul", {}).get("tflops"),
+        "both": measured.get(f"attention {backend}", {}).get("both"),
+    }
     speeds = {
         name: [
             _against_rates(entry, length, rates, measured.get(f"memory {name} {length}", {}), peak_tflops)
             for length in lengths
-            if (entry := measured.get(f"speed {name} {length} {NUM_STEPS}")) is not None
+            if (entry := measured.get(f"speed {name} {length} {NUM_STEPS} {backend}")) is not None
         ]
         for name, lengths in settings.speed.items()
     }
     cases, failed = rival_cases(settings, measured)
     return {
         "peak_tflops": peak_tflops,
+        "attention_backend": backend,
         "speed": speeds,
         "longest": {name: _fits(name, measured) for name in settings.longest},
         "rivals": cases,
@@ -69,8 +74,8 @@ def _against_rates(
         return {"prefix_tokens": length, **{name: entry[name] for name in ("error", "out_of_memory")}}
     flops = entry["matmul_flops"] + entry["attention_flops"]
     found = {**entry, "mfu": flops / entry["step_s"] / peak_tflops / 1e12}
-    if "both" in rates:
-        possible = entry["matmul_flops"] / rates["matmul_tflops"] + entry["attention_flops"] / rates["both"]
+    if rates["both"] and rates["matmul"]:
+        possible = entry["matmul_flops"] / rates["matmul"] + entry["attention_flops"] / rates["both"]
         found["time_over_possible"] = entry["step_s"] / (possible / 1e12)
     if "peak_memory_gib" in memory:
         found["memory_over_dry_run"] = entry["peak_memory_gib"] / memory["peak_memory_gib"]
@@ -126,6 +131,7 @@ def table(around: dict[str, Any], found: dict[str, Any]) -> str:
     for name, bounds in found["longest"].items():
         fails = f", {bounds['fails_tokens']:,} do not" if bounds["fails_tokens"] else ""
         lines += ["", f"Longest document of {name}: {bounds['fits_tokens']:,} tokens fit{fails}."]
+    lines += ["", f"Attention: `--attention-backend {found['attention_backend']}`, the fastest that was exact."]
     versions = ", ".join(f"{name} {number}" for name, number in around["versions"].items() if number)
     device = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in around["device"].items() if name != "name"

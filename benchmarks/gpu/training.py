@@ -13,6 +13,7 @@ from benchmarks.step.trainer import LONGPO, shared_prefix_batch
 from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
+from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import OBJECTIVE_ROLES
 from megatron_longpo.model.flops import attended_pairs, step_flops
@@ -22,7 +23,7 @@ from megatron_longpo.training.loop import Trainer
 from megatron_longpo.validation import validate
 
 
-def speed(model: Model, prefix_tokens: int, num_steps: int, folder: Path) -> dict[str, float]:
+def speed(model: Model, prefix_tokens: int, num_steps: int, folder: Path, backend: str = FLASH) -> dict[str, float]:
     """Times and rates of one document length.
 
     Args:
@@ -30,10 +31,13 @@ def speed(model: Model, prefix_tokens: int, num_steps: int, folder: Path) -> dic
         prefix_tokens: Tokens of the document.
         num_steps: Steps, of which the first is a warm-up.
         folder: For the dataset.
+        backend: The attention kernel, a value of ``--attention-backend``.
 
     Returns:
         Tokens are those of the row; ``attention_flops`` and ``matmul_flops`` are model FLOPs of a step.
     """
+    if model.case.bf16 and backend != FLASH:
+        model = dataclasses.replace(model, flags=(*model.flags, f"--attention-backend={backend}"))
     case, config, dataset = _prepared(model, prefix_tokens, num_steps, folder)
     initialize(config)
     try:

@@ -87,7 +87,7 @@ def _transformer_engine_layer(model: ModelConfig) -> tuple[ModuleSpec, type]:
     if not transformer_engine.HAVE_TE:
         raise ValueError(
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: use "
-            "--transformer-impl local, an NGC image, or pip install 'megatron_longpo[gpu]'"
+            "--transformer-impl local, an NGC image, or install it as docs/gpu.md says"
         )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

@@ -1,7 +1,8 @@
 """The CUDA kernels' calls, answered on a CPU: what they hand to torch's operators and make of the results.
 
 The operators' schemas are torch's own. Behind them stand plain formulas in fp64 that keep to what the CUDA code asks of
-its arguments and leaves out (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, attention_backward.cu).
+its arguments and leaves out (aten/src/ATen/native/transformers/cuda: flash_attn/flash_api.cpp, attention_backward.cu;
+aten/src/ATen/native/cudnn/MHA.cpp).
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.grouped import FoldedRectangles
 from megatron_longpo.attention.kernels import AttentionKernel, CudaEfficientKernel, CudaFlashKernel
 from megatron_longpo.attention.shared_prefix import backward_tiles, forward_tiles
 from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
+
+KERNELS = [CudaFlashKernel(), CudaEfficientKernel(), CudnnKernel()]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float, bottom_right: bool) -> torch.Tensor:
@@ -100,6 +104,31 @@ def efficient_backward(grad: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, l
     return *results, torch.empty(0)
 
 
+def cudnn_forward(
+    q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float = 0.0, causal: bool = False, *rest: Any, **kw: Any
+) -> Any:
+    assert bias is None and with_lse and dropout == 0.0 and rest in ((), (False,))
+    assert all(x.stride(-1) == 1 and x.stride(-2) % 8 == 0 for x in (q, k, v)) and q.shape[3] % 8 == 0
+    scores = attend(q, repeated(k, q), causal, kw["scale"], bottom_right=False)
+    out = (scores.softmax(-1) @ repeated(v, q)).transpose(1, 2).contiguous().transpose(1, 2)
+    none, seed = torch.empty(0), torch.zeros((), dtype=torch.int64)
+    return out, scores.logsumexp(-1)[..., None], none, none, q.shape[2], k.shape[2], seed, seed, none
+
+
+def cudnn_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, seed: Any, offset: Any, bias: Any, *rest: Any, **kw: Any
+) -> Any:
+    cum_q, cum_k, max_q, max_k, dropout, causal = rest
+    assert bias is None and cum_q is None and cum_k is None and dropout == 0.0
+    assert seed.dtype == offset.dtype == torch.int64 and (max_q, max_k) == (q.shape[2], k.shape[2])
+    assert all(x.stride(-1) == 1 for x in (grad, q, k, v, out)) and grad.shape == out.shape == q.shape
+    # The shape of the forward pass's own, whose strides the plan is built for.
+    assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
+    scores = attend(q, repeated(k, q), causal, kw["scale"], bottom_right=False)
+    dq, dk, dv = gradients(grad, q, repeated(k, q), repeated(v, q), out, lse[..., 0], scores, kw["scale"])
+    return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def operators() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
@@ -108,6 +137,8 @@ def operators() -> Iterator[None]:
         ("_flash_attention_backward", flash_backward),
         ("_scaled_dot_product_efficient_attention", efficient_forward),
         ("_scaled_dot_product_efficient_attention_backward", efficient_backward),
+        ("_scaled_dot_product_cudnn_attention", cudnn_forward),
+        ("_scaled_dot_product_cudnn_attention_backward", cudnn_backward),
     ):
         library.impl(name, function, "CPU")
     yield
@@ -123,7 +154,7 @@ def operators() -> Iterator[None]:
         pytest.param(RowLayout((DocumentLayout(90, (21, 40)),), window_tokens=25), id="window"),
     ],
 )
-@pytest.mark.parametrize("kernel", [CudaFlashKernel(), CudaEfficientKernel()], ids=["flash", "efficient"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=["flash", "efficient", "cuDNN"])
 @pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
 @pytest.mark.parametrize(("heads", "groups"), [(8, 2), (4, 4)])
 def test_equals_dense_twin(layout: RowLayout, kernel: AttentionKernel, folded: bool, heads: int, groups: int) -> None:
@@ -151,7 +182,7 @@ def test_flash_refuses_heads_that_its_kernels_do_not_have() -> None:
         CudaFlashKernel().forward(q, q, q, True, 1.0)
 
 
-@pytest.mark.parametrize("kernel", [CudaFlashKernel(), CudaEfficientKernel()], ids=["flash", "efficient"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=["flash", "efficient", "cuDNN"])
 def test_some_heads_of_wider_tensors_give_what_they_give_alone(kernel: AttentionKernel) -> None:
     """As context parallelism calls them, which gathers keys and values a few heads at a time."""
     q, k, v, grad = (torch.randn(19, 6, 16, dtype=torch.float64)[:, 2:4] for _ in range(4))
