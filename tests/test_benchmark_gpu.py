@@ -198,7 +198,7 @@ def test_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
         )
 
     results = f"--results={tmp_path}"
-    done = run(results, "--minutes=0.25")
+    done = run(results, "--minutes=0.5")
     assert done.returncode == 3 and "the time is over" in done.stdout, done.stderr[-4000:]
     before = json.loads((tmp_path / "gpu.json").read_text())["measured"]
     done = run(results)
