@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.optimizer import optimizer_config
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -30,9 +29,7 @@ def two_memories(ledger: MemoryLedger) -> Iterator[None]:
     """Inside, what is sent to the host is on the ledger as host memory, and what comes back as a new device tensor."""
     with ExitStack() as stack:
         stack.enter_context(replaced(platform, "HostCopy", partial(_HostCopy, ledger)))
-        stack.enter_context(replaced(optimizer, "refuse_impossible_offload", lambda: None))
-        # Asked for its own optimizer, which is not used here.
-        stack.enter_context(replaced(optimizer_config, "is_te_min_version", lambda version: False))
+        stack.enter_context(replaced(optimizer, "refuse_offload_without_gpu", lambda: None))
         for name in ("__init__", "step"):
             method = _with_host(vars(HybridDeviceOptimizer)[name], ledger)
             stack.enter_context(replaced(HybridDeviceOptimizer, name, method))

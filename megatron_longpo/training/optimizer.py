@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -17,11 +16,11 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
     """Megatron's (distributed) optimizer over all model chunks; fp32 master weights under bf16.
 
     Raises:
-        ValueError: ``--optimizer-cpu-offload`` without a GPU or without Transformer Engine.
+        ValueError: ``--optimizer-cpu-offload`` without a GPU.
     """
     settings = config.optimizer
     if settings.optimizer_cpu_offload:
-        refuse_impossible_offload()
+        refuse_offload_without_gpu()
     with platform.construction():
         optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -53,15 +52,10 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
     return optimizer
 
 
-def refuse_impossible_offload() -> None:
-    """Raise ValueError where Megatron's hybrid optimizer finds no second memory, or would fail on a missing package."""
+def refuse_offload_without_gpu() -> None:
+    """Raise ValueError where Megatron's hybrid optimizer finds no second memory."""
     if not platform.has_cuda():
         raise ValueError("--optimizer-cpu-offload needs a GPU: on a CPU all state is in host memory; remove it")
-    if importlib.util.find_spec("transformer_engine") is None:
-        # Megatron-Core 0.16 compares the version of Transformer Engine here without asking whether there is one.
-        raise ValueError(
-            "--optimizer-cpu-offload needs Transformer Engine: Megatron-Core asks for its version; install it"
-        )
 
 
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer, train_samples: int) -> OptimizerParamScheduler:
