@@ -29,7 +29,16 @@ from tqdm import tqdm
 
 from benchmarks.step.case import StepCase, write_files
 from benchmarks.step.measure import VARIANTS, Measurement
-from benchmarks.step.summary import COMPARISONS, ROOT, circumstances, markdown, replace_section, summarize, table
+from benchmarks.step.summary import (
+    COMPARISONS,
+    PYTHONPATH,
+    ROOT,
+    circumstances,
+    markdown,
+    replace_section,
+    summarize,
+    table,
+)
 
 _MAIN_VARIANTS = ("shared_prefix", "two_sequences")
 """Those with a target of speed are measured in every round, the others once."""
@@ -162,7 +171,7 @@ def run_variant(
         "OMP_NUM_THREADS": str(num_threads),
         # Otherwise glibc keeps a heap per thread, and the peak depends on which thread freed what.
         "MALLOC_ARENA_MAX": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "HF_HOME": str(folder / "huggingface"),
         "HF_HUB_OFFLINE": "1",
     }
