@@ -65,7 +65,8 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     from benchmarks.gpu import parts
 
     flags = [f"--device={arguments.device}", *(["--tiny"] if arguments.tiny else [])]
-    device = in_process([*flags, "--measure", "device"], timeout_s=None)
+    on_cpu = arguments.device == "cpu"
+    device = {"name": platform.device_name()} if on_cpu else in_process([*flags, "--measure", "device"], None)
     if "error" in device:
         raise RuntimeError(f"the device does not answer: {device['error']}")
     name = device["name"]

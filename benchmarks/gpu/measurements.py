@@ -45,8 +45,6 @@ def measure(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
 
 def _device() -> dict[str, Any]:
     """The device's name, memory and driver; asked in a process of its own, which holds no memory afterwards."""
-    if not platform.has_cuda():
-        return {"name": platform.device_name()}
     properties = torch.cuda.get_device_properties(platform.device())
     asked = subprocess.run(
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.gpu.results import StoredResults
-from benchmarks.step.summary import ROOT
+from benchmarks.step.summary import PYTHONPATH, ROOT
 
 RESULT = "RESULT "
 """Begins the line of a process's output that holds what it measured."""
@@ -74,7 +74,7 @@ def in_process(flags: Sequence[str], timeout_s: float | None) -> dict[str, Any]:
         OutOfTime: It took longer than ``timeout_s``.
     """
     # torch renamed the variable; an old name is still read.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     try:
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *flags],

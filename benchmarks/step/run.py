@@ -29,7 +29,16 @@ from tqdm import tqdm
 
 from benchmarks.step.case import StepCase, write_files
 from benchmarks.step.measure import VARIANTS, Measurement
-from benchmarks.step.summary import COMPARISONS, ROOT, circumstances, markdown, replace_section, summarize, table
+from benchmarks.step.summary import (
+    COMPARISONS,
+    PYTHONPATH,
+    ROOT,
+    circumstances,
+    markdown,
+    replace_section,
+    summarize,
+    table,
+)
 
 _MAIN_VARIANTS = ("shared_prefix", "two_sequences")
 """Those with a target of speed are measured in every round, the others once."""
@@ -164,7 +173,7 @@ def run_variant(
         # that it moves by itself, tensors of up to 32 MiB leave holes in that heap, up to half of a peak.
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**20),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
         "HF_HOME": str(folder / "huggingface"),
         "HF_HUB_OFFLINE": "1",
     }

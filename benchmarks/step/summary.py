@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from benchmarks.step.measure import Measurement
 from megatron_longpo.files import atomic_writer
 
 ROOT = Path(__file__).parents[2]
+# What else is on the path stays there: packages may have been unpacked beside the interpreter's own.
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""For processes that run this package."""
 COMPARISONS = {
     "two_sequences": "shared_prefix",
     "two_sequences_full_logits": "shared_prefix",

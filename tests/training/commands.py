@@ -43,7 +43,8 @@ def command(script: str, *flags: str, ranks: int = 1) -> list[str]:
 def environment() -> dict[str, str]:
     # Tests that start worlds of their own in this process leave their addresses behind.
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "RANK", "LOCAL_", "WORLD_", "GROUP_"))}
-    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PYTHONWARNINGS": "ignore"}
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [clean.get("PYTHONPATH")])])
+    return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
 
 
 def run(script: str, *flags: str, ranks: int = 1, code: int = 0) -> str:
