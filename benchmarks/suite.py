@@ -79,7 +79,7 @@ def run_suite(matrix: Matrix, num_threads: int, by_cpu_time: bool) -> dict[str, 
         by_cpu_time: Compare CPU time instead of wall-clock time.
     """
     cases = list(matrix.cases())
-    jobs = [(case, [name for name in available_variants(case) if name in variants_of(case)]) for case in cases]
+    jobs = [(case, _in_turn(case, [v for v in available_variants(case) if v in variants_of(case)])) for case in cases]
     total = sum(_num_steps(case) * RELATIVE_COST[name] * case.pair_tokens for case, names in jobs for name in names)
     summaries = []
     with tqdm(total=total, bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more") as bar:
@@ -99,7 +99,7 @@ def run_suite(matrix: Matrix, num_threads: int, by_cpu_time: bool) -> dict[str, 
                         num_threads,
                         lambda cost=cost: bar.update(cost),  # type: ignore[misc]
                     )
-                    measured[name] = [run]
+                    measured.setdefault(name, []).append(run)
             summaries.append(summarize(case, measured, by_cpu_time))
     return {**circumstances(num_threads, by_cpu_time), "cases": summaries}
 
@@ -107,6 +107,11 @@ def run_suite(matrix: Matrix, num_threads: int, by_cpu_time: bool) -> dict[str, 
 def variants_of(case: StepCase) -> Sequence[str]:
     """What is measured of a case: the main row of the matrix against all rivals, others against two sequences."""
     return VARIANTS if (case.turns, case.response_tokens) == _MAIN_SHAPE else VARIANTS[:2]
+
+
+def _in_turn(case: StepCase, names: Sequence[str]) -> list[str]:
+    """Where a process has one step, the two of the main comparison run a second time: the less disturbed one counts."""
+    return [*names, *(VARIANTS[:2] if _num_steps(case) == 1 else ())]
 
 
 def _num_steps(case: StepCase) -> int:
