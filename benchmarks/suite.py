@@ -35,8 +35,8 @@ RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 VARIANTS = ("shared_prefix", "two_sequences", "two_sequences_full_logits", "shared_prefix_dpo", "trl")
 _MAIN_SHAPE = 1, 128
 """Turns and response tokens of the cases that all rivals run."""
-_WARM_UP_BELOW = 4096
-"""Prefix tokens from which a step is so long that what the first one adds does not show."""
+_NUM_STEPS = 2
+"""Of a process: a warm-up and the one that counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,8 @@ def run_suite(matrix: Matrix, num_threads: int, by_cpu_time: bool) -> dict[str, 
         by_cpu_time: Compare CPU time instead of wall-clock time.
     """
     cases = list(matrix.cases())
-    jobs = [(case, _in_turn(case, [v for v in available_variants(case) if v in variants_of(case)])) for case in cases]
-    total = sum(_num_steps(case) * RELATIVE_COST[name] * case.pair_tokens for case, names in jobs for name in names)
+    jobs = [(case, [name for name in available_variants(case) if name in variants_of(case)]) for case in cases]
+    total = sum(_NUM_STEPS * RELATIVE_COST[name] * case.pair_tokens for case, names in jobs for name in names)
     summaries = []
     with tqdm(total=total, bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more") as bar:
         for case, names in jobs:
@@ -95,11 +95,11 @@ def run_suite(matrix: Matrix, num_threads: int, by_cpu_time: bool) -> dict[str, 
                         case,
                         name,
                         Path(folder),
-                        _num_steps(case),
+                        _NUM_STEPS,
                         num_threads,
                         lambda cost=cost: bar.update(cost),  # type: ignore[misc]
                     )
-                    measured.setdefault(name, []).append(run)
+                    measured[name] = [run]
             summaries.append(summarize(case, measured, by_cpu_time))
     return {**circumstances(num_threads, by_cpu_time), "cases": summaries}
 
@@ -107,15 +107,6 @@ def run_suite(matrix: Matrix, num_threads: int, by_cpu_time: bool) -> dict[str, 
 def variants_of(case: StepCase) -> Sequence[str]:
     """What is measured of a case: the main row of the matrix against all rivals, others against two sequences."""
     return VARIANTS if (case.turns, case.response_tokens) == _MAIN_SHAPE else VARIANTS[:2]
-
-
-def _in_turn(case: StepCase, names: Sequence[str]) -> list[str]:
-    """Where a process has one step, the two of the main comparison run a second time: the less disturbed one counts."""
-    return [*names, *(VARIANTS[:2] if _num_steps(case) == 1 else ())]
-
-
-def _num_steps(case: StepCase) -> int:
-    return 2 if case.prefix_tokens < _WARM_UP_BELOW else 1
 
 
 def write_results(result: dict[str, Any], name: str, results: Path = RESULTS, docs: Path | None = DOCS) -> None:
