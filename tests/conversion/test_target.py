@@ -104,7 +104,8 @@ for direction, name, save in cases:
         else:
             to_hf.convert_to_hf(megatron, hf, save, overwrite=True, max_shard_bytes=20_000)
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
+    # Flushed, or a child's progress bar, which flushes stdout too, would print what it inherits.
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 MARKERS = {"megatron": "latest_checkpointed_iteration.txt", "hf": "config.json"}
 
