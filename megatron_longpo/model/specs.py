@@ -14,6 +14,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_longpo import platform
 from megatron_longpo.attention.core_attention import SharedPrefixAttention
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.config.training import FLASH
@@ -65,7 +66,7 @@ def block_spec(
         SharedPrefixAttention, {"backend": attention_backend}
     )
     if model.swiglu:
-        layer.submodules.mlp.submodules.activation_func = SwiGLU
+        platform.mlp_submodules(layer.submodules.mlp).activation_func = SwiGLU
     layer.module = FrugalLayer
     layer.params = {**layer.params, "mlp_chunk_tokens": mlp_chunk_tokens}
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)

@@ -20,7 +20,7 @@ from megatron_longpo.platform.devices import (
     synchronize,
 )
 from megatron_longpo.platform.megatron_core import CHECKED_VERSIONS
-from megatron_longpo.platform.newer_megatron import async_save_options
+from megatron_longpo.platform.newer_megatron import async_save_options, mlp_submodules
 from megatron_longpo.platform.preparation import prepare
 from megatron_longpo.platform.profiles import around_waits, nsight_range, profiler_activities
 from megatron_longpo.platform.transfers import HostCopy, pipeline_options
@@ -36,6 +36,7 @@ __all__ = [
     "device",
     "device_name",
     "has_cuda",
+    "mlp_submodules",
     "nsight_range",
     "peak_memory_gib",
     "pipeline_options",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -54,3 +55,8 @@ def async_save_options() -> dict[str, str]:
 
     named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     return {"async_strategy": "mcore"} if named else {}
+
+
+def mlp_submodules(mlp: Any) -> Any:
+    """The submodules in a layer's spec of its MLP: from 0.19 on a function with arguments in place of a spec."""
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
