@@ -3,10 +3,11 @@
 Every rank keeps its zigzag queries and gathers the keys and values of the whole row, layer by layer. With grouped
 queries those are small. Only local shards are saved: backward gathers again and reduce-scatters the gradients.
 
-A layer's keys depend on the layer before it, so they cannot be gathered ahead of it. Its heads do not depend on each
-other: on long rows they go in a few chunks, each gathered while attention computes the one before, and the gradients of
-each are reduced while the next one is computed. Only the first gather and the last reduction are waited for, and the
-gathered keys and values of two chunks are all that is in memory.
+In the forward pass a layer's keys depend on the layer in front of it, so they cannot be gathered ahead of it. Its heads
+do not depend on each other: on long rows they go in a few chunks, each gathered while attention computes the one
+before, and the gradients of each are reduced while the next one is computed. In the backward pass the keys of the next
+layer to come are there already, and its first chunk is gathered ahead (`function`). So forward waits for the first
+gather, backward for the last reduction, and the gathered keys and values of two chunks are all that is in memory.
 """
 
 # t=local tokens T=tokens of the row N=query heads G=key/value heads D=head_dim
@@ -86,7 +87,10 @@ class _AllGather(RowAttention):
             forward_into(out[:, of], lse[of], q[:, of], row_k, row_v, tiles, self.scale, kernel)
         return out, lse
 
-    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
+    def start_backward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Gather:
+        return self._gather(k, v, _chunks(q, k, v)[0])
+
+    def backward(self, grad_out: torch.Tensor, saved: Saved, started: _Gather | None) -> Gradients:
         q, k, v, out, lse = saved
         tiles = plan(self.layout, dist.get_rank(self.cp_group))
         kernel = self.kernel(q)
@@ -95,7 +99,7 @@ class _AllGather(RowAttention):
         key_dtype = sum_dtype if tiles.adds_keys else k.dtype
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         sums = []
-        for heads, row_k, row_v in self._gathered(q, k, v):
+        for heads, row_k, row_v in self._gathered(q, k, v, started):
             row_dk = torch.empty(row_k.shape, dtype=key_dtype, device=k.device)
             row_dv = torch.empty(row_v.shape, dtype=key_dtype, device=v.device)
             of = heads.queries
@@ -109,16 +113,19 @@ class _AllGather(RowAttention):
         return dq, dk, dv
 
     def _gathered(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, started: _Gather | None = None
     ) -> Iterator[tuple[_Heads, torch.Tensor, torch.Tensor]]:
         """Every chunk of heads with its keys and values ``[T, g, D]`` in row order; the next is under way meanwhile."""
-        chunks = head_chunks(q.shape[1], k.shape[1], k.nbytes + v.nbytes)
-        pending = _Gather(k, v, chunks[0].keys, self.layout, self.cp_group)
+        chunks = _chunks(q, k, v)
+        pending = self._gather(k, v, chunks[0]) if started is None else started
         for number, heads in enumerate(chunks):
             row_k, row_v = pending.wait()
             if number + 1 < len(chunks):
-                pending = _Gather(k, v, chunks[number + 1].keys, self.layout, self.cp_group)
+                pending = self._gather(k, v, chunks[number + 1])
             yield heads, row_k, row_v
+
+    def _gather(self, k: torch.Tensor, v: torch.Tensor, heads: _Heads) -> _Gather:
+        return _Gather(k, v, heads.keys, self.layout, self.cp_group)
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,10 @@ def head_chunks(num_heads: int, num_key_heads: int, local_bytes: int) -> list[_H
         count = max(n for n in range(1, MAX_HEAD_CHUNKS + 1) if num_key_heads % n == 0)
     keys, queries = num_key_heads // count, num_heads // count
     return [_Heads(slice(i * keys, (i + 1) * keys), slice(i * queries, (i + 1) * queries)) for i in range(count)]
+
+
+def _chunks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[_Heads]:
+    return head_chunks(q.shape[1], k.shape[1], k.nbytes + v.nbytes)
 
 
 class _Gather:

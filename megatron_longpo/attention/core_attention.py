@@ -12,6 +12,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_longpo.attention.context_parallel import HIERARCHICAL, context_parallel_attention
+from megatron_longpo.attention.function import follow
 from megatron_longpo.attention.hierarchical import Hierarchy
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
@@ -124,4 +125,5 @@ class SharedPrefixAttention(MegatronModule):
             self.cp_hierarchy,
             self.backend,
         )
+        follow(attention_mask, out)
         return out.flatten(1).unsqueeze(1)

@@ -1,21 +1,28 @@
 """Attention as ONE autograd function, whatever the way to compute it.
 
 However ranks share a row, what is saved is this rank's queries, keys and values, the output and the log-sum-exps; the
-gradients are computed from these. How, says a `RowAttention`: a frozen description with two plain functions of tensors.
+gradients are computed from these. How, says a `RowAttention`: a frozen description with plain functions of tensors.
+
+Communication that the backward pass begins with is started before its gradient is there, behind what is computed until
+then. Backward passes come in the reverse order of the layers, so each starts that of the layer in front (`follow`). If
+layers are recomputed, the keys of the layer in front do not exist then; the last layer of a group starts its own as
+soon as its keys are there again, unless its forward pass communicates once more anyway.
 """
 
 # t=tokens of this rank N=query heads G=key/value heads D=head_dim
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
-from megatron_longpo.attention.kept import Result, computed_once
+from megatron_longpo.attention.kept import Result, backward_follows, computed_once
 from megatron_longpo.attention.kernels import AttentionKernel
 from megatron_longpo.attention.selection import select_kernel
 from megatron_longpo.config.training import FLASH
@@ -66,8 +73,15 @@ class RowAttention(ABC):
         """Output ``[t, N, D]`` and log-sum-exps ``[N, t]``, these in fp32 (fp64 for fp64), of contiguous tensors."""
 
     @abstractmethod
-    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
-        """dq ``[t, N, D]``, dk and dv ``[t, G, D]``, the last two in k's dtype or a wider one."""
+    def backward(self, grad_out: torch.Tensor, saved: Saved, started: Any) -> Gradients:
+        """dq ``[t, N, D]``, dk and dv ``[t, G, D]``, the last two in k's dtype or a wider one.
+
+        ``started`` is what `start_backward` returned if it was called, else None.
+        """
+
+    def start_backward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        """Start the communication that `backward` begins with; None if there is none without the gradient."""
+        return None
 
 
 class _Function(torch.autograd.Function):
@@ -79,14 +93,39 @@ class _Function(torch.autograd.Function):
         out, lse = computed_once(lambda: attention.forward(q, k, v))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.attention = attention
+        ctx.in_front, ctx.was_differentiated = None, False
+        ctx.started = attention.start_backward(q, k, v) if backward_follows() else None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = ctx.attention.backward(grad_out, (q, k, v, out, lse))
+        started, ctx.started = ctx.started, None
+        dq, dk, dv = ctx.attention.backward(grad_out, (q, k, v, out, lse), started)
+        node, ctx.in_front, ctx.was_differentiated = ctx.in_front, None, True
+        if node is not None and not node.was_differentiated:
+            node.started = node.attention.start_backward(*node.saved_tensors[:3])
         return None, dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+_last_on_row = WeakIdKeyDictionary()
+"""The autograd node of the last attention on a row. Weak on both sides: a graph lives no longer for it."""
+
+
+def follow(row: torch.Tensor, out: torch.Tensor) -> None:
+    """Let the backward pass of an attention start that of the attention in front of it.
+
+    Args:
+        row: A tensor that all layers get in one forward pass, best in no other: it is by what they know each other.
+        out: What `RowAttention.__call__` returned for the layer that computes now; other tensors are passed over.
+    """
+    node: Any = out.grad_fn
+    if not isinstance(getattr(node, "attention", None), RowAttention):
+        return
+    if row in _last_on_row:
+        node.in_front = _last_on_row[row]()
+    _last_on_row[row] = weakref.ref(node)
 
 
 def _compact(x: torch.Tensor) -> torch.Tensor:

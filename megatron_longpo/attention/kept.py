@@ -49,6 +49,11 @@ class KeptResults:
         finally:
             _in_use.reset(token)
 
+    @property
+    def all_handed_out(self) -> bool:
+        """Whether the last result of the group was handed out: the backward pass of its attention comes next."""
+        return self._replaying and not self._results
+
     def get(self, compute: Callable[[], Result]) -> Result:
         """The next result, in the order of the calls; each is handed out once, so they are freed layer by layer."""
         if not self._replaying:
@@ -71,3 +76,9 @@ def computed_once(compute: Callable[[], Result]) -> Result:
     """
     kept = _in_use.get()
     return compute() if kept is None else kept.get(compute)
+
+
+def backward_follows() -> bool:
+    """Whether the attention that was just taken from what was kept is the next one whose backward pass runs."""
+    kept = _in_use.get()
+    return kept is not None and kept.all_handed_out

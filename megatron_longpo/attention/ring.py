@@ -78,7 +78,7 @@ class _RingAttention(RowAttention):
             forward_into(out, lse, q, keys, values, tiles, self.scale, kernel)
         return out, lse
 
-    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
+    def backward(self, grad_out: torch.Tensor, saved: Saved, started: None) -> Gradients:
         q, k, v, out, lse = saved
         ring = _Ring(self.cp_group)
         plan = ring_plan(self.layout, ring.rank)

@@ -58,7 +58,7 @@ class _WholeRow(RowAttention):
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
         return forward_tiles(q, k, v, plan(self.layout), self.scale, self.kernel(q))
 
-    def backward(self, grad_out: torch.Tensor, saved: Saved) -> Gradients:
+    def backward(self, grad_out: torch.Tensor, saved: Saved, started: None) -> Gradients:
         kernel = self.kernel(grad_out)
         return backward_tiles(grad_out, *saved, plan(self.layout), self.scale, kernel)
 

@@ -87,6 +87,17 @@ def test_recomputed_is_bit_equal() -> None:
         assert torch.equal(direct, recomputed)
 
 
+def test_a_row_that_passes_twice() -> None:
+    """Layers of one pass know each other by the row; that of a pass which is over must not be started again."""
+    module, row = build(), LAYOUT.to_tensor()
+    gradients, outputs = [], []
+    for _ in range(2):
+        fused, projected = fused_projection()
+        outputs.append(module(*projected, row))  # kept, and with it the first pass's graph
+        gradients.append(torch.autograd.grad(outputs[-1].sum(), fused)[0])
+    assert torch.equal(*gradients)
+
+
 def test_has_no_parameters() -> None:
     assert not build().state_dict()
 
