@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,14 +15,21 @@ import pytest
 from megatron_longpo.pairs import read_pairs
 from tests.data.conftest import huggingface_folder, text  # noqa: F401
 from tests.generation.conftest import LENGTHS, NUM_DOCUMENTS, corpus  # noqa: F401
+from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPT = REPOSITORY / "examples" / "slurm" / "generate_pairs.sbatch"
+SCRIPTS = REPOSITORY / "examples" / "slurm"
 
 VLLM = """#!/bin/sh
 echo "$@" >> "$CALLS"
 while [ "$1" != --port ]; do shift; done
 exec {python} -m benchmarks.generation.chat_server --latency-ms 20 --model model --port "$2"
+"""
+
+SRUN = """#!/bin/sh
+echo "$@" >> "$CALLS"
+shift  # its own flag
+exec "$@"
 """
 
 
@@ -46,7 +54,9 @@ def test_two_elements_of_the_array_make_the_pairs(corpus: Path, huggingface_fold
 
     def start(element: int) -> subprocess.Popen[str]:
         values = environment | {"SLURM_ARRAY_TASK_ID": str(element)}
-        return subprocess.Popen([SCRIPT], cwd=REPOSITORY, env=values, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [SCRIPTS / "generate_pairs.sbatch"], cwd=REPOSITORY, env=values, stdout=subprocess.PIPE, text=True
+        )
 
     # Slurm's warning before the time is up: the work so far is kept.
     stopped = start(0)
@@ -61,3 +71,42 @@ def test_two_elements_of_the_array_make_the_pairs(corpus: Path, huggingface_fold
     assert len(list(read_pairs(tmp_path / "pairs" / "pairs.jsonl"))) == NUM_DOCUMENTS
     calls = (tmp_path / "calls").read_text()
     assert '"rope_theta": 1e7' in calls and "--enable-prefix-caching" in calls
+
+
+@pytest.mark.slow
+def test_elements_of_the_array_train_one_after_the_other(tmp_path: Path) -> None:
+    srun = tmp_path / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    data = write_tiny_dataset(tmp_path / "tiny")
+    run = tmp_path / "run"
+    flags = [*MODEL_FLAGS, "--use-cpu", "--seq-length=512", "--train-iters=5", "--global-batch-size=2"]
+    flags += [f"--data-path={data}", f"--save={run}", f"--load={run}", f"--metrics-jsonl={run}/metrics.jsonl"]
+    flags += ["--objective=sft-chosen", "--split=100,0", "--num-workers=0", "--progress-bar=off"]
+    environment = os.environ | {
+        "PATH": f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "CALLS": str(tmp_path / "calls"),
+        "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+
+    def element(job: int, minutes_left: float, *more: str) -> subprocess.CompletedProcess[str]:
+        end = int(time.time() + 60 * minutes_left)
+        values = environment | {"SLURM_JOB_ID": str(job), "SLURM_JOB_END_TIME": str(end)}
+        command = [SCRIPTS / "train.sbatch", *flags, *more]
+        return subprocess.run(command, cwd=REPOSITORY, env=values, capture_output=True, text=True, timeout=120)
+
+    def steps() -> list[int]:
+        return [json.loads(line)["iteration"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    too_short = element(1, 10)
+    assert too_short.returncode == 1 and "--time is shorter than MARGIN_MINS, 15 minutes" in too_short.stderr
+    first = element(2, 25.5, "--exit-interval=3")
+    assert first.returncode == 0, first.stderr
+    assert steps() == [1, 2, 3]
+    assert "--exit-duration-in-mins 10" in (tmp_path / "calls").read_text()
+    for job in (3, 4):  # the rest, and one that finds nothing to do
+        assert element(job, 60).returncode == 0
+        assert steps() == [1, 2, 3, 4, 5]
