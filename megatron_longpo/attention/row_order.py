@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.data.sending import sent
 
 # Every layer of a pass asks for the same layout, and the schedules alternate between few of them.
 _LAYOUTS_IN_FLIGHT = 8
@@ -15,7 +16,7 @@ _LAYOUTS_IN_FLIGHT = 8
 @lru_cache(maxsize=_LAYOUTS_IN_FLIGHT)
 def to_row_order(layout: RowLayout, device: torch.device) -> torch.Tensor:
     """int64 ``[padded_tokens]``: ``by_rank[index]`` puts the concatenation of all ranks' tokens into row order."""
-    return layout.gathered_index().to(device)
+    return sent(layout.gathered_index(), device)
 
 
 @lru_cache(maxsize=_LAYOUTS_IN_FLIGHT)
@@ -30,7 +31,7 @@ def to_group_order(layout: RowLayout, num_groups: int, group: int, device: torch
     """
     by_rank, together = _orders(layout, num_groups, group)
     order = torch.argsort(by_rank)
-    return order[torch.searchsorted(by_rank[order], together)].to(device)
+    return sent(order[torch.searchsorted(by_rank[order], together)], device)
 
 
 @lru_cache(maxsize=_LAYOUTS_IN_FLIGHT)
@@ -49,4 +50,4 @@ def _orders(layout: RowLayout, num_groups: int, group: int) -> tuple[torch.Tenso
 @lru_cache(maxsize=_LAYOUTS_IN_FLIGHT)
 def to_rank_order(layout: RowLayout, device: torch.device) -> torch.Tensor:
     """int64 ``[padded_tokens]``: ``row[index]`` is the concatenation of all ranks' tokens, each in its local order."""
-    return torch.cat([layout.local_index(rank) for rank in range(layout.cp_size)]).to(device)
+    return sent(torch.cat([layout.local_index(rank) for rank in range(layout.cp_size)]), device)

@@ -14,6 +14,7 @@ import torch
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.data.predictions import ObjectiveSettings, Predictions, ReferenceLookup, predictions_of
 from megatron_longpo.data.rows import TrainingRow
+from megatron_longpo.data.sending import sent
 
 __all__ = ["Batch", "Predictions", "ReferenceLookup", "collate"]
 
@@ -47,10 +48,10 @@ class Batch:
         """The same with every tensor on another device."""
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
+            tokens=sent(self.tokens, device),
+            position_ids=sent(self.position_ids, device),
             predictions=self.predictions.to(device),
-            response_offset=self.response_offset.to(device, non_blocking=True),
+            response_offset=sent(self.response_offset, device),
         )
 
 

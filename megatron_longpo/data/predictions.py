@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from megatron_longpo.data.document import CHOSEN, REJECTED, ROLE_NAMES, Tokens
 from megatron_longpo.data.layout import RowLayout, Segment
 from megatron_longpo.data.rows import RowBranch, TrainingRow
+from megatron_longpo.data.sending import sent
 
 NO_RESPONSE = -1
 """Response slot and offset of a prediction whose target is not a response token."""
@@ -77,7 +78,7 @@ class Predictions:
     def to(self, device: torch.device | str) -> Predictions:
         """The same with every tensor on another device."""
         tensors: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: sent(value, device)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }

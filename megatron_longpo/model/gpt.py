@@ -18,6 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_longpo.config import ModelConfig
+from megatron_longpo.data.sending import sent
 from megatron_longpo.model.rope import inverse_frequencies, rotary_angles
 from megatron_longpo.objective.logprobs import linear_logprobs
 
@@ -146,7 +147,7 @@ class SharedPrefixGPT(GPTModel):
         """
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         if self.inverse_frequencies.device != position_ids.device:
-            self.inverse_frequencies = self.inverse_frequencies.to(position_ids.device)
+            self.inverse_frequencies = sent(self.inverse_frequencies, position_ids.device)
         hidden = self.decoder(
             hidden_states=embedded,
             # Megatron passes this argument untouched to the core attention, also through recomputation.

@@ -104,7 +104,7 @@ def dry_run_stage(config: RunConfig, world_size: int, stage: int, rows: Sequence
             if on_gpu:
                 use_list_adam(trainer.optimizer)
             trainer.allocate_optimizer_state()
-            trainer.measure([_fake(batch, mode)] * num_micro_batches)
+            trainer.measure([fake_batch(batch, mode)] * num_micro_batches)
     return RankMemory(stage, ledger.device.peak, ledger.device.own_peaks, ledger.host.peak)
 
 
@@ -114,7 +114,9 @@ def _for_fake_world(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, training=training, parallel=parallel)
 
 
-def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
+def fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
+    """A batch with fake tensors in place of real ones."""
+
     def converted(holder: Any) -> dict[str, Any]:
         fields = {field.name: getattr(holder, field.name) for field in dataclasses.fields(holder)}
         return {name: mode.from_tensor(value) for name, value in fields.items() if isinstance(value, torch.Tensor)}

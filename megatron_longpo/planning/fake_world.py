@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import clip_grads
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -82,7 +81,6 @@ def fake_tensors(layout: RowLayout) -> Iterator[FakeTensorMode]:
             (RowLayout, "from_tensor", staticmethod(lambda encoded, window_tokens=None: windowed(window_tokens))),
             (dist, "all_gather_object", _gather_own_object),
             (torch.utils, "swap_tensors", _set_data),
-            (clip_grads, "multi_tensor_applier", _norm_of_lists),
             (loop, "any_rank", lambda flag: False),
         ):
             stack.enter_context(replaced(owner, name, value))
@@ -111,11 +109,8 @@ def _gather_own_object(objects: list[Any], own: Any, group: Any = None) -> None:
 def _set_data(parameter: torch.Tensor, converted: torch.Tensor) -> None:
     """`torch.nn.Module.to` for fake parameters, whose weak references forbid the swap that torch would do."""
     parameter.data = converted.data
-
-
-def _norm_of_lists(*_: Any) -> tuple[torch.Tensor, None]:
-    """The norm of a list of gradients; Megatron's version for CPUs makes a tensor of numbers on the way."""
-    return torch.ones(1), None
+    # A fake tensor's device is Python's, and stays behind where the data go.
+    parameter.fake_device = converted.device  # type: ignore[attr-defined]
 
 
 def _forget_index_tensors() -> None:

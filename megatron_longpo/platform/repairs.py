@@ -108,6 +108,46 @@ def fix_zero1_resume() -> None:
     upstream._set_main_param_and_optimizer_states = fixed_set_states
 
 
+def norm_gradients_without_waiting() -> None:
+    """Compute the norm of all gradients on the device, and ask for one number.
+
+    Without TE and Apex upstream asks for the norm of every gradient: the host waits for the device once per weight.
+    Remove when ``local_multi_tensor_l2_norm`` does not.
+    """
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    if clip_grads.l2_norm_impl is not local_multi_tensor_l2_norm:
+        return
+
+    def l2_norm(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], *_: Any) -> Any:
+        norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+        return torch.linalg.vector_norm(torch.stack(norms)).float()[None], None
+
+    clip_grads.l2_norm_impl = l2_norm
+
+
+def pin_weights_on_host() -> None:
+    """Keep the master weights of ``--optimizer-cpu-offload`` in pinned memory, from where they are copied back.
+
+    Upstream pins the bf16 copy and then makes the fp32 one from it, in ordinary memory: every copy to the GPU is then
+    slow and waited for, with ``--overlap-cpu-optimizer-d2h-h2d`` too. Remove when it pins the one that it keeps.
+    """
+    from megatron.core.optimizer import HybridDeviceOptimizer
+
+    upstream = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+
+    def param_groups(self: Any, offload_fraction: float) -> Any:
+        made = upstream(self, offload_fraction)
+        on_host = made[0]
+        for group in on_host:
+            for param in group["params"]:
+                param.data = param.data.pin_memory()
+        return made
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = param_groups
+
+
 def let_checkpoints_name_optimizers() -> None:
     """Read checkpoints of ``--optimizer-cpu-offload``, whose parameter groups name the classes of both optimizers.
 

@@ -173,7 +173,7 @@ def _collate(config: RunConfig, dataset: PreferenceDataset, number: int, kind: s
 
 
 def _keep_logps(batch: Batch, logps: torch.Tensor) -> tuple[Any, Any, Any]:
-    count = torch.tensor(1, dtype=torch.int, device=logps.device)
+    count = logps.new_ones((), dtype=torch.int)
     return logps.sum(), count, (batch, logps.detach().float())
 
 

@@ -78,7 +78,7 @@ def document_loss(objective: ObjectiveConfig, batch: Batch, logps: torch.Tensor)
     logps = stage.enter(logps)
     losses, metrics = objective_loss(objective, logps, batch.predictions, cp_group=group if group.size() > 1 else None)
     losses = stage.leave(losses)
-    count = torch.tensor(len(losses) if group.rank() == 0 else 0, dtype=torch.int, device=losses.device)
+    count = losses.new_full((), len(losses) if group.rank() == 0 else 0, dtype=torch.int)
     named = {"loss": losses.detach()} | metrics
     return losses.sum(), count, {"ids": batch.sample_ids, "metrics": {k: v.detach() for k, v in named.items()}}
 

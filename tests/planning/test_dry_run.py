@@ -100,8 +100,7 @@ def test_offloaded_tensors_are_host_memory_and_come_back_to_the_device(
     finally:
         shut_down()
     assert fake.parts == real
-    # The norm of the gradients goes through numbers, which fake tensors do not have.
-    assert fake.own_peaks == pytest.approx(trainer.ledger.device.own_peaks, abs=512)
+    assert fake.own_peaks == trainer.ledger.device.own_peaks
     assert fake.host == trainer.ledger.host.peak
     assert (fake.host[Part.ACTIVATIONS] > 2**20) == bool(words)
     # Megatron's HybridDeviceOptimizer: for a weight on the host fp32 weight, gradient and moments there, 16 B; for one
