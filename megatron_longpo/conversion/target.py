@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,20 +13,26 @@ from megatron_longpo.files import sync_file, sync_folder
 _PARTIAL = ".partial"
 
 
-def check_target(folder: str | Path, num_bytes: int, overwrite: bool) -> None:
+def check_target(folder: str | Path, num_bytes: int, overwrite: bool, sources: Mapping[str, str | Path]) -> None:
     """Refuse a target that holds something, or whose disk is too small.
 
     Args:
         folder: What ``--save`` gives; need not exist.
         num_bytes: Size of what will be written.
-        overwrite: Whether ``--overwrite`` was given.
+        overwrite: Whether ``--overwrite`` was given; a training run and what is read are never overwritten.
+        sources: The folders that are read, by flag.
 
     Raises:
-        ValueError: It is a file, is not empty, or its disk has too little room.
+        ValueError: It is a file or one of the sources, is not empty, or its disk has too little room.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--save {folder} is a file; give a folder")
+    for flag, source in sources.items():
+        if folder.exists() and Path(source).exists() and folder.samefile(source):
+            raise ValueError(f"--save {folder} is the folder of {flag}, which stays as it is: give another folder")
+    if steps := sorted(path.name for path in folder.glob("iter_*")):
+        raise ValueError(f"--save {folder} holds checkpoints of a training run ({steps[0]}): give another folder")
     held = sorted(path.name for path in folder.iterdir() if path.name != _PARTIAL) if folder.is_dir() else []
     if held and not overwrite:
         shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")

@@ -111,6 +111,21 @@ MISTAKES = {
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
     "half a checkpoint": (1, [*SFT, "--load={half}"], "is not a torch_dist checkpoint"),
     "broken tracker": (1, [*SFT, "--load={broken}"], "expected an iteration number or 'release', got 'ten'"),
+    "save is a file": (1, [*SFT, "--save={file}"], "--save FOLDER/file is a file: give a folder"),
+    "save cannot be made": (1, [*SFT, "--save=/proc/run"], "--save /proc/run cannot be written"),
+    "save of another run": (1, [*SFT, "--save={save}"], "holds the checkpoints of another run (the newest is iter_"),
+    "metrics over a file": (
+        1,
+        [*SFT, "--metrics-jsonl={file}"],
+        "--metrics-jsonl FOLDER/file is no file of metrics (see its line 1)",
+    ),
+    "metrics in a folder": (1, [*SFT, "--metrics-jsonl={half}"], "--metrics-jsonl FOLDER/half is a folder"),
+    "TensorBoard in a file": (1, [*SFT, "--tensorboard-dir={file}"], "--tensorboard-dir FOLDER/file is a file"),
+    "traces in a file": (
+        1,
+        [*SFT, "--profile", "--profile-step-start=0", "--profile-dir={file}"],
+        "--profile-dir FOLDER/file is a file",
+    ),
     "damaged tokens": (1, [*SFT, "--data-path={truncated}"], "truncated"),
 }
 
@@ -119,7 +134,8 @@ MISTAKES = {
 def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Every mistake made once, in one process."""
     folder = tmp_path_factory.mktemp("mistakes")
-    places = {name: folder / name for name in ("save", "half", "broken", "truncated")}
+    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file")}
+    places["file"].write_text("mine")
     for name, text in (("half", "7"), ("broken", "ten")):
         places[name].mkdir()
         (places[name] / "latest_checkpointed_iteration.txt").write_text(text)
@@ -138,6 +154,8 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     results = run_in_one_process(commands)
     assert results[0][0] == 0, results[0][1]
     assert not list(folder.glob("*reference*/manifest.json"))
+    assert places["file"].read_text() == "mine"
+    results = [(code, output.replace(str(folder), "FOLDER")) for code, output in results]
     return dict(zip(["saved", "foreign reference", "poisoned", *MISTAKES], results, strict=True))
 
 
