@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from megatron_longpo.pair_formats.document import Location, PairsError
 from megatron_longpo.pair_formats.fields import kind_of
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
+GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+"""What reading a damaged or cut .gz file raises."""
+
 _BATCH_ROWS = 16
 
 
@@ -44,14 +48,17 @@ def raw_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
     """The rows of one file, one at a time.
 
     Raises:
-        PairsError: A line is not a JSON object in UTF-8; a table cannot be read.
+        PairsError: A line is not a JSON object in UTF-8; a table or a packed file cannot be read.
     """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
     elif file.suffix == ".arrow":
         yield from _arrow_rows(file)
     else:
-        yield from _json_lines(file)
+        try:
+            yield from _json_lines(file)
+        except GZIP_ERRORS as error:
+            raise PairsError(str(file), "", f"is not a whole gzip file ({error})", "copy or pack it again") from error
 
 
 def _json_lines(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:

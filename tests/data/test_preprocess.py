@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -80,6 +81,13 @@ def test_documents_arrive_in_order_with_a_full_manifest(
     assert manifest.source == [{"file": str(pairs_file), "bytes": size, "hash": file_hash(pairs_file), "rows": 6}]
     assert manifest.settings["turns"] == "joint"
     assert manifest.dropped == {} and manifest.truncated == []
+
+
+def test_rows_of_packed_files_are_not_counted_from_outside(options: PreprocessOptions, pairs_file: Path) -> None:
+    packed = pairs_file.with_name("pairs.jsonl.gz")
+    packed.write_bytes(gzip.compress(pairs_file.read_bytes()))
+    manifest = preprocess(replace(options, inputs=(str(packed),)), progress=False)
+    assert manifest.num_documents == 6 and manifest.source[0]["rows"] is None
 
 
 def test_workers_do_not_change_a_byte(options: PreprocessOptions) -> None:
@@ -192,6 +200,7 @@ def test_tokenized_rows_and_text_rows_in_one_run(options: PreprocessOptions, tmp
         ({"max_seq_length": 1}, "--max-seq-length 1"),
         ({"truncate_document": True}, "--truncate-document has no effect"),
         ({"prompt_template": "{document}"}, "--prompt-template"),
+        ({"output_prefix": "data/"}, "--output-prefix data/ is a folder: add a name, data/pairs"),
     ],
 )
 def test_unusable_flags_are_named(options: PreprocessOptions, change: dict, message: str) -> None:
@@ -220,7 +229,7 @@ def test_a_disk_that_fills_up_leaves_nothing(options: PreprocessOptions) -> None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large: '.*pairs\.bin'"):
             preprocess(options, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -90,3 +91,18 @@ def test_unusable_paths_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl: the file is empty"):
         input_files([tmp_path / "empty.jsonl"])
+
+
+def test_damaged_packed_files_are_named(tmp_path: Path) -> None:
+    packed = gzip.compress(b"".join(json.dumps({"id": str(number)}).encode() + b"\n" for number in range(500)))
+    middle = len(packed) // 2
+    contents = (b"plain", packed[:-20], packed[:middle] + b"\xff" * 40 + packed[middle + 40 :])
+    for content in contents:
+        path = tmp_path / "rows.jsonl.gz"
+        path.write_bytes(content)
+        with pytest.raises(
+            PairsError, match=r"rows\.jsonl\.gz: is not a whole gzip file \(.*\); copy or pack it again"
+        ):
+            list(raw_rows(path))
+    path.write_bytes(packed)
+    assert len(list(raw_rows(path))) == 500
