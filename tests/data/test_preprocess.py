@@ -243,8 +243,13 @@ def test_ctrl_c_stops_workers_and_leaves_nothing(options: PreprocessOptions, tex
         (replace(document, id=f"{document.id}.{copy}") for copy in range(6000) for document in pairs(text)),
     )
     # In a group of its own, which gets the signal as a terminal's foreground group does.
+    # And SIGTERM finds Ctrl-C ignored, as it is in what a script starts in the background.
     process = subprocess.Popen(
-        command(options, "--workers", "2"), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(options, "--workers", "2"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if stop == signal.SIGTERM else None,
     )
     folder = Path(options.output_prefix).parent
     deadline = time.monotonic() + 60
