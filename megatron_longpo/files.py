@@ -160,3 +160,23 @@ def exclusive_lock(path: str | Path, complaint: str) -> Iterator[None]:
         except BlockingIOError as error:
             raise LockHeldError(complaint) from error
         yield
+
+
+@contextmanager
+def folder_lock(folder: str | Path, complaint: str) -> Iterator[None]:
+    """Hold a folder that exists while the block runs, as `exclusive_lock` does, and leave nothing behind.
+
+    Raises:
+        LockHeldError: Another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LockHeldError(complaint) from error
+        except OSError:
+            pass  # some network file systems lock no folders: there, nobody is kept out
+        yield
+    finally:
+        os.close(descriptor)

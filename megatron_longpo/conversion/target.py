@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_longpo.files import sync_file, sync_folder
+from megatron_longpo.files import folder_lock, sync_file, sync_folder
 
 _PARTIAL = ".partial"
 
@@ -60,12 +60,20 @@ def filled_folder(folder: str | Path, stale: Collection[str], last: str) -> Iter
 
     Raises:
         OSError: It could not be written; the message says where.
+        ValueError: Another process is writing there.
     """
     folder = Path(folder)
-    partial = folder / _PARTIAL
     existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    complaint = f"--save {folder}: another process is writing there; wait for it, or give another folder"
+    with folder_lock(folder, complaint):
+        yield from _filled(folder, existed, stale, last)
+
+
+def _filled(folder: Path, existed: bool, stale: Collection[str], last: str) -> Iterator[Path]:
+    partial = folder / _PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         yield partial
         for path in partial.rglob("*"):

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_longpo.config import RunConfig
-from megatron_longpo.files import check_folder_writable, check_writable
+from megatron_longpo.files import check_folder_writable, check_writable, folder_lock
 from megatron_longpo.metrics_file import metrics_of
 from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint
 from megatron_longpo.training.distributed import is_rank_0
 
 _BEGINNING = '{"iteration"'
 """Of every line of metrics."""
+
+
+@contextmanager
+def own_outputs(config: RunConfig) -> Iterator[None]:
+    """Check what a run writes, and keep other runs out of its folder of checkpoints while the block runs.
+
+    Raises:
+        ValueError: As `check_outputs`; another run writes to ``--save``.
+    """
+    check_outputs(config)
+    save = config.checkpoint.save
+    complaint = f"--save {save}: another run is writing its checkpoints there; wait for it, or give another folder"
+    with folder_lock(save, complaint) if save is not None and is_rank_0() else nullcontext():
+        yield
 
 
 def check_outputs(config: RunConfig) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_longpo.conversion import target
 from megatron_longpo.convert_checkpoint import main
+from megatron_longpo.files import folder_lock
 from megatron_longpo.training.checkpoint_folder import find_checkpoint, saved_config
 from tests.conversion.converting import to_hf, to_megatron
 
@@ -47,6 +48,17 @@ def test_checkpoints_of_a_training_run_are_never_overwritten(llama: Path, tmp_pa
     to_megatron(llama, tmp_path / "megatron")
     with pytest.raises(ValueError, match=r"holds checkpoints of a training run \(iter_0000010\)"):
         to_hf(tmp_path / "megatron", llama, tmp_path / "run", overwrite=True)
+
+
+def test_a_second_writer_is_refused(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "megatron").mkdir()
+    with (
+        folder_lock(tmp_path / "megatron", ""),
+        pytest.raises(ValueError, match=r"--save .*megatron: another process is writing there; wait for it"),
+    ):
+        to_megatron(llama, tmp_path / "megatron")
+    assert list((tmp_path / "megatron").iterdir()) == []
+    to_megatron(llama, tmp_path / "megatron")
 
 
 def test_what_is_read_is_never_overwritten(llama: Path, tmp_path: Path) -> None:

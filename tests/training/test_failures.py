@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_longpo.files import folder_lock
 from tests.distributed.harness import run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 from tests.training.commands import FLAGS, metrics, run_in_one_process, train
@@ -114,6 +115,7 @@ MISTAKES = {
     "save is a file": (1, [*SFT, "--save={file}"], "--save FOLDER/file is a file: give a folder"),
     "save cannot be made": (1, [*SFT, "--save=/proc/run"], "--save /proc/run cannot be written"),
     "save of another run": (1, [*SFT, "--save={save}"], "holds the checkpoints of another run (the newest is iter_"),
+    "save of a running one": (1, [*SFT, "--save={locked}"], "--save FOLDER/locked: another run is writing its check"),
     "metrics over a file": (
         1,
         [*SFT, "--metrics-jsonl={file}"],
@@ -134,7 +136,7 @@ MISTAKES = {
 def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Every mistake made once, in one process."""
     folder = tmp_path_factory.mktemp("mistakes")
-    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file")}
+    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file", "locked")}
     places["file"].write_text("mine")
     for name, text in (("half", "7"), ("broken", "ten")):
         places[name].mkdir()
@@ -151,7 +153,9 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
-    results = run_in_one_process(commands)
+    places["locked"].mkdir()
+    with folder_lock(places["locked"], ""):
+        results = run_in_one_process(commands)
     assert results[0][0] == 0, results[0][1]
     assert not list(folder.glob("*reference*/manifest.json"))
     assert places["file"].read_text() == "mine"
