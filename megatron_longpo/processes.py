@@ -59,6 +59,9 @@ def plain_ending(program: str) -> Iterator[None]:
     take_sigterm_as_ctrl_c()
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the summary has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: error: {error}")
     except KeyboardInterrupt:

@@ -219,6 +219,12 @@ def test_the_command_prints_a_summary_and_one_line_errors(options: PreprocessOpt
     assert done.returncode == 0, done.stderr
     assert "documents written" in done.stdout and "6/6" in done.stderr
     assert len(PreferenceDataset(options.output_prefix)) == 6
+    # A reader that has seen enough of the summary is no failure.
+    read, write = os.pipe()
+    os.close(read)
+    closed = subprocess.run(command(options), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert closed.returncode == 0 and "Broken" not in closed.stderr
     failed = subprocess.run(command(options, "--max-seq-length", "0"), capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.strip().startswith("preprocess_pairs.py: error: --max-seq-length 0")

@@ -81,7 +81,10 @@ def fill_the_disk(rank: int, data: str, folder: str) -> dict[str, Any]:
     progress = Checkpointer(config, chunks).load(found)
     same = all(torch.equal(a, b) for a, b in zip(weights, unwrap(chunks[0]).parameters(), strict=True))
     visible = sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith("."))
-    return {"error": error, "found": found.name, "consumed": progress.consumed_samples, "same": same, "files": visible}
+    Checkpointer(config, chunks).save(Progress(iteration=3))
+    hidden = [p.name for p in Path(folder).iterdir() if p.name.startswith(".")]
+    result = {"error": error, "found": found.name, "consumed": progress.consumed_samples, "same": same}
+    return result | {"files": visible, "left behind": hidden}
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
@@ -89,6 +92,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     result = run_ranks(fill_the_disk, 1, str(data), str(tmp_path / "save"))[0]
     assert "File too large" in result["error"] and "Earlier checkpoints are as they were" in result["error"]
     assert result["files"] == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert result["left behind"] == []
     assert (result["found"], result["consumed"], result["same"]) == ("iter_0000001", 5, True)
 
 
