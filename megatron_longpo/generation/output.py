@@ -22,9 +22,10 @@ from megatron_longpo.generation.report import REPORT, GenerationReport
 from megatron_longpo.generation.rollout import Outcome
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.store import STATE, finished_mark, read_outcomes, store_file
+from megatron_longpo.pair_formats.raw import GENERATED_PAIRS
 from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
 
-PAIRS, TIMINGS = "pairs.jsonl", "timings.jsonl"
+PAIRS, TIMINGS = GENERATED_PAIRS, "timings.jsonl"
 SCHEMA = 1
 
 

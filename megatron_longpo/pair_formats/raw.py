@@ -16,18 +16,23 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a damaged or cut .gz file raises."""
 
+GENERATED_PAIRS, GENERATION_REPORT = "pairs.jsonl", "report.json"
 _BATCH_ROWS = 16
 
 
 def input_files(paths: Sequence[str | Path]) -> list[Path]:
     """The files behind paths: files as they are, folders replaced by the tables and JSON lines in them, sorted.
 
+    Of an output folder of generation, which holds other JSON lines too, it is `GENERATED_PAIRS` alone.
+
     Raises:
         ValueError: A path does not exist, is empty, or is a folder without such files.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if path.is_dir() and all((path / name).is_file() for name in (GENERATED_PAIRS, GENERATION_REPORT)):
+            files.append(path / GENERATED_PAIRS)
+        elif path.is_dir():
             found = [p for p in sorted(path.rglob("*")) if p.suffix in (".jsonl", *TABLE_SUFFIXES)]
             # Hugging Face leaves the results of map() beside the data.
             found = [p for p in found if not p.name.startswith("cache-")]

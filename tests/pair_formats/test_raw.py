@@ -83,6 +83,15 @@ def test_folders_are_searched_in_order_without_caches(tmp_path: Path) -> None:
     ]
 
 
+def test_of_a_generation_only_the_pairs_are_pairs(tmp_path: Path) -> None:
+    for name in ("pairs.jsonl", "timings.jsonl"):
+        (tmp_path / name).write_text("x")
+    # Without the report it is a folder like any other, of which no file may be passed over.
+    assert [path.name for path in input_files([tmp_path])] == ["pairs.jsonl", "timings.jsonl"]
+    (tmp_path / "report.json").write_text("x")
+    assert [path.name for path in input_files([tmp_path])] == ["pairs.jsonl"]
+
+
 def test_unusable_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--input nowhere\.jsonl: there is no such file"):
         input_files(["nowhere.jsonl"])
