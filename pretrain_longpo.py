@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 def train(config: RunConfig, dataset: PreferenceDataset) -> None:
     """Build everything that this rank needs and train."""
     from megatron_longpo.training.loop import Trainer
+    from megatron_longpo.training.outputs import own_outputs
 
-    Trainer(config, dataset).train()
+    with own_outputs(config):
+        Trainer(config, dataset).train()
 
 
 def dry_run(config: RunConfig) -> None:

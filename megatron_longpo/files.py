@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 _BLOCK_BYTES = 1 << 20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def temporary_name(path: str | Path) -> Path:
@@ -57,9 +59,16 @@ def atomic_writer(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
         with open(temporary, "wb" if binary else "w", **text) as file:  # type: ignore[call-overload]
             yield file
         replace_file(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        name_full_disk(error, path)
         raise
+
+
+def name_full_disk(error: BaseException | None, path: str | Path) -> None:
+    """Put a file's name into the error of a write for want of room, which says of no file."""
+    if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+        error.filename = str(path)
 
 
 def check_writable(path: str | Path, flag: str, example: str) -> None:
@@ -85,6 +94,31 @@ def check_writable(path: str | Path, flag: str, example: str) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"{flag} {path} cannot be written ({reason}): give a file in another folder") from error
+
+
+def check_folder_writable(folder: str | Path, flag: str) -> None:
+    """Find out before hours of work that nothing could be written into a folder; creates it.
+
+    Args:
+        folder: The folder.
+        flag: Where it was given, for the message.
+
+    Raises:
+        ValueError: It is a file, or nothing can be written there.
+    """
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"{flag} {folder} is a file: give a folder")
+    probe = temporary_name(Path(folder) / "probe")
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {folder} cannot be written ({error.strerror or error}): give another folder"
+        ) from error
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -126,3 +160,23 @@ def exclusive_lock(path: str | Path, complaint: str) -> Iterator[None]:
         except BlockingIOError as error:
             raise LockHeldError(complaint) from error
         yield
+
+
+@contextmanager
+def folder_lock(folder: str | Path, complaint: str) -> Iterator[None]:
+    """Hold a folder that exists while the block runs, as `exclusive_lock` does, and leave nothing behind.
+
+    Raises:
+        LockHeldError: Another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LockHeldError(complaint) from error
+        except OSError:
+            pass  # some network file systems lock no folders: there, nobody is kept out
+        yield
+    finally:
+        os.close(descriptor)

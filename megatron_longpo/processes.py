@@ -37,6 +37,18 @@ def leave(code: int, say: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def take_sigterm_as_ctrl_c() -> None:
+    """Let the scheduler's SIGTERM clean up like Ctrl-C does."""
+
+    def stop(number: int, frame: object) -> None:
+        # What a script starts in the background is born with Ctrl-C ignored.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 @contextlib.contextmanager
 def plain_ending(program: str) -> Iterator[None]:
     """End a program that writes all or nothing without a traceback: code 1 for what the user can mend, 130 for Ctrl-C.
@@ -44,10 +56,12 @@ def plain_ending(program: str) -> Iterator[None]:
     Args:
         program: Its name, for the messages.
     """
-    # The scheduler's SIGTERM cleans up like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    take_sigterm_as_ctrl_c()
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the summary has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: error: {error}")
     except KeyboardInterrupt:

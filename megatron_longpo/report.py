@@ -6,7 +6,8 @@ before it, so that two that agree show as one line with a core.
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-Metrics = dict[str, float]
+from megatron_longpo.files import atomic_writer, check_writable
+from megatron_longpo.metrics_file import Metrics, read_metrics
+
+FORMATS = (".png", ".pdf", ".svg")
+"""Endings of pictures."""
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's palette, told apart with any colour vision."""
@@ -73,46 +78,28 @@ TABLE = (
 )
 
 
-def read_metrics(path: str | Path) -> tuple[list[Metrics], list[Metrics]]:
-    """Read a `--metrics-jsonl` file.
-
-    Returns:
-        The training steps, and the evaluations with the prefix ``eval/`` taken off their names.
-
-    Raises:
-        ValueError: A line is no JSON object with an ``iteration``, or there is no training step at all.
-    """
-    steps: list[Metrics] = []
-    evaluations: list[Metrics] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            row["iteration"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: not a line of --metrics-jsonl; give the file of a finished run"
-            ) from error
-        if any(name.startswith("eval/") for name in row):
-            evaluations.append({name.removeprefix("eval/"): value for name, value in row.items()})
-        else:
-            steps.append(row)
-    if not steps:
-        raise ValueError(f"{path}: holds no training step; let the run make at least one")
-    return steps, evaluations
-
-
 def plot_runs(runs: Mapping[str, str | Path], output: str | Path, title: str, subtitle: str = "") -> None:
     """Draw the curves of several runs into one picture.
 
     Args:
         runs: Metrics file by the run's name, in drawing order.
-        output: Where the picture goes; its ending decides the format (.png, .pdf, .svg).
+        output: Where the picture goes; its ending decides the format, one of `FORMATS`.
         title: Headline.
         subtitle: One line below it.
+
+    Raises:
+        ValueError: A file is none of metrics, nothing in them can be drawn, or ``output`` cannot be written.
     """
+    output = Path(output)
+    if output.suffix not in FORMATS:
+        raise ValueError(f"--output {output} must end in {', '.join(FORMATS)}: the ending is the format")
+    check_writable(output, "--output", "report.png")
     data = {name: read_metrics(path) for name, path in runs.items()}
-    names = {key for steps, _ in data.values() for row in steps for key in row}
-    panels = [panel for panel in PANELS if all(curve in names for curve, _ in panel.curves)]
+    panels = [panel for panel in PANELS if _with_curves(panel, data)]
+    if not panels:
+        raise ValueError(
+            f"{', '.join(map(str, runs.values()))}: holds no metric that is drawn, such as rewards/margins"
+        )
     num_columns = 3 if len(panels) > 4 else 2
     num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(4.3 * num_columns, 3.1 * num_rows + 1.0), dpi=150, facecolor="white")
@@ -135,8 +122,8 @@ def plot_runs(runs: Mapping[str, str | Path], output: str | Path, title: str, su
     figure.text(left, 1 - 0.22 / height, title, fontsize=15, fontweight="bold", color=INK, va="top")
     figure.text(left, 1 - 0.55 / height, subtitle, fontsize=10, color=MUTED, va="top")
     _legend(figure, data)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output)
+    with atomic_writer(output, binary=True) as file:
+        figure.savefig(file, format=output.suffix[1:])
 
 
 def summary_table(runs: Mapping[str, str | Path], num_averaged: int = 5) -> str:
@@ -163,10 +150,15 @@ def summary_table(runs: Mapping[str, str | Path], num_averaged: int = 5) -> str:
             ]
             lines.append(f"{'  held out':<20}" + "".join(f"  {cell:>{width}}" for cell in cells))
     rates = [_mean(steps[1:] or steps, "tokens_per_s_per_gpu") for steps, _ in data.values()]
-    seconds = [sum(row["iteration_time_s"] for row in steps) for steps, _ in data.values()]
+    seconds = [_seconds(steps) for steps, _ in data.values()]
     lines.append(f"{'tokens/s and rank':<20}" + "".join(f"  {rate:>{width},.0f}" for rate in rates))
     lines.append(f"{'seconds in steps':<20}" + "".join(f"  {second:>{width},.1f}" for second in seconds))
     return "\n".join(lines)
+
+
+def _with_curves(panel: Panel, data: Mapping[str, tuple[list[Metrics], list[Metrics]]]) -> list[list[Metrics]]:
+    """The steps of the runs that have a panel's curves."""
+    return [steps for steps, _ in data.values() if all(metric in steps[-1] for metric, _ in panel.curves)]
 
 
 def _draw(axis: Axes, panel: Panel, data: Mapping[str, tuple[list[Metrics], list[Metrics]]]) -> None:
@@ -180,7 +172,7 @@ def _draw(axis: Axes, panel: Panel, data: Mapping[str, tuple[list[Metrics], list
             if any(metric in row for row in evaluations):
                 axis.plot(*_curve(evaluations, metric), "o", markersize=6.5 - 2.2 * min(number, 2), **style)
     if len(panel.curves) > 1:
-        _label_ends(axis, panel, next(iter(data.values()))[0])
+        _label_ends(axis, panel, _with_curves(panel, data)[0])
     axis.set_title(panel.title, fontsize=11.5, fontweight="bold", color=INK, loc="left", pad=16)
     # The unit stands above the axis, level, where it is read without turning the head.
     axis.text(0, 1.03, panel.unit, transform=axis.transAxes, fontsize=8.5, color=MUTED)
@@ -263,4 +255,14 @@ def _curve(rows: Sequence[Metrics], metric: str) -> tuple[list[float], list[floa
 
 
 def _mean(rows: Sequence[Metrics], metric: str) -> float:
-    return sum(row[metric] for row in rows) / len(rows)
+    """Over the rows that have it; those of skipped steps are not numbers."""
+    values = [row[metric] for row in rows if metric in row and math.isfinite(row[metric])]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _seconds(steps: Sequence[Metrics]) -> float:
+    """Time of all steps; with ``--log-interval`` a line is the mean over those since the line before."""
+    first = steps[0]["iteration"]
+    gaps = [after["iteration"] - before["iteration"] for before, after in itertools.pairwise(steps)]
+    gaps.insert(0, min(first, max(gaps, default=first)))  # a resumed run's first line does not count from 0
+    return sum(gap * row.get("iteration_time_s", math.nan) for gap, row in zip(gaps, steps, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,20 @@ def test_a_failure_leaves_the_old_content(tmp_path: Path, error: type[BaseExcept
         file.write("new")
         raise error
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with (
+            pytest.raises(OSError, match=r"File too large: '.*file.txt'"),
+            atomic_writer(tmp_path / "file.txt") as file,
+        ):
+            file.write("x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_json_keeps_its_letters(tmp_path: Path) -> None:

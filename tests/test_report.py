@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from megatron_longpo.report import plot_runs, read_metrics, summary_table
+from megatron_longpo.metrics_file import read_metrics
+from megatron_longpo.report import plot_runs, summary_table
 
 
 def write_run(path: Path, metrics: list[str], num_steps: int = 12, offset: float = 0.0) -> Path:
@@ -55,7 +56,53 @@ def test_only_the_panels_of_the_metrics_are_drawn(tmp_path: Path, metrics: list[
     assert height > 500
 
 
-@pytest.mark.parametrize("content", ["not json\n", '{"loss": 1}\n', "[1]\n", ""])
+def test_what_one_run_lacks_is_drawn_of_the_other(tmp_path: Path) -> None:
+    rewards = ["rewards/chosen", "rewards/rejected"]
+    runs = {
+        "without": write_run(tmp_path / "a.jsonl", ["longpo/nll_loss"]),
+        "with": write_run(tmp_path / "b.jsonl", ["longpo/nll_loss", *rewards]),
+    }
+    plot_runs(runs, tmp_path / "report.svg", "Title")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "report.svg"]
+    assert "reward" not in summary_table(runs)
+
+
+def test_a_line_for_many_steps_counts_for_all_of_them(tmp_path: Path) -> None:
+    rows = [{"iteration": step, "loss": float("nan") if step == 20 else 3.0} for step in (10, 20, 25)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps(row | {"iteration_time_s": 2.0, "longpo/nll_loss": row["loss"]}) + "\n" for row in rows)
+    )
+    lines = [line.split() for line in summary_table({"run": path}).splitlines()]
+    assert lines[-1] == ["seconds", "in", "steps", "50.0"]
+    assert lines[-2][-1] == "nan" and lines[1][-3:] == ["3.000", "→", "3.000"]
+
+
+def test_the_half_line_of_a_killed_run_is_left_out(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a.jsonl", ["longpo/nll_loss"])
+    whole = read_metrics(path)
+    path.write_text(path.read_text() + '{"iteration": 13, "los')
+    assert read_metrics(path) == whole
+
+
+@pytest.mark.parametrize(
+    ("output", "metric", "message"),
+    [
+        ("report", "longpo/nll_loss", r"--output .*report must end in \.png, \.pdf, \.svg"),
+        ("folder.png", "longpo/nll_loss", r"--output .*folder\.png is a folder"),
+        ("report.png", "other", r"a\.jsonl: holds no metric that is drawn"),
+    ],
+)
+def test_pictures_that_cannot_be_drawn(tmp_path: Path, output: str, metric: str, message: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    run = tmp_path / "a.jsonl"
+    run.write_text(json.dumps({"iteration": 1, metric: 1.0}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        plot_runs({"run": run}, tmp_path / output, "Title")
+    assert not (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize("content", ["not json\n", '{"loss": 1}\n', "[1]\n", '{"iteration": 1, "loss": "x"}\n', ""])
 def test_a_file_that_is_no_metrics_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"bad\.jsonl"):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
+
+from megatron_longpo.processes import take_sigterm_as_ctrl_c
 
 TERMINAL_CHARS, HTML_CHARS = 800, 20_000
 
@@ -51,7 +52,7 @@ def main() -> None:
     # Imported here: `--help` and mistakes in flags do not wait for numpy.
     from megatron_longpo.inspection.command import run
 
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    take_sigterm_as_ctrl_c()
     try:
         run(arguments, arguments.max_chars or TERMINAL_CHARS, arguments.max_chars or HTML_CHARS)
         sys.stdout.flush()

@@ -45,6 +45,13 @@ def size(text: str) -> float:
     return number
 
 
+def rotary_base(text: str) -> str:
+    """A RoPE base, as it goes into the command."""
+    if size(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 1")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
@@ -60,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--global-batch-size", type=whole_number, default=8, metavar="DOCUMENTS", help="default: 8")
     add("--turns-per-document", type=whole_number, default=4, metavar="TURNS", help="default: 4")
     add("--response-tokens", type=whole_number, default=512, metavar="TOKENS", help="of every answer; default: 512")
-    add("--rotary-base", metavar="X", help="default: the model's")
+    add("--rotary-base", type=rotary_base, metavar="X", help="default: the model's")
     add(
         "--num-documents", type=whole_number, default=45_000, help="for GPU-hours and days; default: 45000, the paper's"
     )

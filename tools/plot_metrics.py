@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_longpo.report import plot_runs, summary_table
 
@@ -22,7 +23,13 @@ def main() -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: .png, .pdf or .svg")
     parser.add_argument("--title", default="Training", help="headline (default: Training)")
     arguments = parser.parse_args()
-    runs = dict((run if "=" in run else f"{run}={run}").split("=", 1) for run in arguments.runs)
+    runs: dict[str, str] = {}
+    for run in arguments.runs:
+        # A file that is there is meant as it stands: folders are named lr=1e-6.
+        name, file = (run, run) if "=" not in run or Path(run).exists() else run.split("=", 1)
+        if name in runs:
+            parser.error(f"the name {name!r} occurs twice: give every run its own, NAME=FILE")
+        runs[name] = file
     try:
         plot_runs(runs, arguments.output, arguments.title)
         print(summary_table(runs))

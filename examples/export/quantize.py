@@ -105,7 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.recipe == "nvfp4" and not torch.cuda.is_available():
         raise ValueError("--recipe nvfp4 needs a GPU: ModelOpt computes its block scales there")
     with HFWeights(arguments.hf_model) as files:
-        check_target(arguments.save, sum(tensor.num_bytes for tensor in files.tensors.values()), arguments.overwrite)
+        num_bytes = sum(tensor.num_bytes for tensor in files.tensors.values())
+    check_target(arguments.save, num_bytes, arguments.overwrite, {"--hf-model": arguments.hf_model})
     model = AutoModelForCausalLM.from_pretrained(
         arguments.hf_model, dtype="auto", device_map="auto" if torch.cuda.is_available() else None
     ).eval()

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_longpo.files import sync_file, sync_folder
+from megatron_longpo.files import folder_lock, sync_file, sync_folder
 
 _PARTIAL = ".partial"
 
 
-def check_target(folder: str | Path, num_bytes: int, overwrite: bool) -> None:
+def check_target(folder: str | Path, num_bytes: int, overwrite: bool, sources: Mapping[str, str | Path]) -> None:
     """Refuse a target that holds something, or whose disk is too small.
 
     Args:
         folder: What ``--save`` gives; need not exist.
         num_bytes: Size of what will be written.
-        overwrite: Whether ``--overwrite`` was given.
+        overwrite: Whether ``--overwrite`` was given; a training run and what is read are never overwritten.
+        sources: The folders that are read, by flag.
 
     Raises:
-        ValueError: It is a file, is not empty, or its disk has too little room.
+        ValueError: It is a file or one of the sources, is not empty, or its disk has too little room.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--save {folder} is a file; give a folder")
+    for flag, source in sources.items():
+        if folder.exists() and Path(source).exists() and folder.samefile(source):
+            raise ValueError(f"--save {folder} is the folder of {flag}, which stays as it is: give another folder")
+    if steps := sorted(path.name for path in folder.glob("iter_*")):
+        raise ValueError(f"--save {folder} holds checkpoints of a training run ({steps[0]}): give another folder")
     held = sorted(path.name for path in folder.iterdir() if path.name != _PARTIAL) if folder.is_dir() else []
     if held and not overwrite:
         shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
@@ -54,12 +60,20 @@ def filled_folder(folder: str | Path, stale: Collection[str], last: str) -> Iter
 
     Raises:
         OSError: It could not be written; the message says where.
+        ValueError: Another process is writing there.
     """
     folder = Path(folder)
-    partial = folder / _PARTIAL
     existed = folder.is_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    complaint = f"--save {folder}: another process is writing there; wait for it, or give another folder"
+    with folder_lock(folder, complaint):
+        yield from _filled(folder, existed, stale, last)
+
+
+def _filled(folder: Path, existed: bool, stale: Collection[str], last: str) -> Iterator[Path]:
+    partial = folder / _PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         yield partial
         for path in partial.rglob("*"):

@@ -58,7 +58,7 @@ def convert_to_hf(
         for name, shape in zip(weight.hf, weight.layout.hf_shapes(stored.model), strict=True)
     ]
     num_bytes = sum(spec.num_bytes for spec in specs)
-    check_target(save, num_bytes + companions_bytes(hf_model), overwrite)
+    check_target(save, num_bytes + companions_bytes(hf_model), overwrite, {"--hf-model": hf_model, "--load": load})
     with (
         filled_folder(save, stale=_OLD_WEIGHTS, last=CONFIG_FILE) as folder,
         tqdm(total=num_bytes, desc="converting", unit="B", unit_scale=True, disable=not show_progress) as progress,

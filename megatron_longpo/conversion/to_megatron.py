@@ -78,8 +78,7 @@ def convert_to_megatron(
         )
         tensors = [_lazy(weight, model, files, dtype) for weight in weights]
         num_bytes = sum(tensor.num_bytes for tensor in tensors)
-        _refuse_training_run(Path(save))
-        check_target(save, num_bytes, overwrite)
+        check_target(save, num_bytes, overwrite, {"--hf-model": hf_model})
         with (
             filled_folder(save, stale=[RELEASE], last=TRACKER) as folder,
             tqdm(total=num_bytes, desc="converting", unit="B", unit_scale=True, disable=not show_progress) as progress,
@@ -130,9 +129,3 @@ def _state_names(weights: list[Weight], num_layers: int) -> Iterator[str]:
         if module.endswith(_WITH_STATE):
             shard = "0_1" if place.layer is None else f"{place.layer}_{num_layers}"
             yield f"{module}._extra_state/shard_{shard}"
-
-
-def _refuse_training_run(folder: Path) -> None:
-    steps = sorted(path.name for path in folder.glob("iter_*"))
-    if steps:
-        raise ValueError(f"--save {folder} holds checkpoints of a training run ({steps[0]}): give another folder")

@@ -50,6 +50,8 @@ class PreprocessOptions:
     turns: str = "joint"
 
     def __post_init__(self) -> None:
+        if self.output_prefix.endswith("/"):
+            raise ValueError(f"--output-prefix {self.output_prefix} is a folder: add a name, {self.output_prefix}pairs")
         if self.turns not in TURNS:
             raise ValueError(f"--turns {self.turns} is unknown: choose one of {', '.join(TURNS)}")
         if self.max_seq_length is not None and self.max_seq_length < 2:

@@ -28,7 +28,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron_longpo.data.document import TURNS, Branch, ShortPrompt, TokenizedDocument, Tokens
 from megatron_longpo.data.manifest import SCHEMA, Manifest, manifest_path
 from megatron_longpo.data.rows import training_row
-from megatron_longpo.files import file_hash, replace_file, sync_file, temporary_name
+from megatron_longpo.files import file_hash, name_full_disk, replace_file, sync_file, temporary_name
 
 _HAS_JOINT, _HAS_INDEPENDENT, _HAS_SHORT = 1, 2, 4
 
@@ -58,7 +58,11 @@ class RecordWriter:
     ) -> None:
         try:
             self._builder.data_file.close()
+        except OSError as full:
+            name_full_disk(full, f"{self.prefix}.bin")
+            raise
         finally:
+            name_full_disk(error, f"{self.prefix}.bin")
             # Closing writes what is buffered, which fails again on a full disk.
             self._temporary_bin.unlink(missing_ok=True)
             self._temporary_idx.unlink(missing_ok=True)

@@ -119,9 +119,10 @@ class HuggingFaceChatTokenizer:
                 str(path), trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:  # transformers raises nearly every type, down to bare Exception
+            reason = " ".join(str(error).split())
             raise ValueError(
                 f"--tokenizer-model {path}: transformers cannot load a tokenizer from this folder "
-                f"({type(error).__name__}: {error}); it needs tokenizer.json and tokenizer_config.json. For a bare "
+                f"({type(error).__name__}: {reason}); it needs tokenizer.json and tokenizer_config.json. For a bare "
                 f"SentencePiece model give the .model file itself"
             ) from error
         if not self._tokenizer.is_fast:

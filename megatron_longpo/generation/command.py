@@ -5,7 +5,6 @@ What does the work is imported when it is needed: ``--help`` and wrong flags do 
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,13 @@ from pathlib import Path
 from megatron_longpo.generation.engine import EngineError
 from megatron_longpo.generation.flags import make_parser
 from megatron_longpo.generation.settings import GenerationSettings
+from megatron_longpo.processes import take_sigterm_as_ctrl_c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline; returns the exit code: 0, 1 for the engine or a file, 2 for flags, 130 for Ctrl-C."""
     arguments = vars(make_parser().parse_args(argv))
-    # The scheduler's SIGTERM ends the run like Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    take_sigterm_as_ctrl_c()
     task = arguments.pop("task")
     try:
         settings = _settings(arguments)

@@ -16,7 +16,7 @@ from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.pair_formats.counting import count_rows
 from megatron_longpo.pair_formats.fields import kind_of
-from megatron_longpo.pair_formats.raw import TABLE_SUFFIXES, raw_rows
+from megatron_longpo.pair_formats.raw import GZIP_ERRORS, TABLE_SUFFIXES, raw_rows
 
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", *TABLE_SUFFIXES)
 """Files with many documents; every other file is one document of plain text."""
@@ -121,7 +121,12 @@ def _documents(path: Path, settings: GenerationSettings) -> Iterator[tuple[str, 
 
 
 def _read_text(path: Path) -> str:
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except GZIP_ERRORS as error:
+            raise ValueError(f"{path}: is not a whole gzip file ({error}); copy or pack it again") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -15,16 +15,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_longpo.files import atomic_writer, exclusive_lock, write_json
-from megatron_longpo.generation.corpus import corpus_files, read_corpus
+from megatron_longpo.files import atomic_writer, check_folder_writable, exclusive_lock, write_json
+from megatron_longpo.generation.corpus import corpus_files, count_documents, read_corpus
 from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.report import REPORT, GenerationReport
 from megatron_longpo.generation.rollout import Outcome
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.store import STATE, finished_mark, read_outcomes, store_file
+from megatron_longpo.pair_formats.raw import GENERATED_PAIRS
 from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
 
-PAIRS, TIMINGS = "pairs.jsonl", "timings.jsonl"
+PAIRS, TIMINGS = GENERATED_PAIRS, "timings.jsonl"
 SCHEMA = 1
 
 
@@ -32,7 +33,8 @@ def prepare_output(settings: GenerationSettings) -> None:
     """Record what decides the content; a run that goes on must be given the same.
 
     Raises:
-        ValueError: The folder was started with other flags or documents, or holds something else.
+        ValueError: The folder was started with other flags or documents, holds something else, or cannot be written;
+            a document of a run that starts is unusable.
     """
     folder = Path(settings.output)
     if folder.exists() and not folder.is_dir():
@@ -48,6 +50,9 @@ def prepare_output(settings: GenerationSettings) -> None:
         others = [path.name for path in folder.iterdir() if path.name != STATE] if folder.exists() else []
         if others:
             raise ValueError(f"--output {folder} is not empty ({', '.join(sorted(others)[:3])}): give another folder")
+        _look_through(settings)
+        # Not in the folder itself: to another task that starts now it must look empty.
+        check_folder_writable(folder / STATE, "--output")
         write_json(file, now)
         return
     try:
@@ -68,6 +73,14 @@ def prepare_output(settings: GenerationSettings) -> None:
             f"--output {folder} was started with something else: {'; '.join(different)}. Give the same to go on, or "
             "another folder to start anew"
         )
+
+
+def _look_through(settings: GenerationSettings) -> None:
+    """Find a bad row before the first answer: to mend it changes the documents, and a run cannot go on with others."""
+    total = count_documents(settings) if settings.progress else None
+    documents = read_corpus(settings)
+    for _ in tqdm(documents, "checking", total, unit="document", disable=not settings.progress, delay=2):
+        pass
 
 
 def write_results(settings: GenerationSettings) -> GenerationReport:

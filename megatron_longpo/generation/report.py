@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_longpo.generation.rollout import Outcome
+from megatron_longpo.pair_formats.raw import GENERATION_REPORT
 
 SCHEMA = 1
-REPORT = "report.json"
+REPORT = GENERATION_REPORT
 
 
 @dataclass

@@ -121,6 +121,11 @@ class PairsRunner(InferenceRunner):
                 raise
         finished_mark(folder.parent, rank).touch()
 
+    async def run_async(self, *arguments: Any, **named: Any) -> None:
+        """Answer all documents of a task; the error of the first that fails is raised."""
+        asyncio.get_running_loop().set_exception_handler(_log_what_nobody_awaits)
+        await super().run_async(*arguments, **named)
+
     def _init_server(self, rank: int) -> Any:
         if self.settings.engine == OPENAI:
             from megatron_longpo.generation.http_engine import HttpEngine
@@ -186,6 +191,14 @@ class PairsRunner(InferenceRunner):
             logger.info(f"document {outcome.id!r}: {outcome.dropped}")
         assert self._progress is not None
         self._progress.finished(outcome)
+
+
+def _log_what_nobody_awaits(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Where the engine fails, all documents in flight do. One stops the run; asyncio would print the others over it."""
+    if "never retrieved" in context["message"] and "exception" in context:
+        logger.info(f"also failed: {context['exception']}")
+    else:
+        loop.default_exception_handler(context)
 
 
 def _chat_payload(request: Request) -> dict[str, Any]:

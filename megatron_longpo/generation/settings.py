@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -189,12 +190,14 @@ class GenerationSettings:
         if self.max_documents is not None:
             at_least["--max-documents"] = (self.max_documents, 1)
         for flag, (value, low) in at_least.items():
-            if value < low:
+            if not (math.isfinite(value) and value >= low):
                 raise ValueError(f"{flag} {value} must be at least {low}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1]")
-        if self.request_timeout_s <= 0:
+        if not self.request_timeout_s > 0:
             raise ValueError(f"--request-timeout-s {self.request_timeout_s} must be greater than 0")
+        if self.long_rotary_base is not None and not 1 < self.long_rotary_base < math.inf:
+            raise ValueError(f"--long-rotary-base {self.long_rotary_base} must be a number greater than 1")
         if self.max_chunk_tokens > LONGEST_CHUNK_TOKENS:
             raise ValueError(
                 f"--max-chunk-tokens {self.max_chunk_tokens} must be at most {LONGEST_CHUNK_TOKENS}: a chunk is what a "
@@ -206,7 +209,7 @@ class GenerationSettings:
             ("--min-chunk-tokens", self.min_chunk_tokens, "--target-length", self.target_length),
         ):
             if low_value > high_value:
-                raise ValueError(f"{low_flag} {low_value} is greater than {high_flag} {high_value}: exchange them")
+                raise ValueError(f"{low_flag} {low_value} is greater than {high_flag} {high_value}: change one of them")
 
 
 def _check_url(flag: str, url: str) -> None:

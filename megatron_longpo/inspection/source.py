@@ -6,10 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_longpo.generation.report import REPORT
-from megatron_longpo.pair_formats.raw import input_files
-
-PAIRS_NAME = "pairs.jsonl"
+from megatron_longpo.pair_formats.raw import GENERATED_PAIRS, GENERATION_REPORT, input_files
 
 
 @dataclass(frozen=True)
@@ -35,16 +32,15 @@ def find_sources(paths: Sequence[str | Path]) -> Sources:
     reports: list[Path] = []
     for path in map(Path, paths):
         folder = path if path.is_dir() else path.parent
-        is_generated = (folder / REPORT).is_file() and (path.is_dir() or path.name == PAIRS_NAME)
-        if path.is_dir() and is_generated and not (path / PAIRS_NAME).is_file():
+        is_generated = (folder / GENERATION_REPORT).is_file() and (path.is_dir() or path.name == GENERATED_PAIRS)
+        if path.is_dir() and is_generated and not (path / GENERATED_PAIRS).is_file():
             raise ValueError(
-                f"{path} has {REPORT} and no {PAIRS_NAME}: run tools/generate_pairs.py again, it goes on where it "
-                f"stopped"
+                f"{path} has {GENERATION_REPORT} and no {GENERATED_PAIRS}: run tools/generate_pairs.py again, it goes "
+                "on where it stopped"
             )
-        # Beside the pairs of a generation lie its intermediate results, which are JSON lines too.
-        pairs += [path / PAIRS_NAME] if path.is_dir() and (path / PAIRS_NAME).is_file() else input_files([path])
+        pairs += input_files([path])
         if is_generated:
-            reports.append(folder / REPORT)
+            reports.append(folder / GENERATION_REPORT)
     # `out out/pairs.jsonl`, say: a file is read once, however often it is named.
     files = {file.resolve(): file for file in reversed(input_files(pairs))}
     return Sources(tuple(reversed(files.values())), tuple({file.resolve(): file for file in reports}.values()))

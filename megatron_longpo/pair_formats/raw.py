@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,26 @@ from megatron_longpo.pair_formats.document import Location, PairsError
 from megatron_longpo.pair_formats.fields import kind_of
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
+GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+"""What reading a damaged or cut .gz file raises."""
+
+GENERATED_PAIRS, GENERATION_REPORT = "pairs.jsonl", "report.json"
 _BATCH_ROWS = 16
 
 
 def input_files(paths: Sequence[str | Path]) -> list[Path]:
     """The files behind paths: files as they are, folders replaced by the tables and JSON lines in them, sorted.
 
+    Of an output folder of generation, which holds other JSON lines too, it is `GENERATED_PAIRS` alone.
+
     Raises:
         ValueError: A path does not exist, is empty, or is a folder without such files.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if path.is_dir() and all((path / name).is_file() for name in (GENERATED_PAIRS, GENERATION_REPORT)):
+            files.append(path / GENERATED_PAIRS)
+        elif path.is_dir():
             found = [p for p in sorted(path.rglob("*")) if p.suffix in (".jsonl", *TABLE_SUFFIXES)]
             # Hugging Face leaves the results of map() beside the data.
             found = [p for p in found if not p.name.startswith("cache-")]
@@ -44,14 +53,17 @@ def raw_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
     """The rows of one file, one at a time.
 
     Raises:
-        PairsError: A line is not a JSON object in UTF-8; a table cannot be read.
+        PairsError: A line is not a JSON object in UTF-8; a table or a packed file cannot be read.
     """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
     elif file.suffix == ".arrow":
         yield from _arrow_rows(file)
     else:
-        yield from _json_lines(file)
+        try:
+            yield from _json_lines(file)
+        except GZIP_ERRORS as error:
+            raise PairsError(str(file), "", f"is not a whole gzip file ({error})", "copy or pack it again") from error
 
 
 def _json_lines(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:

@@ -78,7 +78,9 @@ class Checkpointer:
         final = iteration_folder(settings.save, progress.iteration)
         partial = final.with_name(f".{final.name}.partial")
         if is_rank_0():
-            shutil.rmtree(partial, ignore_errors=True)
+            # Of runs that were killed, or found the disk full, while they saved.
+            for stale in final.parent.glob(".iter_*.partial"):
+                shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
         state: dict[str, Any] = {

@@ -10,6 +10,7 @@ from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.load import load_hf_weights
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
 from megatron_longpo.training.checkpoint_folder import OF_REFERENCE, RELEASE, TRACKER, find_checkpoint, saved_config
+from megatron_longpo.training.distributed import is_rank_0
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
@@ -57,7 +58,9 @@ def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progres
     if settings.load is not None:
         found = find_checkpoint(settings.load)
         if found is not None:
-            return checkpointer.load(found, weights_only=settings.finetune)
+            progress = checkpointer.load(found, weights_only=settings.finetune)
+            _tell(f"loaded {found}: the run goes on at iteration {progress.iteration}")
+            return progress
         starts_elsewhere = settings.load_hf is not None or settings.pretrained_checkpoint is not None
         same = settings.save is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
         if not (starts_elsewhere or same):
@@ -65,6 +68,7 @@ def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progres
                 f"--load {settings.load} holds no checkpoint (no {Path(settings.load) / TRACKER}); to start a run here "
                 "and resume it with the same command, let --load equal --save"
             )
+        _tell(f"--load {settings.load} holds no checkpoint yet: the run starts at iteration 0")
     if settings.pretrained_checkpoint is not None:
         found = find_checkpoint(settings.pretrained_checkpoint)
         if found is None:
@@ -75,3 +79,8 @@ def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progres
         if checkpointer.optimizer is not None:
             checkpointer.optimizer.reload_model_params()
     return Progress()
+
+
+def _tell(text: str) -> None:
+    if is_rank_0():
+        print(text, flush=True)

@@ -70,6 +70,8 @@ class Trainer:
         self.sampler = self._sampler()
         reporter = Reporter(config, is_rank_0(), self.total_steps, progress.iteration)
         saved_at = progress.iteration
+        if progress.iteration >= self.total_steps:
+            reporter.print(f"nothing is left to train: the run has made all of its {self.total_steps} steps")
         skipped_in_a_row = 0
         try:
             with Leaving(config.training, self.started_s) as leaving:

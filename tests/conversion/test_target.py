@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_longpo.conversion import target
 from megatron_longpo.convert_checkpoint import main
+from megatron_longpo.files import folder_lock
 from megatron_longpo.training.checkpoint_folder import find_checkpoint, saved_config
 from tests.conversion.converting import to_hf, to_megatron
 
@@ -43,6 +45,34 @@ def test_checkpoints_of_a_training_run_are_never_overwritten(llama: Path, tmp_pa
     (tmp_path / "run" / "iter_0000010").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"holds checkpoints of a training run \(iter_0000010\)"):
         to_megatron(llama, tmp_path / "run", overwrite=True)
+    to_megatron(llama, tmp_path / "megatron")
+    with pytest.raises(ValueError, match=r"holds checkpoints of a training run \(iter_0000010\)"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "run", overwrite=True)
+
+
+def test_a_second_writer_is_refused(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "megatron").mkdir()
+    with (
+        folder_lock(tmp_path / "megatron", ""),
+        pytest.raises(ValueError, match=r"--save .*megatron: another process is writing there; wait for it"),
+    ):
+        to_megatron(llama, tmp_path / "megatron")
+    assert list((tmp_path / "megatron").iterdir()) == []
+    to_megatron(llama, tmp_path / "megatron")
+
+
+def test_what_is_read_is_never_overwritten(llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    to_megatron(model, tmp_path / "megatron")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "same").symlink_to(model)
+    with pytest.raises(ValueError, match=r"same is the folder of --hf-model, which stays as it is"):
+        to_hf(tmp_path / "megatron", model, tmp_path / "same", overwrite=True)
+    with pytest.raises(ValueError, match=r"model is the folder of --hf-model"):
+        to_megatron(model, model, overwrite=True)
+    with pytest.raises(ValueError, match=r"megatron is the folder of --load"):
+        to_hf(tmp_path / "megatron", model, tmp_path / "megatron", overwrite=True)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_a_file_is_no_target(llama: Path, tmp_path: Path) -> None:

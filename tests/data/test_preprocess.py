@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import resource
@@ -80,6 +81,13 @@ def test_documents_arrive_in_order_with_a_full_manifest(
     assert manifest.source == [{"file": str(pairs_file), "bytes": size, "hash": file_hash(pairs_file), "rows": 6}]
     assert manifest.settings["turns"] == "joint"
     assert manifest.dropped == {} and manifest.truncated == []
+
+
+def test_rows_of_packed_files_are_not_counted_from_outside(options: PreprocessOptions, pairs_file: Path) -> None:
+    packed = pairs_file.with_name("pairs.jsonl.gz")
+    packed.write_bytes(gzip.compress(pairs_file.read_bytes()))
+    manifest = preprocess(replace(options, inputs=(str(packed),)), progress=False)
+    assert manifest.num_documents == 6 and manifest.source[0]["rows"] is None
 
 
 def test_workers_do_not_change_a_byte(options: PreprocessOptions) -> None:
@@ -192,6 +200,7 @@ def test_tokenized_rows_and_text_rows_in_one_run(options: PreprocessOptions, tmp
         ({"max_seq_length": 1}, "--max-seq-length 1"),
         ({"truncate_document": True}, "--truncate-document has no effect"),
         ({"prompt_template": "{document}"}, "--prompt-template"),
+        ({"output_prefix": "data/"}, "--output-prefix data/ is a folder: add a name, data/pairs"),
     ],
 )
 def test_unusable_flags_are_named(options: PreprocessOptions, change: dict, message: str) -> None:
@@ -210,6 +219,12 @@ def test_the_command_prints_a_summary_and_one_line_errors(options: PreprocessOpt
     assert done.returncode == 0, done.stderr
     assert "documents written" in done.stdout and "6/6" in done.stderr
     assert len(PreferenceDataset(options.output_prefix)) == 6
+    # A reader that has seen enough of the summary is no failure.
+    read, write = os.pipe()
+    os.close(read)
+    closed = subprocess.run(command(options), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert closed.returncode == 0 and "Broken" not in closed.stderr
     failed = subprocess.run(command(options, "--max-seq-length", "0"), capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.strip().startswith("preprocess_pairs.py: error: --max-seq-length 0")
@@ -220,7 +235,7 @@ def test_a_disk_that_fills_up_leaves_nothing(options: PreprocessOptions) -> None
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OSError, match="File too large"):
+        with pytest.raises(OSError, match=r"File too large: '.*pairs\.bin'"):
             preprocess(options, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -234,8 +249,13 @@ def test_ctrl_c_stops_workers_and_leaves_nothing(options: PreprocessOptions, tex
         (replace(document, id=f"{document.id}.{copy}") for copy in range(6000) for document in pairs(text)),
     )
     # In a group of its own, which gets the signal as a terminal's foreground group does.
+    # And SIGTERM finds Ctrl-C ignored, as it is in what a script starts in the background.
     process = subprocess.Popen(
-        command(options, "--workers", "2"), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(options, "--workers", "2"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if stop == signal.SIGTERM else None,
     )
     folder = Path(options.output_prefix).parent
     deadline = time.monotonic() + 60

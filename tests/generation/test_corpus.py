@@ -97,6 +97,9 @@ def test_bad_paths(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"--documents .*empty: the folder holds no document; it may hold \.jsonl"):
         list(read_corpus(settings(documents=(str(tmp_path / "empty"),))))
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"words " * 9)[:-5])
+    with pytest.raises(ValueError, match=r"cut.txt.gz: is not a whole gzip file"):
+        list(read_corpus(settings(documents=(str(tmp_path / "cut.txt.gz"),))))
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin.txt: is not UTF-8 at byte 3"):
         list(read_corpus(settings(documents=(str(tmp_path / "latin.txt"),))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def test_the_key_is_sent_and_never_shown(
     written = [path.read_bytes() for path in Path(chosen.output).parent.rglob("*") if path.is_file()]
     assert not any(b"sk-" in content for content in written)
     assert "sk-" not in "".join(capfd.readouterr())
+
+
+def test_of_many_that_fail_together_one_speaks(
+    settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with running(ChatServer(key="secret")) as url, pytest.raises(EngineError, match="OPENAI_API_KEY"):
+        run(settings(base_url=url, concurrency=4))
+    gc.collect()  # what asyncio has to say of a task comes when it is collected
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_a_model_that_is_not_served(settings: Settings) -> None:

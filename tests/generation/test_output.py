@@ -53,6 +53,19 @@ def test_going_on_with_other_flags_or_documents_is_refused(settings: Settings, c
         prepare_output(settings(output=str(tmp_path / "full")))
 
 
+def test_a_bad_document_is_found_before_anything_is_asked_or_written(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    chosen = settings(documents=(str(path),))
+    path.write_text('{"text": "fine"}\n{"text": 3}\n')
+    with pytest.raises(ValueError, match=r"documents.jsonl:2: field 'text' is a number"):
+        prepare_output(chosen)
+    assert not Path(chosen.output).exists()
+    path.write_text('{"text": "fine"}\n{"text": "mended"}\n')
+    prepare_output(chosen)
+    with pytest.raises(ValueError, match=r"--output /proc/pairs/state cannot be written"):
+        prepare_output(settings(documents=(str(path),), output="/proc/pairs"))
+
+
 def test_results_wait_for_every_task(settings: Settings) -> None:
     with running(ChatServer()) as url:
         chosen = settings(base_url=url, num_tasks=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def test_folders_are_searched_in_order_without_caches(tmp_path: Path) -> None:
     ]
 
 
+def test_of_a_generation_only_the_pairs_are_pairs(tmp_path: Path) -> None:
+    for name in ("pairs.jsonl", "timings.jsonl"):
+        (tmp_path / name).write_text("x")
+    # Without the report it is a folder like any other, of which no file may be passed over.
+    assert [path.name for path in input_files([tmp_path])] == ["pairs.jsonl", "timings.jsonl"]
+    (tmp_path / "report.json").write_text("x")
+    assert [path.name for path in input_files([tmp_path])] == ["pairs.jsonl"]
+
+
 def test_unusable_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--input nowhere\.jsonl: there is no such file"):
         input_files(["nowhere.jsonl"])
@@ -90,3 +100,18 @@ def test_unusable_paths_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl: the file is empty"):
         input_files([tmp_path / "empty.jsonl"])
+
+
+def test_damaged_packed_files_are_named(tmp_path: Path) -> None:
+    packed = gzip.compress(b"".join(json.dumps({"id": str(number)}).encode() + b"\n" for number in range(500)))
+    middle = len(packed) // 2
+    contents = (b"plain", packed[:-20], packed[:middle] + b"\xff" * 40 + packed[middle + 40 :])
+    for content in contents:
+        path = tmp_path / "rows.jsonl.gz"
+        path.write_bytes(content)
+        with pytest.raises(
+            PairsError, match=r"rows\.jsonl\.gz: is not a whole gzip file \(.*\); copy or pack it again"
+        ):
+            list(raw_rows(path))
+    path.write_bytes(packed)
+    assert len(list(raw_rows(path))) == 500

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_longpo.files import folder_lock
 from tests.distributed.harness import run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 from tests.training.commands import FLAGS, metrics, run_in_one_process, train
@@ -80,7 +81,10 @@ def fill_the_disk(rank: int, data: str, folder: str) -> dict[str, Any]:
     progress = Checkpointer(config, chunks).load(found)
     same = all(torch.equal(a, b) for a, b in zip(weights, unwrap(chunks[0]).parameters(), strict=True))
     visible = sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith("."))
-    return {"error": error, "found": found.name, "consumed": progress.consumed_samples, "same": same, "files": visible}
+    Checkpointer(config, chunks).save(Progress(iteration=3))
+    hidden = [p.name for p in Path(folder).iterdir() if p.name.startswith(".")]
+    result = {"error": error, "found": found.name, "consumed": progress.consumed_samples, "same": same}
+    return result | {"files": visible, "left behind": hidden}
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
@@ -88,6 +92,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     result = run_ranks(fill_the_disk, 1, str(data), str(tmp_path / "save"))[0]
     assert "File too large" in result["error"] and "Earlier checkpoints are as they were" in result["error"]
     assert result["files"] == ["iter_0000001", "latest_checkpointed_iteration.txt"]
+    assert result["left behind"] == []
     assert (result["found"], result["consumed"], result["same"]) == ("iter_0000001", 5, True)
 
 
@@ -111,6 +116,22 @@ MISTAKES = {
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
     "half a checkpoint": (1, [*SFT, "--load={half}"], "is not a torch_dist checkpoint"),
     "broken tracker": (1, [*SFT, "--load={broken}"], "expected an iteration number or 'release', got 'ten'"),
+    "save is a file": (1, [*SFT, "--save={file}"], "--save FOLDER/file is a file: give a folder"),
+    "save cannot be made": (1, [*SFT, "--save=/proc/run"], "--save /proc/run cannot be written"),
+    "save of another run": (1, [*SFT, "--save={save}"], "holds the checkpoints of another run (the newest is iter_"),
+    "save of a running one": (1, [*SFT, "--save={locked}"], "--save FOLDER/locked: another run is writing its check"),
+    "metrics over a file": (
+        1,
+        [*SFT, "--metrics-jsonl={file}"],
+        "--metrics-jsonl FOLDER/file is no file of metrics (see its line 1)",
+    ),
+    "metrics in a folder": (1, [*SFT, "--metrics-jsonl={half}"], "--metrics-jsonl FOLDER/half is a folder"),
+    "TensorBoard in a file": (1, [*SFT, "--tensorboard-dir={file}"], "--tensorboard-dir FOLDER/file is a file"),
+    "traces in a file": (
+        1,
+        [*SFT, "--profile", "--profile-step-start=0", "--profile-dir={file}"],
+        "--profile-dir FOLDER/file is a file",
+    ),
     "damaged tokens": (1, [*SFT, "--data-path={truncated}"], "truncated"),
 }
 
@@ -119,7 +140,8 @@ MISTAKES = {
 def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Every mistake made once, in one process."""
     folder = tmp_path_factory.mktemp("mistakes")
-    places = {name: folder / name for name in ("save", "half", "broken", "truncated")}
+    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file", "locked")}
+    places["file"].write_text("mine")
     for name, text in (("half", "7"), ("broken", "ten")):
         places[name].mkdir()
         (places[name] / "latest_checkpointed_iteration.txt").write_text(text)
@@ -135,9 +157,13 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
-    results = run_in_one_process(commands)
+    places["locked"].mkdir()
+    with folder_lock(places["locked"], ""):
+        results = run_in_one_process(commands)
     assert results[0][0] == 0, results[0][1]
     assert not list(folder.glob("*reference*/manifest.json"))
+    assert places["file"].read_text() == "mine"
+    results = [(code, output.replace(str(folder), "FOLDER")) for code, output in results]
     return dict(zip(["saved", "foreign reference", "poisoned", *MISTAKES], results, strict=True))
 
 

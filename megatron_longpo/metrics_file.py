@@ -1,0 +1,44 @@
+"""The file of ``--metrics-jsonl``: a JSON object of numbers a line, for training steps and for evaluations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+Metrics = dict[str, float]
+
+
+def read_metrics(path: str | Path) -> tuple[list[Metrics], list[Metrics]]:
+    """Read a `--metrics-jsonl` file; of a run that is still going, or was killed, the last line may be half a line.
+
+    Returns:
+        The training steps, and the evaluations with the prefix ``eval/`` taken off their names.
+
+    Raises:
+        ValueError: A line is no JSON object of numbers with an ``iteration``, or there is no training step at all.
+    """
+    steps: list[Metrics] = []
+    evaluations: list[Metrics] = []
+    *lines, half = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    lines += [half] * (metrics_of(half) is not None)
+    for number, line in enumerate(lines, 1):
+        row = metrics_of(line)
+        if row is None:
+            raise ValueError(f"{path}:{number}: not a line of metrics; give what --metrics-jsonl wrote")
+        if any(name.startswith("eval/") for name in row):
+            evaluations.append({name.removeprefix("eval/"): value for name, value in row.items()})
+        else:
+            steps.append(row)
+    if not steps:
+        raise ValueError(f"{path}: holds no training step; let the run make at least one")
+    return steps, evaluations
+
+
+def metrics_of(line: str) -> Metrics | None:
+    """The values of a line; None if it is none of metrics."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    numbers = row.values() if isinstance(row, dict) and "iteration" in row else [None]
+    return row if all(isinstance(number, int | float) for number in numbers) else None

@@ -1,0 +1,82 @@
+"""Where a run writes, looked at before the first step: found out at the first checkpoint, a mistake costs the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from megatron_longpo.config import RunConfig
+from megatron_longpo.files import check_folder_writable, check_writable, folder_lock
+from megatron_longpo.metrics_file import metrics_of
+from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint
+from megatron_longpo.training.distributed import is_rank_0
+
+_BEGINNING = '{"iteration"'
+"""Of every line of metrics."""
+
+
+@contextmanager
+def own_outputs(config: RunConfig) -> Iterator[None]:
+    """Check what a run writes, and keep other runs out of its folder of checkpoints while the block runs.
+
+    Raises:
+        ValueError: As `check_outputs`; another run writes to ``--save``.
+    """
+    check_outputs(config)
+    save = config.checkpoint.save
+    complaint = f"--save {save}: another run is writing its checkpoints there; wait for it, or give another folder"
+    with folder_lock(save, complaint) if save is not None and is_rank_0() else nullcontext():
+        yield
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Refuse outputs that cannot be written, or that hold what the run would destroy. Creates missing folders.
+
+    Every rank looks at the folder of checkpoints, rank 0 at what it alone writes.
+
+    Raises:
+        ValueError: The message names flag, place and fix.
+    """
+    save = config.checkpoint.save
+    if save is not None:
+        check_folder_writable(save, "--save")
+        _refuse_other_run(save, config.checkpoint.load)
+    settings = config.logging
+    if settings.profile_dir is not None:
+        check_folder_writable(settings.profile_dir, "--profile-dir")
+    if not is_rank_0():
+        return
+    if settings.tensorboard_dir is not None:
+        check_folder_writable(settings.tensorboard_dir, "--tensorboard-dir")
+    if settings.metrics_jsonl is not None:
+        check_writable(settings.metrics_jsonl, "--metrics-jsonl", "metrics.jsonl")
+        _refuse_other_content(Path(settings.metrics_jsonl))
+
+
+def _refuse_other_run(save: str, load: str | None) -> None:
+    found = find_checkpoint(save)
+    if found is None or found.name == RELEASE:
+        return
+    # A checkpoint of the folder may be named itself: a run goes on from an earlier step.
+    if load is not None and Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent):
+        return
+    raise ValueError(
+        f"--save {save} holds the checkpoints of another run (the newest is {found.name}), which this one would "
+        f"replace: give --load {save} too to go on with it, or another folder"
+    )
+
+
+def _refuse_other_content(path: Path) -> None:
+    """What is no line of metrics would be removed when the file is opened."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            # A killed run leaves half a line at the end.
+            is_half = not line.endswith("\n") and _BEGINNING.startswith(line[: len(_BEGINNING)])
+            if not is_half and metrics_of(line) is None:
+                raise ValueError(
+                    f"--metrics-jsonl {path} is no file of metrics (see its line {number}) and would be overwritten: "
+                    "give another name"
+                )
