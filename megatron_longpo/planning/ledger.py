@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
@@ -181,6 +181,6 @@ def _source() -> Part | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _part_of(code: CodeType) -> Part | None:
     return next((part for ending, part in _SOURCES if ending in code.co_filename), None)

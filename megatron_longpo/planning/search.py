@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ConfigError, ModelConfig
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory
 from megatron_longpo.planning.estimate import Estimate, estimate
 from megatron_longpo.planning.hardware import GPU, usable_gib, usable_host_gib
-from megatron_longpo.planning.layouts import Candidate, candidates
+from megatron_longpo.planning.layouts import Candidate, candidates, fills_nodes
 from megatron_longpo.planning.parallel_dry_runs import dry_runs
 from megatron_longpo.planning.step_time import StepTime, step_time
 from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
@@ -109,6 +110,7 @@ def find_plans(search: Search) -> list[Plan]:
     # The messages search again, on other numbers of GPUs.
     from megatron_longpo.planning.nearest import no_layout, nothing_fits
 
+    _check(search)
     legal = list(candidates(search.base, search.model, search.num_gpus, search.gpu.gpus_per_node, search.source))
     if not legal:
         raise ConfigError(no_layout(search))
@@ -129,6 +131,19 @@ def find_plans(search: Search) -> list[Plan]:
     if not plans:
         raise ConfigError(nothing_fits(search, timed))
     return sorted(plans, key=_rank)[: search.num_plans]
+
+
+def _check(search: Search) -> None:
+    """Mistakes that every layout would have; one by one they would all be left out without a word."""
+    per_node = search.gpu.gpus_per_node
+    if not fills_nodes(search.num_gpus, per_node):
+        less = search.num_gpus // per_node * per_node
+        raise ConfigError(
+            f"--num-gpus {search.num_gpus} must be a multiple of --gpus-per-node {per_node}, or at most that; "
+            f"nearest possible: {less} or {less + per_node}"
+        )
+    config = parse_arguments(search.base).with_model(search.model, search.source)
+    validate(config.with_device_defaults("local", "nccl"), 1)
 
 
 def timed_layouts(search: Search, legal: Sequence[Candidate], rows: Sequence[TrainingRow]) -> list[Timed]:

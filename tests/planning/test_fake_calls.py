@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 class _Checked(FakeCalls):
     """Asks the mode too, where calling an operator twice has no effect that lasts."""
 
-    compared: set[str] = set()
+    compared: ClassVar[set[str]] = set()
 
     def __call__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = super().__call__(func, args, kwargs)
