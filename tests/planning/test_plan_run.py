@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 
 from megatron_longpo.arguments import parse_arguments
-from megatron_longpo.config import ConfigError
+from megatron_longpo.config import ConfigError, ParallelConfig
+from megatron_longpo.planning import search as search_module
 from megatron_longpo.planning.command import launch_command
+from megatron_longpo.planning.dry_run import RankMemory
 from megatron_longpo.planning.dry_run_command import print_dry_run
 from megatron_longpo.planning.hardware import gpu_named
 from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.options import MEMORY_OPTIONS, MemoryOption
+from megatron_longpo.planning.parts import Part
 from megatron_longpo.planning.plan_command import search_of
-from megatron_longpo.planning.search import Search, timed_layouts
+from megatron_longpo.planning.search import Plan, Search, find_plans, timed_layouts
 from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
@@ -189,6 +192,38 @@ def test_a_broken_config_is_named_by_its_own_path(model: Path, monkeypatch: pyte
     broken.write_text("{")
     with pytest.raises(SystemExit, match=rf"{broken} is not JSON"):
         plan(monkeypatch, broken, "--num-gpus 2 --gpu h100-80gb")
+
+
+def one_gpu(model: Path, words: str = "") -> Search:
+    start = f"--hf-model {model} --seq-length 65536 --num-gpus 1 --response-tokens 50 --num-plans 1 --host-mem-gib 0"
+    return search_of(plan_run.parser().parse_args(f"{start} --gpu h100-80gb {words}".split()))
+
+
+def test_a_layout_that_fails_is_not_followed_by_those_that_hold_as_much(model: Path) -> None:
+    search = one_gpu(model)
+    legal = list(candidates(search.base, search.model, 1, 8))
+    timed = timed_layouts(search, legal, made_up_rows(legal[0].config))
+    failed, leaner = timed[0], min(timed, key=lambda entry: entry.memory.gib)
+    gib = 1.1 * failed.memory.gib
+    memory = RankMemory(0, {Part.WEIGHTS: round(gib * 2**30)}, {}, {})
+    plan = Plan(failed.candidate, failed.time, (memory,))
+    small, large = (gpu_named("h100-80gb", mem_gib=(gib * share + 3) / 0.95) for share in (0.99, 1.01))
+    assert not search_module._may_fit_beside(failed, failed, plan, small)
+    assert search_module._may_fit_beside(leaner, failed, plan, small)
+    assert search_module._may_fit_beside(failed, failed, plan, large)
+    # It says nothing of other sizes.
+    other = replace(failed.candidate, config=replace(failed.candidate.config, parallel=ParallelConfig(8)))
+    assert search_module._may_fit_beside(replace(failed, candidate=other), failed, plan, small)
+
+
+def test_where_the_fastest_were_estimated_too_low_the_leanest_is_measured(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "ESTIMATE_MARGIN", 100.0)
+    monkeypatch.setattr(search_module, "MAX_MEASURED", 1)
+    # Without recomputation a step needs 0.8 GiB, with all of it 0.4.
+    (plan,) = find_plans(one_gpu(model, f"--mem-gib {3.6 / 0.95}"))
+    assert plan.candidate.option.recomputed == "everything, MLP in pieces" and 0.2 < plan.gib < 0.6
 
 
 def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
