@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.data.layout import RowLayout
 
 
+@lru_cache(maxsize=1024)
 def attended_pairs(layout: RowLayout) -> int:
     """Query-key pairs that attention computes: of every token the positions up to its own that the window holds.
 

@@ -14,15 +14,15 @@ def launch_command(words: Sequence[str], num_gpus: int, gpus_per_node: int) -> s
     if num_gpus <= gpus_per_node:
         torchrun = f"torchrun --nproc-per-node {num_gpus}"
         return f"{' '.join(environment)} \\\n{_wrapped(torchrun, words)}"
-    nodes = -(-num_gpus // gpus_per_node)
+    assert num_gpus % gpus_per_node == 0, (num_gpus, gpus_per_node)
+    nodes = num_gpus // gpus_per_node
+    # Slurm gives a task one core, and the memory that belongs to it, unless the job has its nodes for itself.
+    slurm = f"--nodes {nodes} --ntasks-per-node 1 --gpus-per-node {gpus_per_node} --exclusive --mem 0"
     # Expanded on the first node, where the batch script runs.
     rendezvous = '--rdzv-backend c10d --rdzv-endpoint "$(hostname):29500"'
     torchrun = f"srun torchrun --nnodes {nodes} --nproc-per-node {gpus_per_node} {rendezvous}"
     script = "\n".join([f"export {' '.join(environment)}", _wrapped(torchrun, words)])
-    return (
-        f"sbatch --nodes {nodes} --ntasks-per-node 1 --gpus-per-node {gpus_per_node} <<'END'\n"
-        f"#!/bin/bash\n{script}\nEND"
-    )
+    return f"sbatch {slurm} <<'END'\n#!/bin/bash\n{script}\nEND"
 
 
 def _environment(words: Sequence[str], ranks_per_node: int) -> list[str]:

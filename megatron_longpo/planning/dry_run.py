@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.batch import Batch
 from megatron_longpo.data.rows import TrainingRow
-from megatron_longpo.planning.fake_world import answer, fake_tensors, fake_world
+from megatron_longpo.planning.fake_calls import FakeCalls
+from megatron_longpo.planning.fake_world import fake_tensors, fake_world
 from megatron_longpo.planning.ledger import MemoryLedger
 from megatron_longpo.planning.measured_step import MeasuredTrainer
 from megatron_longpo.planning.on_gpu import as_on_gpu, hidden_bytes, use_list_adam
@@ -94,8 +96,10 @@ def dry_run_stage(config: RunConfig, world_size: int, stage: int, rows: Sequence
     rank = stage * world_size // config.parallel.pipeline_model_parallel_size
     with fake_world(config, rank, world_size):
         batch = batch_of(config, rows, parallel_state.get_context_parallel_rank())
-        ledger = MemoryLedger(answer, hidden_bytes if on_gpu else None)
-        with fake_tensors(batch.layout) as mode, as_on_gpu(on_gpu, ledger), ledger:
+        with fake_tensors(batch.layout) as mode, ExitStack() as stack:
+            ledger = MemoryLedger(FakeCalls(mode), hidden_bytes if on_gpu else None)
+            stack.enter_context(as_on_gpu(on_gpu, ledger))
+            stack.enter_context(ledger)
             # Lengths travel between stages as numbers, which fake tensors lack: every row here has the same.
             data = dataclasses.replace(config.data, seq_length=batch.layout.padded_tokens)
             trainer = MeasuredTrainer(dataclasses.replace(config, data=data), ledger)

@@ -10,8 +10,9 @@ from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.hardware import gpu_named, usable_gib
 from megatron_longpo.planning.parallel_dry_runs import dry_runs
-from megatron_longpo.planning.tables import layout_line, memory_table, rows_line
-from megatron_longpo.planning.workload import longest_rows, made_up_rows
+from megatron_longpo.planning.step_time import step_time
+from megatron_longpo.planning.tables import layout_line, memory_table, rows_line, time_line
+from megatron_longpo.planning.workload import longest_rows, made_up_rows, num_predictions, work_of
 from megatron_longpo.training.distributed import is_rank_0, world_size
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
@@ -21,7 +22,7 @@ NO_DATA = "PREFIX"
 
 
 def print_dry_run(config: RunConfig) -> None:
-    """Print the peak memory of a run by part; on rank 0 only.
+    """Print the peak memory of a run by part, with ``--gpu`` the predicted time too; on rank 0 only.
 
     Raises:
         ConfigError: Whatever training would refuse.
@@ -36,6 +37,9 @@ def print_dry_run(config: RunConfig) -> None:
     print(rows_line(rows, made_up=config.data.data_path == NO_DATA), flush=True)
     stages = dry_runs([(config, num_gpus)], rows)[0]
     print("\n" + memory_table(stages, gpu))
+    if gpu is not None:
+        work = work_of(config, rows, num_predictions(config, rows))
+        print(time_line(step_time(config, num_gpus, work, gpu)))
     needed = max(stage.gib for stage in stages)
     if gpu is not None and needed > usable_gib(gpu):
         raise ValueError(

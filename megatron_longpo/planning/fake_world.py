@@ -1,7 +1,8 @@
 """One rank of a world of any size, alone in this process: PyTorch's fake process group, and fake tensors in it.
 
 A fake tensor has shape, dtype and storage size, and no data. Collectives of the fake process group return at once. What
-remains are the few places where a step wants a number or another rank's object; they are answered here.
+remains are the few places where a step wants a number or another rank's object; they are answered here and in
+`fake_calls`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -89,16 +89,6 @@ def fake_tensors(layout: RowLayout) -> Iterator[FakeTensorMode]:
             yield stack.enter_context(FakeTensorMode())
         finally:
             _forget_index_tensors()
-
-
-def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Results of operators that fake tensors do not have: numbers are 1 and true, grouped collectives are done."""
-    if func is torch.ops.aten._local_scalar_dense.default:
-        dtype = args[0].dtype
-        return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-    if func.namespace == "c10d" and "coalesced" in func.__name__:
-        return FakeWork().boxed()
-    return NotImplemented
 
 
 def _gather_own_object(objects: list[Any], own: Any, group: Any = None) -> None:

@@ -52,6 +52,10 @@ class GPU:
         """TFLOP/s of attention, forward and backward, by ``--attention-backend``."""
         return self.attention_tflops if backend == FLASH else self.faster_attention_tflops or self.attention_tflops
 
+    def of_run(self, num_gpus: int) -> GPU:
+        """The GPU as a run on this many sees it: one that does not fill a node has no other node."""
+        return dataclasses.replace(self, gpus_per_node=min(self.gpus_per_node, num_gpus))
+
     def with_rates(self, matmul_tflops: float | None, attention_tflops: list[float] | None) -> GPU:
         """The GPU with measured rates in place of the table's."""
         matmul = matmul_tflops or self.matmul_tflops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ def candidates(
 ) -> Iterator[Candidate]:
     """All layouts on this many GPUs that the trainer accepts.
 
-    Tensor parallelism stays within a node and always comes with sequence parallel, which costs nothing.
+    Tensor parallelism stays within a node and always comes with sequence parallel, which costs nothing. There
+    is none on a number of GPUs that fills a node and a part of another.
 
     Args:
         base: The flags that all of them share.
@@ -45,7 +47,9 @@ def candidates(
         gpus_per_node: GPUs that share NVLink.
         source: Names the checkpoint in error messages.
     """
-    for layout in _layouts(model, num_gpus, gpus_per_node):
+    if not fills_nodes(num_gpus, gpus_per_node):
+        return
+    for layout in _layouts(model, num_gpus, min(num_gpus, gpus_per_node)):
         # Most layouts fall here, before the options multiply them.
         if _accepted([*base, *layout], model, num_gpus, source) is None:
             continue
@@ -61,9 +65,17 @@ def candidates(
                     yield Candidate((*words, *option.words(saving)), saving, option)
 
 
-def _layouts(model: ModelConfig, num_gpus: int, gpus_per_node: int) -> Iterator[list[str]]:
-    """Sizes whose product divides the number of GPUs, with how keys and values travel and the optimizer is held."""
-    for tp in _divisors(num_gpus, gpus_per_node):
+def fills_nodes(num_gpus: int, gpus_per_node: int) -> bool:
+    """Whether so many GPUs are a part of one node or whole nodes; torchrun starts as many ranks on each."""
+    return num_gpus < gpus_per_node or num_gpus % gpus_per_node == 0
+
+
+def _layouts(model: ModelConfig, num_gpus: int, node: int) -> Iterator[list[str]]:
+    """Sizes whose product divides the number of GPUs, with how keys and values travel and the optimizer is held.
+
+    ``node`` is the number of GPUs that the run uses in each node.
+    """
+    for tp in _divisors(node, node):
         for pp in _divisors(num_gpus // tp, model.num_layers):
             for cp in _divisors(num_gpus // tp // pp, num_gpus):
                 words: list[str] = []
@@ -72,12 +84,12 @@ def _layouts(model: ModelConfig, num_gpus: int, gpus_per_node: int) -> Iterator[
                 if pp > 1:
                     words += ["--pipeline-model-parallel-size", str(pp)]
                 sharded = [["--use-distributed-optimizer"]] if tp * pp < num_gpus else [[]]
-                for exchange in _exchanges(tp, cp, gpus_per_node):
+                for exchange in _exchanges(tp, cp, node):
                     for optimizer in sharded:
                         yield [*words, *exchange, *optimizer]
 
 
-def _exchanges(tp: int, cp: int, gpus_per_node: int) -> Iterator[list[str]]:
+def _exchanges(tp: int, cp: int, node: int) -> Iterator[list[str]]:
     """How keys and values travel; ranks that swap heads in front of a ring are those of one node."""
     if cp == 1:
         yield []
@@ -87,8 +99,8 @@ def _exchanges(tp: int, cp: int, gpus_per_node: int) -> Iterator[list[str]]:
         if kind != "a2a+p2p":
             yield words
             continue
-        for inner in _divisors(cp, gpus_per_node // tp):
-            if 1 < inner < cp:
+        for inner in _divisors(math.gcd(cp, node // tp), cp - 1):
+            if inner > 1:
                 yield [*words, "--hierarchical-context-parallel-sizes", str(inner), str(cp // inner)]
 
 

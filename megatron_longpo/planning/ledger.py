@@ -12,7 +12,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ _BUFFERS = {"_allgather_base_": slice(0, 1), "_reduce_scatter_base_": slice(1, 2
 class _Allocation:
     num_bytes: int
     part: Part
-    visit: int  # which stay in the part's code made it
     memory: PartCounter
+    alive: bool = True
 
 
 class MemoryLedger(TorchDispatchMode):
@@ -65,7 +66,7 @@ class MemoryLedger(TorchDispatchMode):
         self._known: dict[int, _Allocation] = {}
         self._home: Part | None = Part.WEIGHTS
         self._source: Part | None = None
-        self._visit = 0
+        self._of_attention: list[_Allocation] = []  # made since attention's code was entered
         self.device, self.host = PartCounter(), PartCounter()
         self._memory = self.device
 
@@ -107,12 +108,14 @@ class MemoryLedger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # asks for a tensor's device and the like: half of all calls
-            return func(*args, **kwargs)
-        self._enter_source()
+        asks = func.namespace == "prim"  # for a tensor's device and the like: half of all calls
+        if not asks:
+            self._enter_source()
         result = NotImplemented if self._answer is None else self._answer(func, args, kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
+        if asks:
+            return result
         for leaf in _tensors(result):
             self._note(leaf)
         if self._home is None and func.namespace == "c10d":
@@ -129,29 +132,31 @@ class MemoryLedger(TorchDispatchMode):
         source = _source() if self._home is None else self._home
         if source != self._source:
             self._leave_source()
-            self._source, self._visit = source, self._visit + 1
+            self._source = source
 
     def _leave_source(self) -> None:
         """What attention leaves behind is kept for the backward pass or is its result: no workspace."""
-        if self._source is not Part.ATTENTION:
-            return
-        for allocation in self._known.values():
-            if allocation.visit == self._visit and allocation.part is Part.ATTENTION:
+        for allocation in self._of_attention:
+            if allocation.alive and allocation.part is Part.ATTENTION:
                 self._move(allocation, Part.ACTIVATIONS)
+        self._of_attention.clear()
 
     def _note(self, tensor: torch.Tensor) -> _Allocation:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if (known := self._known.get(key)) is not None:
             return known
-        made = _Allocation(storage.nbytes(), self._source or Part.ACTIVATIONS, self._visit, self._memory)
+        made = _Allocation(storage.nbytes(), self._source or Part.ACTIVATIONS, self._memory)
         self._known[key] = made
+        if made.part is Part.ATTENTION:
+            self._of_attention.append(made)
         made.memory.add(made.part, made.num_bytes)
         weakref.finalize(storage, self._free, key).atexit = False
         return made
 
     def _free(self, key: int) -> None:
         freed = self._known.pop(key)
+        freed.alive = False
         freed.memory.add(freed.part, -freed.num_bytes)
 
     def _move(self, allocation: _Allocation, part: Part) -> None:
@@ -170,8 +175,12 @@ def _source() -> Part | None:
     """The part of the innermost frame whose file has one."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        for ending, part in _SOURCES:
-            if ending in frame.f_code.co_filename:
-                return part
+        if (part := _part_of(frame.f_code)) is not None:
+            return part
         frame = frame.f_back
     return None
+
+
+@cache
+def _part_of(code: CodeType) -> Part | None:
+    return next((part for ending, part in _SOURCES if ending in code.co_filename), None)

@@ -7,12 +7,15 @@ group with k ranks in every node has k cards' bandwidth.
 
 from __future__ import annotations
 
+import math
+
 from megatron_longpo.planning.hardware import GPU, MEASURED_LINK_SHARE
 
 
 def ranks_per_node(gpu: GPU, group_size: int, stride: int) -> int:
     """How many ranks of a group share a node, when its ranks are ``stride`` apart."""
-    return max(1, min(group_size, gpu.gpus_per_node // stride))
+    # A group's span that does not divide a node, as 4 of 6, is cut somewhere: the smallest piece counts.
+    return max(1, math.gcd(group_size * stride, gpu.gpus_per_node) // stride)
 
 
 def ring_bytes_per_s(gpu: GPU, group_size: int, stride: int) -> float:

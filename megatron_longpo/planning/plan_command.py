@@ -34,17 +34,8 @@ def print_plan(arguments: Namespace) -> None:
             f"--seq-length {arguments.seq_length} must be a multiple of {TOKENS_MULTIPLE} here, so that a row divides "
             f"over context- and tensor-parallel ranks; nearest: {nearest}"
         )
-    gpu = _gpu(arguments)
-    search = Search(
-        base=_base(arguments),
-        model=_model(Path(arguments.hf_model)),
-        source=f"--hf-model {arguments.hf_model}",
-        num_gpus=arguments.num_gpus,
-        gpu=gpu,
-        num_turns=arguments.turns_per_document,
-        response_tokens=arguments.response_tokens,
-        num_plans=arguments.num_plans,
-    )
+    search = search_of(arguments)
+    gpu = search.gpu
     plans = find_plans(search)
     best = plans[0]
     rows = made_up_rows(best.candidate.config, search.num_turns, search.response_tokens)
@@ -58,6 +49,20 @@ def print_plan(arguments: Namespace) -> None:
         print("offloading has not been measured on a GPU; --host-mem-gib 0 plans without it")
     print("\n" + cost_line(best.time, arguments.num_documents))
     print("\n" + command_of(best, gpu))
+
+
+def search_of(arguments: Namespace) -> Search:
+    """What the command line asks for."""
+    return Search(
+        base=_base(arguments),
+        model=_model(Path(arguments.hf_model)),
+        source=f"--hf-model {arguments.hf_model}",
+        num_gpus=arguments.num_gpus,
+        gpu=_gpu(arguments),
+        num_turns=arguments.turns_per_document,
+        response_tokens=arguments.response_tokens,
+        num_plans=arguments.num_plans,
+    )
 
 
 def command_of(plan: Plan, gpu: GPU) -> str:

@@ -176,7 +176,8 @@ def torchtitan(attention_tflops: tuple[float, float]) -> list[Comparison]:
         words += " --sequence-parallel" if tp > 1 else ""
         dp = num_gpus // tp // pp // cp
         config = _config(words, tokens, dp * (TITAN_ROWS if pp > 1 else 1))
-        step = step_time(config, num_gpus, Work(RowLayout((DocumentLayout(tokens, ()),), cp, cp * tp), tokens - 1), gpu)
+        work = Work(RowLayout((DocumentLayout(tokens, ()),), cp, cp * tp), tokens - 1)
+        step = step_time(config, num_gpus, work, gpu, gathers_in_chunks=False)
         weights = 2 * config.model.num_layers / pp * layer_weights(config.model) / tp
         gathered_s = 2 * config.num_microbatches(num_gpus) * all_gather_s(gpu, weights, dp * cp, stride=tp)
         rate = step.tokens / (step.seconds + gathered_s) / num_gpus

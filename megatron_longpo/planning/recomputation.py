@@ -21,28 +21,32 @@ class Repeated:
         attention: Of attention, and of the keys and values that it gathers or passes around a ring.
         exchange: Of the exchange of heads for tokens, which kept attention needs too: backward takes the exchanged
             queries, keys and values.
+        all_reduces: Of a layer's two tensor-parallel all-reduces, how many: one is attention's, one the MLP's.
     """
 
     layers: float
     matmul: float
     attention: float
     exchange: float
+    all_reduces: float
 
 
 def repeated(config: RunConfig) -> Repeated:
     """What the flags of recomputation repeat (arXiv 2205.05198, section 5)."""
     training = config.training
-    pieces = mlp_share(config) if training.mlp_chunk_tokens is not None else 0.0
+    in_pieces = 0 if training.mlp_chunk_tokens is None else 1
+    pieces = in_pieces * mlp_share(config)
     if training.recompute_granularity == "full":
         share = 1.0
         if training.recompute_method == "block":
             share = (training.recompute_num_layers or 0) / local_layers(config)
-        return Repeated(share, share + pieces, 0.0 if training.recompute_keep_attention else share, share)
+        attention = 0.0 if training.recompute_keep_attention else share
+        return Repeated(share, share + pieces, attention, share, 2 * share + in_pieces)
     if training.recompute_granularity == "selective":
-        matmul = mlp_share(config) if "mlp" in training.recompute_modules else pieces
+        again = in_pieces or int("mlp" in training.recompute_modules)
         attention = 1.0 if "core_attn" in training.recompute_modules else 0.0
-        return Repeated(0.0, matmul, attention, attention)
-    return Repeated(0.0, pieces, 0.0, 0.0)
+        return Repeated(0.0, again * mlp_share(config), attention, attention, again)
+    return Repeated(0.0, pieces, 0.0, 0.0, in_pieces)
 
 
 def mlp_share(config: RunConfig) -> float:

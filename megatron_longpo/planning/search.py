@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ConfigError, ModelConfig
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory
 from megatron_longpo.planning.estimate import Estimate, estimate
 from megatron_longpo.planning.hardware import GPU, usable_gib, usable_host_gib
-from megatron_longpo.planning.layouts import Candidate, candidates
+from megatron_longpo.planning.layouts import Candidate, candidates, fills_nodes
 from megatron_longpo.planning.parallel_dry_runs import dry_runs
 from megatron_longpo.planning.step_time import StepTime, step_time
-from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
+from megatron_longpo.planning.workload import Work, made_up_rows, num_predictions, work_of
 from megatron_longpo.validation import validate
 
 ESTIMATE_MARGIN = 1.03
@@ -109,6 +110,7 @@ def find_plans(search: Search) -> list[Plan]:
     # The messages search again, on other numbers of GPUs.
     from megatron_longpo.planning.nearest import no_layout, nothing_fits
 
+    _check(search)
     legal = list(candidates(search.base, search.model, search.num_gpus, search.gpu.gpus_per_node, search.source))
     if not legal:
         raise ConfigError(no_layout(search))
@@ -121,22 +123,46 @@ def find_plans(search: Search) -> list[Plan]:
         while possible and len(plans) < search.num_plans and measured < MAX_MEASURED:
             chosen = _best_of_sizes(possible)[: search.num_plans - len(plans)]
             measured += len(chosen)
-            found = [plan for plan in _measured(search, chosen, rows, bar) if plan.fits(search.gpu)]
+            tried = list(zip(chosen, _measured(search, chosen, rows, bar), strict=True))
+            found = [plan for _, plan in tried if plan.fits(search.gpu)]
             plans += found
             # Of sizes that have a plan, what saves more memory or sends more bytes is of no interest.
             done = {_sizes(plan.candidate) for plan in found}
             possible = [e for e in possible if e not in chosen and _sizes(e.candidate) not in done]
+            for estimated, plan in tried:
+                possible = [entry for entry in possible if _may_fit_beside(entry, estimated, plan, search.gpu)]
+        if not plans and possible and measured >= MAX_MEASURED:
+            # The fastest were estimated too low; the leanest may fit all the same.
+            leanest = min(possible, key=lambda entry: entry.memory.gib)
+            plans = [plan for plan in _measured(search, [leanest], rows, bar) if plan.fits(search.gpu)]
     if not plans:
         raise ConfigError(nothing_fits(search, timed))
     return sorted(plans, key=_rank)[: search.num_plans]
 
 
+def _check(search: Search) -> None:
+    """Mistakes that every layout would have; one by one they would all be left out without a word."""
+    per_node = search.gpu.gpus_per_node
+    if not fills_nodes(search.num_gpus, per_node):
+        less = search.num_gpus // per_node * per_node
+        raise ConfigError(
+            f"--num-gpus {search.num_gpus} must be a multiple of --gpus-per-node {per_node}, or at most that; "
+            f"nearest possible: {less} or {less + per_node}"
+        )
+    config = parse_arguments(search.base).with_model(search.model, search.source)
+    validate(config.with_device_defaults("local", "nccl"), 1)
+
+
 def timed_layouts(search: Search, legal: Sequence[Candidate], rows: Sequence[TrainingRow]) -> list[Timed]:
     """Every layout with its predicted step and its estimated memory, the best first, equals in `candidates`' order."""
     predictions = num_predictions(legal[0].config, rows)
+    works: dict[tuple[int, int], Work] = {}
     timed = []
     for option in legal:
-        work = work_of(option.config, rows, predictions)
+        of_row = (option.config.parallel.context_parallel_size, option.config.row_multiple)
+        if of_row not in works:
+            works[of_row] = work_of(option.config, rows, predictions)
+        work = works[of_row]
         time = step_time(option.config, search.num_gpus, work, search.gpu)
         timed.append(Timed(option, time, estimate(option.config, search.num_gpus, work)))
     return sorted(timed, key=_rank)
@@ -155,6 +181,18 @@ def _best_of_sizes(timed: Sequence[Timed]) -> list[Timed]:
     for entry in timed:
         best.setdefault(_sizes(entry.candidate), entry)
     return list(best.values())
+
+
+def _may_fit_beside(entry: Timed, estimated: Timed, measured: Plan, gpu: GPU) -> bool:
+    """Whether a layout may fit after one was measured: of the same sizes, estimates are off by about the same factor.
+
+    Without it a layout that fails by a little is followed by all of its kind, which hold as much.
+    """
+    if measured.fits(gpu) or _sizes(entry.candidate) != _sizes(measured.candidate):
+        return True
+    if measured.gib > usable_gib(gpu):
+        return entry.memory.gib * measured.gib / estimated.memory.gib <= usable_gib(gpu)
+    return entry.memory.host_gib * measured.host_gib / estimated.memory.host_gib <= usable_host_gib(gpu)
 
 
 def _sizes(candidate: Candidate) -> tuple[int, int, int]:

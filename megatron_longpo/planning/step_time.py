@@ -4,7 +4,8 @@
 
 with m micro-batches, p pipeline stages of v virtual ones each: the bubble of interleaved 1F1B (Narayanan et al. 2021,
 arXiv 2104.04473, section 2.2). t is that of the last stage, which has the LM head and sets the pace. Nothing is assumed
-to overlap but what the schedule overlaps by itself (transfers between interleaved stages).
+to overlap but what the code overlaps by itself: transfers between interleaved stages, keys and values of a ring or of
+chunks of heads behind attention, transfers to the host behind computation.
 `docs/performance.md` gives every formula with its source.
 """
 
@@ -16,14 +17,12 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import ModelConfig, RunConfig
 from megatron_longpo.model.flops import attention_flops, forward_flops, step_flops
+from megatron_longpo.planning.exchange_time import attention_s, context_parallel_s, kv_width
 from megatron_longpo.planning.hardware import GPU, MEASURED_LINK_SHARE
-from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, neighbour_s
+from megatron_longpo.planning.links import all_gather_s, all_reduce_s, neighbour_s
 from megatron_longpo.planning.recomputation import Repeated, repeated
 from megatron_longpo.planning.saved import element_bytes, kept_bytes, offloaded_share
 from megatron_longpo.planning.workload import Work
-
-FLASH_BACKWARD = 2.5
-"""FLOPs of FlashAttention's backward over its forward: five matrix products for two (arXiv 2307.08691, section 4.1)."""
 
 HEAD_PRODUCTS = 4
 """Matrix products of the LM head: logits forward, again in backward, and the two gradients."""
@@ -79,8 +78,13 @@ class StepTime:
         return self.seconds_per_document * num_documents * self.num_gpus / 3600
 
 
-def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> StepTime:
-    """Predict one optimizer step of a validated run."""
+def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in_chunks: bool = True) -> StepTime:
+    """Predict one optimizer step of a validated run.
+
+    ``gathers_in_chunks`` is whether ``--cp-comm-type all_gather`` works a chunk of heads at a time, as it does here and
+    not everywhere.
+    """
+    gpu = gpu.of_run(num_gpus)
     parallel, training = config.parallel, config.training
     stages = parallel.pipeline_model_parallel_size
     virtual = num_virtual(config)
@@ -91,7 +95,7 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> StepTim
         **compute,
         "element-wise": _element_wise_s(config, work, gpu, again),
         "tensor parallel": _tensor_parallel_s(config, work, gpu, again),
-        "context parallel": _context_parallel_s(config, work, gpu, again, compute["attention"]),
+        "context parallel": context_parallel_s(config, work, gpu, again, gathers_in_chunks),
         "host transfers": _host_transfers_s(config, work, gpu, compute),
         "pipeline transfers": _pipeline_s(config, num_gpus, work, gpu),
     }
@@ -128,7 +132,7 @@ def parameters_of_rank(config: RunConfig) -> float:
 def layer_weights(model: ModelConfig) -> float:
     """Weights of a layer's matrices."""
     heads = model.num_attention_heads * model.kv_channels
-    return model.hidden_size * (2 * heads + 2 * _kv_width(model) + 3 * model.ffn_hidden_size)
+    return model.hidden_size * (2 * heads + 2 * kv_width(model) + 3 * model.ffn_hidden_size)
 
 
 def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[str, float]:
@@ -136,11 +140,9 @@ def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[s
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     stages = parallel.pipeline_model_parallel_size
     whole = forward_flops(model, work.layout, 0)
-    attention = attention_flops(model, work.layout)
+    forward_s, backward_s = attention_s(config, work, gpu)
     head = forward_flops(model, work.layout, work.num_predictions) - whole
-    forward, backward = (tflops * 1e12 for tflops in gpu.attention_rates(config.training.attention_backend))
-    matmul_s = (whole - attention) / ranks / stages / (gpu.matmul_tflops * 1e12)
-    attention_s = attention / ranks / stages / forward
+    matmul_s = (whole - attention_flops(model, work.layout)) / ranks / stages / (gpu.matmul_tflops * 1e12)
     local_predictions = work.num_predictions / parallel.context_parallel_size
     local_vocabulary = model.padded_vocab_size(parallel.tensor_model_parallel_size) / (
         parallel.tensor_model_parallel_size
@@ -151,9 +153,9 @@ def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[s
     head_bytes += chunks * 16 * local_vocabulary * model.hidden_size
     return {
         "matrix products": 3 * matmul_s,
-        "attention": attention_s + FLASH_BACKWARD * attention / ranks / stages / backward,
+        "attention": forward_s + backward_s,
         "LM head": HEAD_PRODUCTS * head / ranks / (gpu.matmul_tflops * 1e12) + head_bytes / (gpu.mem_gbs * 1e9),
-        "recomputation": again.matmul * matmul_s + again.attention * attention_s,
+        "recomputation": again.matmul * matmul_s + again.attention * forward_s,
     }
 
 
@@ -167,7 +169,7 @@ def _element_wise_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) ->
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
-    query, key = model.num_attention_heads * model.kv_channels, _kv_width(model)
+    query, key = model.num_attention_heads * model.kv_channels, kv_width(model)
     split = 9 * (query + key) + 2 * (query + 2 * key) + 2 * query + 5 * model.ffn_hidden_size
     hidden = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     forward = 10 * hidden + split / tp
@@ -190,38 +192,7 @@ def _tensor_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated)
     num_bytes = element_bytes(config) * tokens * model.hidden_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
     # The embedding and the LM head need about one more in each direction.
-    return (layers * (4 + 2 * again.matmul) + 2) * all_reduce_s(gpu, num_bytes, tp, stride=1)
-
-
-def _context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated, attention_s: float) -> float:
-    """Per layer. ``all_gather``: K and V of the row in forward and again in backward, their gradients back in fp32.
-
-    ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2). ``p2p``: K and V of a rank to
-    the next one, cp - 1 times in forward and again in backward, there with their fp32 gradients; what of it is longer
-    than the attention that hides it (arXiv 2310.01889, section 3). ``a2a+p2p``: the first in a group of ranks, then the
-    second in a ring of fewer steps, with as many bytes in each (arXiv 2405.07719).
-    """
-    model, parallel = config.model, config.parallel
-    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
-    layers = model.num_layers / parallel.pipeline_model_parallel_size
-    tokens, size = work.layout.padded_tokens, element_bytes(config)
-    query, key = model.num_attention_heads * model.kv_channels / tp, _kv_width(model) / tp
-    inner, ring = {"a2a": (cp, 1), "p2p": (1, cp)}.get(parallel.cp_comm_type, (1, 1))
-    if parallel.cp_comm_type == "a2a+p2p":
-        assert parallel.hierarchical_context_parallel_sizes is not None
-        inner, ring = parallel.hierarchical_context_parallel_sizes
-    if cp > 1 and inner * ring == cp:
-        one_way = all_to_all_s(gpu, size * tokens / cp * (2 * query + 2 * key), inner, stride=tp)
-        seconds = layers * (2 + again.exchange) * one_way
-        if ring > 1:
-            own = tokens / cp * 2 * key
-            sent = (ring - 1) * own * ((2 + again.attention) * size + 4)
-            sent_s = neighbour_s(gpu, sent, stride=tp * inner, group_size=ring)
-            seconds += max(0.0, layers * sent_s - attention_s)
-        return seconds
-    gather = all_gather_s(gpu, size * tokens * 2 * key, cp, stride=tp)
-    scatter = all_gather_s(gpu, 4 * tokens * 2 * key, cp, stride=tp)
-    return layers * ((2 + again.attention) * gather + scatter)
+    return (layers * (4 + again.all_reduces) + 2) * all_reduce_s(gpu, num_bytes, tp, stride=1)
 
 
 def _host_transfers_s(config: RunConfig, work: Work, gpu: GPU, compute: dict[str, float]) -> float:
@@ -236,9 +207,7 @@ def _host_transfers_s(config: RunConfig, work: Work, gpu: GPU, compute: dict[str
     rate = gpu.host_link_gbs * 1e9 * MEASURED_LINK_SHARE
     one_layer = kept_bytes(config, work) / rate
     one_way = layers * one_layer
-    forward_rate, backward_rate = gpu.attention_rates(config.training.attention_backend)
-    forward_attention = 1 / (1 + FLASH_BACKWARD * forward_rate / backward_rate)
-    forward = compute["matrix products"] / 3 + compute["attention"] * forward_attention
+    forward = compute["matrix products"] / 3 + attention_s(config, work, gpu)[0]
     backward = compute["matrix products"] + compute["attention"] + compute["recomputation"] - forward
     in_memory = 2 * one_way * gpu.host_link_gbs / gpu.host_mem_gbs
     waiting = max(max(0.0, one_way - forward) + max(0.0, one_way - backward), in_memory - forward - backward)
@@ -279,8 +248,3 @@ def _once_per_step(config: RunConfig, num_gpus: int, gpu: GPU) -> dict[str, floa
     else:
         optimizer_s += 28 * updated / (gpu.mem_gbs * 1e9)
     return {"data parallel": data_s, "optimizer": optimizer_s}
-
-
-def _kv_width(model: ModelConfig) -> int:
-    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    return groups * model.kv_channels

@@ -143,6 +143,14 @@ def time_table(time: StepTime) -> str:
     return table(["part", "s", "%"], lines)
 
 
+def time_line(time: StepTime) -> str:
+    """A step's predicted time and rates, were all its documents this long."""
+    return (
+        f"predicted: {time.seconds:.1f} s per step of {time.documents} documents, {time.seconds_per_document:.2f} "
+        f"s/document, {time.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, MFU {100 * time.mfu:.1f} %"
+    )
+
+
 def cost_line(time: StepTime, num_documents: int) -> str:
     """What a whole run costs."""
     hours = time.gpu_hours(num_documents)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import shlex
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_longpo.arguments import parse_arguments
-from megatron_longpo.config import ConfigError
+from megatron_longpo.config import ConfigError, ParallelConfig
+from megatron_longpo.planning import search as search_module
 from megatron_longpo.planning.command import launch_command
+from megatron_longpo.planning.dry_run import RankMemory
 from megatron_longpo.planning.dry_run_command import print_dry_run
 from megatron_longpo.planning.hardware import gpu_named
 from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.options import MEMORY_OPTIONS, MemoryOption
-from megatron_longpo.planning.search import Search, timed_layouts
+from megatron_longpo.planning.parts import Part
+from megatron_longpo.planning.plan_command import search_of
+from megatron_longpo.planning.search import Plan, Search, find_plans, timed_layouts
 from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
@@ -99,6 +108,12 @@ def test_every_layout_of_the_search_passes_the_trainer_s_checks() -> None:
     assert {p.hierarchical_context_parallel_sizes for p in layouts} == {None, (2, 2), (2, 4), (4, 2)}
     assert {p.num_layers_per_virtual_pipeline_stage for p in layouts} == {None, 1}
     assert {one.option for one in found} == set(MEMORY_OPTIONS)
+    # Tensor parallelism and the inner groups of a ring are of one node: 4 GPUs of 6 would not always be.
+    six = {one.config.parallel for one in candidates([*base, "--global-batch-size", "6"], model, 12, 6)}
+    assert {p.tensor_model_parallel_size for p in six} == {1, 2}
+    inner = {p.tensor_model_parallel_size * (p.hierarchical_context_parallel_sizes or (1,))[0] for p in six}
+    assert inner == {1, 2}
+    assert not list(candidates(base, model, 12, 8))
     assert {one.config.training.cpu_offloading_num_layers for one in found} == {0, 1, 2, 4}
 
 
@@ -136,11 +151,13 @@ def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--num-gpus 11 --gpu h100-80gb", "--num-gpus 11 has no possible layout.*nearest possible: 8 .TP"),
+        ("--num-gpus 7 --gpu h100-80gb", "--num-gpus 7 has no possible layout.*nearest possible: 8 .TP"),
         (
             "--num-gpus 1 --gpu mine --peak-tflops 9 --mem-gib 3.18 --link-gbs 1",
             "no layout of 1 × mine fits: the leanest.* nearest possible: --num-gpus 2 .TP",
         ),
+        ("--num-gpus 12 --gpu h100-80gb", "12 must be a multiple of --gpus-per-node 8, .* nearest possible: 8 or 16"),
+        ("--num-gpus 2 --gpu h100-80gb --rotary-base fast", "--rotary-base .*fast"),
         ("--num-gpus 2 --gpu h100", "--gpu h100 is not known; did you mean h100-80gb"),
         ("--num-gpus 2 --gpu h100-80gb --turns-per-document 99", "has no room for a document"),
         ("--num-gpus 2 --gpu h100-80gb --seq-length 1023", "--seq-length 1023 must be a multiple of 256 .*: 1024"),
@@ -179,11 +196,43 @@ def test_a_broken_config_is_named_by_its_own_path(model: Path, monkeypatch: pyte
         plan(monkeypatch, broken, "--num-gpus 2 --gpu h100-80gb")
 
 
+def one_gpu(model: Path, words: str = "") -> Search:
+    start = f"--hf-model {model} --seq-length 65536 --num-gpus 1 --response-tokens 50 --num-plans 1 --host-mem-gib 0"
+    return search_of(plan_run.parser().parse_args(f"{start} --gpu h100-80gb {words}".split()))
+
+
+def test_a_layout_that_fails_is_not_followed_by_those_that_hold_as_much(model: Path) -> None:
+    search = one_gpu(model)
+    legal = list(candidates(search.base, search.model, 1, 8))
+    timed = timed_layouts(search, legal, made_up_rows(legal[0].config))
+    failed, leaner = timed[0], min(timed, key=lambda entry: entry.memory.gib)
+    gib = 1.1 * failed.memory.gib
+    memory = RankMemory(0, {Part.WEIGHTS: round(gib * 2**30)}, {}, {})
+    plan = Plan(failed.candidate, failed.time, (memory,))
+    small, large = (gpu_named("h100-80gb", mem_gib=(gib * share + 3) / 0.95) for share in (0.99, 1.01))
+    assert not search_module._may_fit_beside(failed, failed, plan, small)
+    assert search_module._may_fit_beside(leaner, failed, plan, small)
+    assert search_module._may_fit_beside(failed, failed, plan, large)
+    # It says nothing of other sizes.
+    other = replace(failed.candidate, config=replace(failed.candidate.config, parallel=ParallelConfig(8)))
+    assert search_module._may_fit_beside(replace(failed, candidate=other), failed, plan, small)
+
+
+def test_where_the_fastest_were_estimated_too_low_the_leanest_is_measured(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_module, "ESTIMATE_MARGIN", 100.0)
+    monkeypatch.setattr(search_module, "MAX_MEASURED", 1)
+    # Without recomputation a step needs 0.8 GiB, with all of it 0.4.
+    (plan,) = find_plans(one_gpu(model, f"--mem-gib {3.6 / 0.95}"))
+    assert plan.candidate.option.recomputed == "everything, MLP in pieces" and 0.2 < plan.gib < 0.6
+
+
 def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     words = ["--load-hf", "models/my model", "--bf16", *(f"--flag-{n}" for n in range(30))]
     command = launch_command(words, 16, 8)
     memory = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-    start = "sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 <<'END'\n#!/bin/bash\n"
+    start = "sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --exclusive --mem 0 <<'END'\n#!/bin/bash\n"
     assert command.startswith(f"{start}export {memory}\nsrun torchrun")
     assert words_of(command) == words
     assert words_of(launch_command(words, 4, 8)) == words
@@ -195,6 +244,66 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     split = [*words, "--sequence-parallel"]
     assert launch_command(split, 4, 8).startswith(f"{memory} CUDA_DEVICE_MAX_CONNECTIONS=1 \\\ntorchrun")
     assert words_of(launch_command(hosted, 16, 8)) == hosted
+
+
+LAUNCHERS = """
+torchrun() { printf '%s\\0' "$@"; }
+srun() { "$@"; }
+sbatch() { shift $#; source /dev/stdin; }
+"""
+"""What starts programs on nodes, here as functions of the shell that print what they would start."""
+
+
+def shell_words(command: str) -> list[str]:
+    """The words that bash gives to torchrun."""
+    done = subprocess.run(["bash", "-euc", LAUNCHERS + command], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize("num_gpus", [4, 16])
+def test_a_shell_hands_the_trainer_every_word_as_it_is(num_gpus: int) -> None:
+    words = ["--load-hf", 'models/my $HOME\'s "7B" `id` \\ *', "--sequence-parallel", "--optimizer-cpu-offload"]
+    started = shell_words(launch_command([*words, "--data-path", "END"], num_gpus, 8))
+    number = started.index("pretrain_longpo.py")
+    assert started[number + 1 :] == [*words, "--data-path", "END"]
+    ranks = dict(itertools.pairwise(started[:number]))
+    assert int(ranks.get("--nnodes", 1)) * int(ranks["--nproc-per-node"]) == num_gpus
+    assert num_gpus == 4 or ranks["--rdzv-endpoint"] == f"{socket.gethostname()}:29500"
+
+
+TIED = {"tie_word_embeddings": True, "num_key_value_heads": 2}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32, "num_hidden_layers": 6}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "--num-gpus 1 --gpu a100-80gb"),
+        ({}, "--num-gpus 6 --gpu b200-192gb --gpus-per-node 6 --global-batch-size 6 --objective dpo"),
+        (TIED, "--num-gpus 16 --gpu h100-80gb --attention-backend fused --seq-length 65536"),
+        (QWEN3, "--num-gpus 32 --gpu h200-141gb --objective sft-chosen --rotary-base 1e7 --global-batch-size 4"),
+    ],
+)
+def test_the_trainer_takes_the_command_of_every_kind_of_layout(
+    changes: dict[str, Any], words: str, model: Path, tmp_path: Path
+) -> None:
+    (model / "config.json").write_text(json.dumps(CONFIG | changes))
+    arguments = plan_run.parser().parse_args(f"--hf-model {model} --seq-length 16384 {words}".split())
+    search = search_of(arguments)
+    legal = list(candidates(search.base, search.model, search.num_gpus, search.gpu.gpus_per_node, search.source))
+    settings = tmp_path / "more.yaml"
+    settings.write_text("lr: 1.0e-6\n")
+    sizes = {(one.config.parallel, one.option.on_host): one for one in legal}
+    # A shell and a parser for each: a few of every kind are enough.
+    for one in list(sizes.values())[:: max(1, len(sizes) // 8)]:
+        started = shell_words(launch_command(one.words, search.num_gpus, search.gpu.gpus_per_node))
+        flags = started[started.index("pretrain_longpo.py") + 1 :]
+        config = with_initial_model(parse_arguments([*flags, "--config", str(settings)]))
+        config = config.with_device_defaults("local", "nccl")
+        validate(config, search.num_gpus)
+        assert config.parallel == one.config.parallel and config.optimizer.lr == 1e-6
+        assert config.training == one.config.training and config.model == one.config.model
 
 
 def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
@@ -210,6 +319,8 @@ def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
     print_dry_run(parse_arguments([*flags, f"--data-path={data}", "--gpu=h100-80gb"]))
     real = capsys.readouterr().out
     assert "own peak" in real and "host memory" not in real
+    assert re.search(r"predicted: \d.* s per step of 8 documents, .* s/document, .* tokens/s/GPU, MFU \d", real)
+    assert "predicted" not in made_up
     known = ("is deprecated. Please use `torch.distributed", "CUDA_DEVICE_MAX_CONNECTIONS")
     assert not [warning for warning in recwarn if any(text in str(warning.message) for text in known)]
     assert "the dataset's longest, tiny-" in real and "fits in h100-80gb" in real

@@ -81,13 +81,45 @@ def test_recomputation_repeats_its_share_of_the_forward_pass() -> None:
     attention = none.parts["attention"] / (1 + 2.5 * H100.attention_tflops[0] / H100.attention_tflops[1])
     assert full.parts["recomputation"] == pytest.approx(forward + attention)
     block = "--recompute-granularity full --recompute-method block --recompute-num-layers 8"
-    assert repeated(config_of(block)) == Repeated(0.25, 0.25, 0.25, 0.25)
+    assert repeated(config_of(block)) == Repeated(0.25, 0.25, 0.25, 0.25, 0.5)
     mlp = repeated(config_of("--recompute-granularity selective --recompute-modules mlp"))
     assert mlp.attention == 0 and mlp.matmul == pytest.approx(3 * 14336 / (3 * 14336 + 2 * 4096 + 2 * 1024))
-    assert repeated(config_of("--recompute-granularity selective")) == Repeated(0.0, 0.0, 1.0, 1.0)
+    assert repeated(config_of("--recompute-granularity selective")) == Repeated(0.0, 0.0, 1.0, 1.0, 0.0)
     # Kept attention runs once, and needs the exchanged heads again; an MLP in pieces runs once more, whatever else.
-    assert repeated(config_of(f"{FULL} --recompute-keep-attention")) == Repeated(1.0, 1.0, 0.0, 1.0)
+    assert repeated(config_of(f"{FULL} --recompute-keep-attention")) == Repeated(1.0, 1.0, 0.0, 1.0, 2.0)
     assert repeated(config_of(f"{FULL} --mlp-chunk-tokens 4096")).matmul == pytest.approx(1 + mlp.matmul)
+
+
+def test_what_is_computed_again_is_reduced_again() -> None:
+    def all_reduces(words: str) -> float:
+        gpu = dataclasses.replace(H100, nvlink_gbs=1e-3)
+        tokens = predicted("--tensor-model-parallel-size 8").tokens
+        parts = predicted(f"--tensor-model-parallel-size 8 {words}", gpu=gpu).parts
+        return parts["tensor parallel"] * 1e6 * MEASURED_LINK_SHARE / (2 * 7 / 8 * 2 * 4096 * tokens)
+
+    pieces = "--mlp-chunk-tokens 4096"
+    assert all_reduces("") == pytest.approx(32 * 4 + 2, rel=1e-3)
+    assert all_reduces(FULL) == pytest.approx(32 * 6 + 2, rel=1e-3)
+    # The MLP has one of a layer's two.
+    assert all_reduces(pieces) == pytest.approx(32 * 5 + 2, rel=1e-3)
+    assert all_reduces(f"{FULL} {pieces}") == pytest.approx(32 * 7 + 2, rel=1e-3)
+    assert all_reduces("--recompute-granularity selective --recompute-modules mlp") == pytest.approx(162, rel=1e-3)
+
+
+def test_a_chunk_of_heads_is_waited_for_and_the_others_hide_behind_attention() -> None:
+    def gathering_s(words: str, link_gbs: float) -> float:
+        gpu = dataclasses.replace(H100, nvlink_gbs=link_gbs)
+        return predicted(f"--context-parallel-size 8 {words}", gpu=gpu).parts["context parallel"]
+
+    config = config_of("--context-parallel-size 8")
+    tokens = work_of(config, made_up_rows(config), 1).layout.padded_tokens
+    # Keys and values twice in bf16 and their gradients in fp32, of 32 layers and 8 rows.
+    at_once_s = 8 * 32 * 7 / 8 * 2 * 1024 * tokens * (2 + 2 + 4) / 1e9 / MEASURED_LINK_SHARE
+    assert gathering_s("", 450) == pytest.approx(at_once_s / 450 / 4)
+    attention_s = predicted("--context-parallel-size 8").parts["attention"]
+    assert gathering_s("", 1) == pytest.approx(at_once_s - 3 / 4 * attention_s)
+    # Computed again, attention gathers again and hides more.
+    assert gathering_s(FULL, 450) == pytest.approx(at_once_s * 10 / 8 / 450 / 4)
 
 
 def test_rings_run_on_nvlink_inside_a_node_and_on_every_network_card_outside() -> None:
@@ -95,6 +127,11 @@ def test_rings_run_on_nvlink_inside_a_node_and_on_every_network_card_outside() -
     assert ring_bytes_per_s(H100, 8, stride=1) == nvlink
     assert ring_bytes_per_s(H100, 8, stride=2) == 4 * network
     assert ring_bytes_per_s(H100, 8, stride=8) == network
+    # Of every 4 neighbours on nodes of 6, some have 2 on either side; on a node of their own all are together.
+    six = dataclasses.replace(H100, gpus_per_node=6)
+    assert ring_bytes_per_s(six, 6, stride=1) == ring_bytes_per_s(six, 3, stride=2) == nvlink
+    assert ring_bytes_per_s(six, 4, stride=1) == 2 * network
+    assert ring_bytes_per_s(six.of_run(4), 4, stride=1) == nvlink
     assert all_reduce_s(H100, 1e9, 8, stride=1) == pytest.approx(2 * 7 / 8 * 1e9 / nvlink)
     assert all_gather_s(H100, 1e9, 1, stride=1) == all_to_all_s(H100, 1e9, 1, stride=1) == 0
     assert all_to_all_s(H100, 1e9, 8, stride=8) == pytest.approx(7 / 8 * 1e9 / network)

@@ -1,0 +1,73 @@
+"""Seconds of attention, and of context parallelism's transfers as far as attention does not hide them."""
+
+# t=tokens of a rank N=query heads G=key/value heads D=head_dim
+
+from __future__ import annotations
+
+from megatron_longpo.attention.all_gather import head_chunks
+from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.model.flops import attention_flops
+from megatron_longpo.planning.hardware import GPU
+from megatron_longpo.planning.links import all_gather_s, all_to_all_s, neighbour_s
+from megatron_longpo.planning.recomputation import Repeated
+from megatron_longpo.planning.saved import element_bytes
+from megatron_longpo.planning.workload import Work
+
+FLASH_BACKWARD = 2.5
+"""FLOPs of FlashAttention's backward over its forward: five matrix products for two (arXiv 2307.08691, section 4.1)."""
+
+
+def attention_s(config: RunConfig, work: Work, gpu: GPU) -> tuple[float, float]:
+    """Attention of a rank's layers, forward and backward."""
+    parallel = config.parallel
+    flops = attention_flops(config.model, work.layout) / parallel.model_parallel_size
+    forward, backward = (tflops * 1e12 for tflops in gpu.attention_rates(config.training.attention_backend))
+    return flops / forward, FLASH_BACKWARD * flops / backward
+
+
+def context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated, in_chunks: bool = True) -> float:
+    """What is waited for in all layers of a rank, by ``--cp-comm-type``.
+
+    ``all_gather``: K and V of the row in forward and again in backward, their gradients back in fp32. Of the chunks of
+    heads (`attention.all_gather`) one is waited for, the others for what is longer than the attention that hides them.
+    ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2). ``p2p``: K and V of a rank to
+    the next one, cp - 1 times in forward and again in backward, there with their fp32 gradients; what of it is longer
+    than the attention that hides it (arXiv 2310.01889, section 3). ``a2a+p2p``: the first in a group of ranks, then the
+    second in a ring of fewer steps, with as many bytes in each (arXiv 2405.07719).
+    """
+    model, parallel = config.model, config.parallel
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    layers = model.num_layers / parallel.pipeline_model_parallel_size
+    tokens, size = work.layout.padded_tokens, element_bytes(config)
+    query, key = model.num_attention_heads * model.kv_channels / tp, kv_width(model) / tp
+    forward_s, backward_s = attention_s(config, work, gpu)
+    forward_s *= 1 + again.attention
+    inner, ring = {"a2a": (cp, 1), "p2p": (1, cp)}.get(parallel.cp_comm_type, (1, 1))
+    if parallel.cp_comm_type == "a2a+p2p":
+        assert parallel.hierarchical_context_parallel_sizes is not None
+        inner, ring = parallel.hierarchical_context_parallel_sizes
+    if cp > 1 and inner * ring == cp:
+        one_way = all_to_all_s(gpu, size * tokens / cp * (2 * query + 2 * key), inner, stride=tp)
+        seconds = layers * (2 + again.exchange) * one_way
+        if ring > 1:
+            own = tokens / cp * 2 * key
+            sent = (ring - 1) * own * ((2 + again.attention) * size + 4)
+            sent_s = neighbour_s(gpu, sent, stride=tp * inner, group_size=ring)
+            seconds += max(0.0, layers * sent_s - forward_s - backward_s)
+        return seconds
+    gather = all_gather_s(gpu, size * tokens * 2 * key, cp, stride=tp)
+    scatter = all_gather_s(gpu, 4 * tokens * 2 * key, cp, stride=tp)
+    heads, key_heads = (round(width / model.kv_channels) for width in (query, key))
+    shared = 1 / len(head_chunks(heads, key_heads, round(size * tokens / cp * 2 * key))) if in_chunks else 1.0
+
+    def waited(transfer_s: float, hidden_behind_s: float) -> float:
+        return shared * transfer_s + (1 - shared) * max(0.0, transfer_s - hidden_behind_s)
+
+    forward = waited(layers * (1 + again.attention) * gather, forward_s)
+    return forward + waited(layers * (gather + scatter), backward_s)
+
+
+def kv_width(model: ModelConfig) -> int:
+    """Width of the keys of a token, all heads."""
+    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
+    return groups * model.kv_channels

@@ -1,0 +1,68 @@
+"""The dry runs of docs/memory.md, made again by the command that the page gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.planning.dry_run_command import print_dry_run
+
+PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32768,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+
+
+def rows() -> list[tuple[str, str, str, str]]:
+    """Flags, GiB of device and host, and seconds of every row."""
+    table = PAGE.partition("| flags | peak, GiB | host, GiB | predicted s per step |")[2].partition("\n\n")[0]
+    return re.findall(r"^\| (.*?) \| ([\d.]+) \| ([\d.]+|–) \| ([\d.]+) \|$", table, re.MULTILINE)
+
+
+def command() -> list[str]:
+    """The flags of the page's command."""
+    (found,) = re.findall(r"pretrain_longpo.py --load-hf models/mistral-7b (.*?--gpu h100-80gb)\n", PAGE, re.DOTALL)
+    return str(found).replace("\\\n", " ").split()
+
+
+def test_every_flag_that_saves_memory_has_a_row() -> None:
+    flags = " ".join(row[0] for row in rows())
+    for flag in ("keep-attention", "mlp-chunk-tokens", "cpu-offloading-num-layers", "optimizer-cpu-offload"):
+        assert flag in flags
+    assert rows()[0][0] == "(none)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+def test_the_command_prints_the_numbers_of_the_page(
+    row: tuple[str, str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
+    flags, device, host, seconds = row
+    words = flags.replace("(none)", "").replace("`full`", FULL).replace("`", "").split()
+    config = parse_arguments(["--load-hf", str(tmp_path), *command(), *words])
+    try:
+        print_dry_run(config)
+    except ValueError as error:
+        assert float(device) > 72.1 and "needs" in str(error)
+    shown = capsys.readouterr().out
+    assert re.search(rf"^total +{re.escape(device)}$", shown, re.MULTILINE)
+    assert f"predicted: {seconds} s per step" in shown
+    assert ("host memory: " + host if host != "–" else "fit") in shown
