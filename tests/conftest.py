@@ -1,8 +1,13 @@
 """Settings of all tests."""
 
+import os
 import signal
 
 from hypothesis import HealthCheck, settings
+
+# One BLAS thread a process, also without make: two workers, each with up to four ranks, share the cores, and kernels
+# allocate for every thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shared machines are slow at times: what matters is what is found, not how fast examples are drawn.
 settings.register_profile("longpo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
