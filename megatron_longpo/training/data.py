@@ -13,6 +13,7 @@ from megatron_longpo.data.batch import Batch, collate
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import OBJECTIVE_ROLES
 from megatron_longpo.data.sampler import GlobalBatchSampler
+from megatron_longpo.processes import outlive_sigterm
 from megatron_longpo.training.sidecar import ReferenceLogprobs
 
 
@@ -57,11 +58,23 @@ def training_batches(micro_batches: MicroBatches, sampler: GlobalBatchSampler) -
             drawn.append((numbers, len(mine)))
             yield from (tuple(part) for part in mine)
 
-    workers = settings.data.num_workers
-    loader = iter(DataLoader(micro_batches, sampler=dealt(), batch_size=None, num_workers=workers))  # type: ignore[arg-type]
+    loader = iter(
+        DataLoader(
+            micro_batches,
+            sampler=dealt(),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=settings.data.num_workers,
+            worker_init_fn=_outlive_sigterm if settings.training.exit_signal_handler else None,
+        )
+    )
     for first in loader:
         numbers, count = drawn.pop(0)
         yield GlobalBatch([first, *(next(loader) for _ in range(count - 1))], numbers)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A worker that dies of SIGTERM takes its rank along."""
+    outlive_sigterm()
 
 
 def evaluation_batches(micro_batches: MicroBatches, numbers: list[int]) -> Iterator[tuple[GlobalBatch, list[int]]]:
