@@ -22,8 +22,9 @@ from megatron_longpo.model.build import build_model, unwrap, wrap_for_training
 from megatron_longpo.model.flops import step_flops
 from megatron_longpo.ranges import DATA, OPTIMIZER, named_range
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
-from megatron_longpo.training.data import GlobalBatch, MicroBatches, evaluation_batches, training_batches
+from megatron_longpo.training.data import GlobalBatch, MicroBatches, training_batches
 from megatron_longpo.training.distributed import any_rank, is_rank_0
+from megatron_longpo.training.evaluation import evaluate
 from megatron_longpo.training.initial import load_initial_state
 from megatron_longpo.training.leaving import Leaving
 from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
@@ -188,23 +189,9 @@ class Trainer:
         if not (due and settings.eval_iters and self.eval_numbers):
             return
         numbers = self.eval_numbers[: settings.eval_iters * settings.global_batch_size]
-        totals: dict[str, float] = {}
-        for chunk in self.chunks:
-            chunk.eval()
-        with torch.no_grad(), self.whole_weights():
-            for group, counted in evaluation_batches(micro_batches, numbers):
-                outputs = run_schedule(
-                    self.config,
-                    self.chunks,
-                    group.micro_batches,
-                    lambda b, logps: document_loss(self.config.objective, b, logps),
-                    forward_only=True,
-                )
-                means, _ = global_batch_metrics(self.config, outputs, len(numbers), counted)
-                totals = {name: totals.get(name, 0.0) + value for name, value in means.items()}
-        for chunk in self.chunks:
-            chunk.train()
-        reporter.report(self._counters() | totals, prefix="eval/")
+        with self.whole_weights():
+            means = evaluate(self.config, self.chunks, micro_batches, numbers)
+        reporter.report(self._counters() | means, prefix="eval/")
 
     def _counters(self) -> dict[str, float]:
         return {"iteration": self.progress.iteration, "consumed_samples": self.progress.consumed_samples}
