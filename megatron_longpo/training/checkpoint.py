@@ -154,7 +154,8 @@ class Checkpointer:
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
         if with_optimizer:
-            self.optimizer.load_state_dict(loaded["optimizer"])
+            with _settings_kept(self.optimizer):
+                self.optimizer.load_state_dict(loaded["optimizer"])
             self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
@@ -198,6 +199,16 @@ def _clear_failure(place: object) -> Iterator[None]:
             f"the checkpoint {place} could not be written: {'; '.join(causes)}. Earlier checkpoints are as they were; "
             "make room or choose another --save, then resume with --load"
         ) from error
+
+
+@contextlib.contextmanager
+def _settings_kept(optimizer: Any) -> Iterator[None]:
+    """Keep this run's learning rates, betas and so on: a checkpoint's parameter groups hold those of its own run."""
+    state = ("params", "step")
+    settings = [{name: group[name] for name in group if name not in state} for group in optimizer.param_groups]
+    yield
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)
 
 
 def _load_strategy(checkpoint: Path) -> Any:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 
+from tests.distributed.harness import run_ranks
 from tests.tiny import write_tiny_dataset
+from tests.training.commands import FLAGS as TINY_FLAGS
 from tests.training.commands import metrics, stop_at_step, train
 
 STEPS = 20
@@ -108,3 +110,43 @@ def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
     output = train(data, "--train-iters=100000", f"--save={save}", "--exit-duration-in-mins=0.02")
     assert "--exit-duration-in-mins 0.02 have passed" in output
     assert (save / "latest_checkpointed_iteration.txt").exists()
+
+
+def resume_with_other_settings(rank: int, data: str, folder: str) -> list[list[dict[str, Any]]]:
+    """One step, a checkpoint, and the groups of the optimizer of a run that goes on with other flags."""
+    from megatron_longpo import platform
+    from megatron_longpo.arguments import parse_arguments
+    from megatron_longpo.data.dataset import PreferenceDataset
+    from megatron_longpo.training.checkpoint import Progress
+    from megatron_longpo.training.data import MicroBatches, training_batches
+    from megatron_longpo.training.distributed import initialize
+    from megatron_longpo.training.loop import Trainer
+
+    def trainer(*flags: str) -> Trainer:
+        config = parse_arguments([*TINY_FLAGS, data, "--objective=sft-chosen", "--lr-decay-style=constant", *flags])
+        config = config.with_device_defaults("local", "gloo")
+        if not parallel_state.model_parallel_is_initialized():
+            platform.prepare()
+            initialize(config)
+        return Trainer(config, PreferenceDataset(config.data.data_path))
+
+    def groups(name: str) -> list[dict[str, Any]]:
+        place = f"{folder}/{name}"
+        first = trainer(*OPTIMIZERS[name], "--lr=1e-3", f"--save={place}", "--train-iters=3")
+        first._step(next(training_batches(MicroBatches(first.config, first.dataset, None), first._sampler())))
+        first.checkpointer.save(Progress(iteration=1))
+        other = ["--lr=5e-4", "--adam-beta2=0.95", "--adam-eps=1e-6", "--weight-decay=0.3", "--lr-warmup-iters=2"]
+        resumed = trainer(*OPTIMIZERS[name], *other, f"--load={place}", "--train-iters=4")
+        shown = ("lr", "max_lr", "betas", "eps", "weight_decay", "wd_mult")
+        return [{name: group[name] for name in shown} for group in resumed.optimizer.param_groups]
+
+    return [groups(name) for name in OPTIMIZERS]
+
+
+def test_a_resumed_run_takes_optimizer_and_schedule_from_its_flags(data: str, tmp_path: Path) -> None:
+    for groups in run_ranks(resume_with_other_settings, 1, data, str(tmp_path))[0]:
+        assert sorted(group["wd_mult"] for group in groups) == [0.0, 1.0]
+        for group in groups:
+            # One of two steps of warm-up is done.
+            assert (group["lr"], group["max_lr"], group["eps"]) == (2.5e-4, 5e-4, 1e-6)
+            assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, 0.95), 0.3 * group["wd_mult"])
