@@ -30,7 +30,7 @@ from megatron_longpo.training.leaving import Leaving
 from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
 from megatron_longpo.training.profiling import StepProfiler
 from megatron_longpo.training.reference import reference_logprobs
-from megatron_longpo.training.reporting import Reporter
+from megatron_longpo.training.reporting import Reporter, interval_means
 from megatron_longpo.training.step import document_loss, global_batch_metrics, gradients_are_finite, run_schedule
 
 
@@ -55,7 +55,7 @@ class Trainer:
         self.checkpointer = Checkpointer(config, self.chunks, self.optimizer, self.scheduler)
         self.progress = load_initial_state(config, self.checkpointer)
         self.profiler = StepProfiler(config, map(unwrap, self.chunks), dist.get_rank())
-        self.unreported: list[dict[str, float]] = []
+        self.unreported: list[tuple[dict[str, float], bool]] = []
         self._connect_schedule()
 
     def train(self) -> Progress:
@@ -174,12 +174,10 @@ class Trainer:
         if bad is not None:
             shown = ", ".join(bad[:8]) + (", …" if len(bad) > 8 else "")
             reporter.print(f"iteration {progress.iteration} was skipped: loss or gradient is not finite in {shown}")
-        self.unreported.append(metrics)
+        self.unreported.append((metrics, bad is not None))
         if progress.iteration % self.config.logging.log_interval and progress.iteration != self.total_steps:
             return
-        means = {name: sum(step[name] for step in self.unreported) / len(self.unreported) for name in metrics}
-        # The schedule's value and the highest peak are facts of the last step, not of the interval.
-        means |= {name: metrics[name] for name in ("learning_rate", "peak_memory_gib")}
+        means = interval_means(self.unreported)
         self.unreported.clear()
         reporter.report(self._counters() | means | {"skipped_steps": progress.skipped_steps})
 
