@@ -71,7 +71,7 @@ class RunConfig:
 
     @property
     def reference_rope(self) -> ModelConfig:
-        """RoPE of the reference model: the base above, and the checkpoint's own scaling; for ``dpo`` as trained with."""
+        """RoPE of the reference model: the base above, the checkpoint's own scaling; for ``dpo`` as trained with."""
         own = self.source_model if self.has_effect("reference_rotary_base") else None
         return dataclasses.replace(own or self.model, rotary_base=self.reference_rotary_base)
 

@@ -134,8 +134,8 @@ class TrainingConfig:
     )
     exit_signal_handler: bool = flag(
         False,
-        "save and leave with code 0 on SIGTERM, after the step that runs; torchrun kills 30 s after it passed SIGTERM on, "
-        "or after its --shutdown-timeout",
+        "save and leave with code 0 on SIGTERM, after the step that runs; torchrun kills 30 s after it passed SIGTERM "
+        "on, or after its --shutdown-timeout",
     )
     max_skipped_steps: int = flag(
         10,

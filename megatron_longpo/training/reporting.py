@@ -14,7 +14,6 @@ from tqdm import tqdm
 from megatron_longpo.config import LoggingConfig, RunConfig
 from megatron_longpo.files import atomic_writer
 
-
 _OF_LAST_STEP = ("learning_rate", "peak_memory_gib")
 _RATES = ("tokens_per_s_per_gpu", "tflops_per_gpu")
 

@@ -85,12 +85,15 @@ DEFAULT: list[Case] = [
     ("window", "CP 2 x 2 all-to-all and ring"),
 ]
 DEFAULT_ZERO = ["DP 4", "TP 2 + sequence parallel"]
-MORE: list[Case] = [("longpo", name) for name in LAYOUTS if ("longpo", name) not in DEFAULT]
+TIED_ACROSS_STAGES: list[Case] = [("longpo", "PP 2"), ("longpo", "interleaved PP 2"), ("longpo", "TP 2 x PP 2")]
+MORE: list[Case] = [("longpo", name) for name in LAYOUTS if ("longpo", name) not in DEFAULT] + TIED_ACROSS_STAGES
 MORE += [("dpo", "PP 2"), ("dpo", "CP 2 all-to-all"), ("constraint", "TP 2 x CP 2"), ("constraint", "PP 2")]
 MORE += [("sft-rejected", "CP 2 all-gather"), ("window", "CP 4 ring"), ("window", "CP 2 ring + attention kept")]
 MORE_ZERO = ["overlapped", "PP 2"]
+# With the parameters that every tensor-parallel rank has whole, and Qwen's biases.
+MODEL = [*MODEL_FLAGS, "--qk-layernorm", "--add-qkv-bias"]
+TIED = [flag for flag in MODEL if flag != "--untie-embeddings-and-output-weights"]
 COMMON = [
-    *MODEL_FLAGS,
     "--seq-length=512",
     "--global-batch-size=8",
     "--train-iters=2",
@@ -108,7 +111,7 @@ COMMON = [
 
 
 def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str, float]:
-    """Evaluate and run one global batch from the shared checkpoint; leave its gradients as a checkpoint of their own."""
+    """Evaluate and run one global batch from the shared checkpoint; leave its gradients as a checkpoint."""
     from megatron_longpo import platform
     from megatron_longpo.arguments import parse_arguments
     from megatron_longpo.data.dataset import PreferenceDataset
@@ -186,10 +189,10 @@ def load_tensors(rank: int, folders: dict[str, str]) -> dict[str, dict[str, torc
     return {name: floats(folder) for name, folder in folders.items()}
 
 
-def compute(folder: Path, cases: list[Case], zero: list[str]) -> dict[str, Any]:
+def compute(folder: Path, cases: list[Case], zero: list[str], model: list[str]) -> dict[str, Any]:
     """Metrics and gradients of one process and of the given cases, all from one random model."""
     data = str(write_tiny_dataset(folder / "data" / "tiny", num_documents=20))
-    start = [*COMMON, f"--load={folder / 'start'}"]
+    start = [*model, *COMMON, f"--load={folder / 'start'}"]
     step_flags = [*start, *OBJECTIVES["longpo"]]
     places: dict[str, str] = {}
 
@@ -203,7 +206,7 @@ def compute(folder: Path, cases: list[Case], zero: list[str]) -> dict[str, Any]:
     sharded = [*step_flags, "--use-distributed-optimizer"]
     layouts += [([*sharded, *ZERO[name]], data, place(f"zero {name}", "-step")) for name in zero]
 
-    run_ranks(save_random_model, 1, data, str(folder / "start"))
+    run_ranks(save_random_model, 1, data, str(folder / "start"), model)
     single_metrics = run_ranks(run_all, 1, singles, str(folder))[0]
     metrics = run_ranks(run_all, 4, layouts, str(folder))
     names = [f"{objective} {name}" for objective, name in cases] + [f"zero {name}" for name in zero]
@@ -216,15 +219,15 @@ def compute(folder: Path, cases: list[Case], zero: list[str]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return compute(tmp_path_factory.mktemp("layouts"), DEFAULT, DEFAULT_ZERO)
+    return compute(tmp_path_factory.mktemp("layouts"), DEFAULT, DEFAULT_ZERO, MODEL)
 
 
 @pytest.fixture(scope="module")
 def more_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return compute(tmp_path_factory.mktemp("layouts"), MORE, MORE_ZERO)
+    return compute(tmp_path_factory.mktemp("layouts"), MORE, MORE_ZERO, TIED)
 
 
-def save_random_model(rank: int, data: str, folder: str) -> None:
+def save_random_model(rank: int, data: str, folder: str, model: list[str]) -> None:
     """The weights from which every layout starts: what they are drawn as depends on the layout."""
     from megatron_longpo import platform
     from megatron_longpo.arguments import parse_arguments
@@ -232,7 +235,7 @@ def save_random_model(rank: int, data: str, folder: str) -> None:
     from megatron_longpo.training.checkpoint import Checkpointer, Progress
     from megatron_longpo.training.distributed import initialize
 
-    config = parse_arguments([*MODEL_FLAGS, f"--data-path={data}", f"--save={folder}"])
+    config = parse_arguments([*model, f"--data-path={data}", f"--save={folder}"])
     config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
     initialize(config)
     Checkpointer(config, build_model(config)).save(Progress(iteration=1))

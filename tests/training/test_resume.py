@@ -59,6 +59,12 @@ def saved_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
+def checkpoints(folder: Path) -> list[int]:
+    """Iterations of the checkpoints in a folder, which has no remains of others."""
+    assert not list(folder.glob(".iter_*"))
+    return sorted(int(path.name.removeprefix("iter_")) for path in folder.glob("iter_*"))
+
+
 def test_the_run_learns(golden: dict[str, Any]) -> None:
     steps = golden["steps"]
     assert [step["iteration"] for step in steps] == list(range(1, STEPS + 1))
@@ -68,13 +74,14 @@ def test_the_run_learns(golden: dict[str, Any]) -> None:
 
 def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) -> None:
     save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
-    flags = [*golden["flags"], f"--save={save}", f"--load={save}"]
+    flags = [*golden["flags"], f"--save={save}", f"--load={save}", "--save-retain-interval=20"]
     code, _ = stop_at_step(15, path, signal.SIGKILL, *flags)
     assert code == -signal.SIGKILL
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "10"
     train(*flags, f"--metrics-jsonl={path}")
     # Every step once, those of the killed process after its checkpoint replaced, and all of them equal to the last bit.
     assert compared(metrics(path)) == compared(golden["steps"])
+    assert checkpoints(save) == [STEPS] and checkpoints(golden["folder"] / "save") == [10, STEPS]
     ours, theirs = (saved_tensors(folder, STEPS) for folder in (save, golden["folder"] / "save"))
     assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
     assert all((ours[name] == theirs[name]).all() for name in ours)
@@ -96,13 +103,14 @@ def test_sigterm_to_all_processes_saves_and_leaves_with_code_0(data: str, tmp_pa
     save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
     flags = [data, "--train-iters=5000", "--lr=1e-4", f"--save={save}", "--exit-signal-handler", "--async-save"]
     # What a rank needs to leave in order has been started by then: a reader of data and the manager of the writers.
-    helpers = ["--num-workers=1", "--save-interval=2"]
+    helpers = ["--num-workers=1", "--save-interval=2", "--save-retain-interval=4"]
     code, output = stop_at_step(5, path, signal.SIGTERM, *flags, *helpers)
     assert code == 0, output
     last = metrics(path)[-1]["iteration"]
     assert f"leaving after iteration {last}: SIGTERM was received" in output
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(last)
     assert (save / f"iter_{last:07d}" / "run.yaml").exists()
+    assert checkpoints(save) == sorted({*range(4, last + 1, 4), last})
 
 
 def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
