@@ -36,8 +36,8 @@ class CheckpointConfig:
     )
     save_retain_interval: int | None = flag(
         None,
-        "steps between checkpoints that are kept for good, a multiple of --save-interval; of the others of this run the "
-        "newest is kept",
+        "steps between checkpoints that are kept for good, a multiple of --save-interval; of the others of this run "
+        "the newest is kept",
         unit="steps",
         at_least=1,
         needs=given("save_interval"),

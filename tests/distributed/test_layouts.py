@@ -63,6 +63,8 @@ ZERO = {
     "overlapped": ["--overlap-grad-reduce", "--overlap-param-gather"],
     "PP 2": [PP],
 }
+ABSOLUTE = 1e-5
+"""Rewards are small differences of sums of some hundreds, in fp32."""
 Case = tuple[str, str]
 
 DEFAULT: list[Case] = [
@@ -260,7 +262,7 @@ def check_layout(results: dict[str, Any], objective: str, layout: str) -> None:
     for rank in results["metrics"][f"{objective} {layout}"]:
         assert rank.keys() == expected.keys()
         compared = {name: value for name, value in rank.items() if name not in ignored}
-        assert compared == pytest.approx({name: expected[name] for name in compared}, rel=1e-5, abs=1e-6)
+        assert compared == pytest.approx({name: expected[name] for name in compared}, rel=1e-5, abs=ABSOLUTE)
     gradients = results["tensors"][f"one {objective}"]
     assert len(gradients) > 5 and all(gradient.norm() > 1e-3 for gradient in gradients.values())
     assert_equal_tensors(results["tensors"][f"{objective} {layout}"], gradients, "gradient")
@@ -268,7 +270,7 @@ def check_layout(results: dict[str, Any], objective: str, layout: str) -> None:
 
 def check_zero(results: dict[str, Any], layout: str) -> None:
     for rank in results["metrics"][f"zero {layout}"]:
-        assert rank == pytest.approx(results["single"]["step"], rel=1e-5, abs=1e-6)
+        assert rank == pytest.approx(results["single"]["step"], rel=1e-5, abs=ABSOLUTE)
     assert_equal_tensors(results["tensors"][f"zero {layout}"], results["tensors"]["one step"], "updated weight")
 
 
