@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed.harness import fresh_world, run_ranks
-from tests.distributed.test_layouts import save_random_model
+from tests.distributed.one_step import save_random_model
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 LAYOUTS = {
