@@ -15,14 +15,20 @@ from megatron_longpo.config.yaml_file import read_yaml
 from megatron_longpo.processes import leave
 
 NOT_OFFERED = {
+    "--accumulate-allreduce-grads-in-fp32": "gradients are always reduced in fp32",
     "--bias-swiglu-fusion": "fusions are chosen by device",
+    "--check-for-nan-in-loss-and-grad": "always checked; --max-skipped-steps says how many steps may be skipped",
+    "--decoupled-lr": "all weights have one learning rate",
     "--fp16": "use --bf16",
     "--hybrid-override-pattern": "the supported families are plain transformers",
     "--log-throughput": "throughput is always reported",
     "--num-experts": "mixtures of experts are not supported",
+    "--no-check-for-nan-in-loss-and-grad": "always checked; --max-skipped-steps says how many steps may be skipped",
     "--num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",
+    "--override-opt-param-scheduler": "a resumed run always takes the schedule from its flags",
     "--rampup-batch-size": "the batch size is constant",
     "--rotary-percent": "the supported families turn all dimensions of a head",
+    "--use-checkpoint-opt-param-scheduler": "a resumed run always takes the schedule from its flags",
     "--use-flash-attn": "attention never stores scores",
     "--use-mcore-models": "models are always Megatron-Core's",
     "--use-rotary-position-embeddings": "use --position-embedding-type rope",

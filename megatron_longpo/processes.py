@@ -15,10 +15,23 @@ _PR_SET_PDEATHSIG = 1
 _RANK_0_SPEAKS_FIRST_S = 15.0
 
 
-def die_with_parent() -> None:
-    """Let the kernel end this process when its parent ends, also by ``kill -9``; on Linux, elsewhere nothing."""
+def die_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
+    """Let the kernel end this process when its parent ends, also by ``kill -9``; on Linux, elsewhere nothing.
+
+    Args:
+        how: The signal that ends it.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
+
+
+def outlive_sigterm() -> None:
+    """End with the parent and not before: schedulers such as Slurm send SIGTERM to every process of a job at once.
+
+    For helpers that a rank still needs when it saves and leaves (``--exit-signal-handler``).
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
 
 
 def leave(code: int, say: Callable[[], None]) -> NoReturn:

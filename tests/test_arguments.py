@@ -24,8 +24,9 @@ MEGATRON_FLAGS = """
 --weight-decay --start-weight-decay --end-weight-decay --weight-decay-incr-style --optimizer --adam-beta1 --adam-beta2
 --adam-eps --clip-grad --bf16 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
 --distributed-backend --distributed-timeout-minutes --recompute-granularity --recompute-method --recompute-num-layers
---recompute-modules --save --load --pretrained-checkpoint --save-interval --async-save --ckpt-format --no-load-optim
---no-load-rng --no-save-optim --no-save-rng --finetune --use-checkpoint-args --log-interval --eval-interval --eval-iters
+--recompute-modules --save --load --pretrained-checkpoint --save-interval --async-save --ckpt-format
+--save-retain-interval --no-load-optim --no-load-rng --no-save-optim --no-save-rng --finetune
+--use-checkpoint-args --log-interval --eval-interval --eval-iters
 --tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --exit-interval
 --exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --profile --profile-step-start
 --profile-step-end --profile-ranks --cpu-offloading-num-layers --hierarchical-context-parallel-sizes

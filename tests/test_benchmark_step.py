@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,8 @@ from benchmarks.step.case import StepCase, write_files
 from benchmarks.step.measure import Measurement
 from benchmarks.step.run import main
 from benchmarks.step.summary import LM_HEAD_KEY, circumstances, markdown, replace_section, summarize, table
+from tests.training.commands import REPOSITORY, environment
 
-REPOSITORY = Path(__file__).parents[1]
 TINY = StepCase(
     prefix_tokens=40,
     response_tokens=5,
@@ -61,13 +60,13 @@ def test_variants_compute_the_same_loss(tmp_path: Path) -> None:
     write_files(TINY, tmp_path)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", ALL_IN_ONE_PROCESS, tmp_path, json.dumps(dataclasses.asdict(TINY))],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "LONGPO_USE_CPU": "1", "HF_HOME": str(tmp_path)},
+        env=environment() | {"LONGPO_USE_CPU": "1", "HF_HOME": str(tmp_path)},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     losses = dict(json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("LOSSES"))
     # Two steps: the second shows that the gradients and the optimizers agree too.
     assert losses["shared_prefix_dpo"] == pytest.approx(losses["trl"], rel=1e-4)

@@ -186,6 +186,11 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             1,
             "--optimizer-offload-fraction 1.5 must be at most 1",
         ),
+        (
+            "--save s --save-interval 10 --save-retain-interval 25",
+            1,
+            "--save-retain-interval 25 must be a multiple of --save-interval 10; nearest: 30",
+        ),
         ("--min-lr 1e-6", 1, "--min-lr 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-init 1e-6", 1, "--lr-warmup-init 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-iters 10", 1, "--lr-warmup-iters 10 must be less than the decay's 10"),

@@ -34,6 +34,15 @@ class CheckpointConfig:
     save_interval: int | None = flag(
         None, "steps between checkpoints", unit="steps", at_least=1, needs=_SAVE, default_text="only at the end"
     )
+    save_retain_interval: int | None = flag(
+        None,
+        "steps between checkpoints that are kept for good, a multiple of --save-interval; of the others of this run "
+        "the newest is kept",
+        unit="steps",
+        at_least=1,
+        needs=given("save_interval"),
+        default_text="all are kept",
+    )
     async_save: bool = flag(False, "write checkpoints in the background", needs=_SAVE)
     ckpt_format: str = flag(
         "torch_dist", "format of checkpoints", choices=("torch_dist",), why="it loads at any TP, PP and DP size"

@@ -53,7 +53,7 @@ class ObjectiveConfig:
     )
     reference_rotary_base: float | None = flag(
         None,
-        "RoPE base of the reference model on the short prompts",
+        "RoPE base of the reference model on the short prompts; a scaling is the checkpoint's own",
         above=1,
         needs=_SHORT_REFERENCE,
         default_text="the checkpoint's own",

@@ -32,7 +32,7 @@ class RunConfig:
 
     Args:
         explicit: Keys of the flags that were given on the command line or in a YAML file; not part of equality.
-        source_model: The checkpoint's own model, once `with_model` has been called; not part of equality.
+        source_model: The checkpoint's own model, once it is known (`with_reference_of`); not part of equality.
     """
 
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -68,6 +68,12 @@ class RunConfig:
             return self.model.window_size
         given = self.objective.reference_window_size
         return given if given is not None else (self.source_model or self.model).window_size
+
+    @property
+    def reference_rope(self) -> ModelConfig:
+        """RoPE of the reference model: the base above, the checkpoint's own scaling; for ``dpo`` as trained with."""
+        own = self.source_model if self.has_effect("reference_rotary_base") else None
+        return dataclasses.replace(own or self.model, rotary_base=self.reference_rotary_base)
 
     def num_microbatches(self, world_size: int) -> int:
         """Rows that every rank computes for one optimizer step."""
@@ -148,8 +154,8 @@ class RunConfig:
 
         Flags of the model that were given must agree with it. Only those that need no other weights may differ, and
         then win: rotary base and scaling, window, length, padding of the vocabulary, standard deviation of new weights.
-        The reference model keeps the checkpoint's rotary base unless ``--reference-rotary-base`` was given, and its
-        window unless ``--reference-window-size`` was.
+        The reference model keeps the checkpoint's rotary scaling, its rotary base unless ``--reference-rotary-base``
+        was given, and its window unless ``--reference-window-size`` was.
 
         Args:
             model: What the checkpoint holds.
@@ -173,13 +179,8 @@ class RunConfig:
             changes[spec.field] = ours
         if errors:
             raise ConfigError(*errors)
-        objective = self.objective
-        if objective.reference_rotary_base is None and self.has_effect("reference_rotary_base"):
-            objective = dataclasses.replace(objective, reference_rotary_base=model.rotary_base)
-        if objective.reference_window_size is None and self.has_effect("reference_window_size"):
-            objective = dataclasses.replace(objective, reference_window_size=model.window_size)
         merged = dataclasses.replace(model, **changes)
-        config = dataclasses.replace(self, objective=objective, model=merged, source_model=model)
+        config = dataclasses.replace(self.with_reference_of(model), model=merged)
         config.refuse_flags_without_effect()
         # A changed position embedding leaves the scaling of the checkpoint's own behind.
         unused = {
@@ -188,6 +189,15 @@ class RunConfig:
             if spec.group == "model" and not config.has_effect(key)
         }
         return dataclasses.replace(config, model=dataclasses.replace(merged, **unused))
+
+    def with_reference_of(self, model: ModelConfig) -> RunConfig:
+        """The configuration whose reference model is a checkpoint's, in all that its flags do not say."""
+        objective = self.objective
+        if objective.reference_rotary_base is None and self.has_effect("reference_rotary_base"):
+            objective = dataclasses.replace(objective, reference_rotary_base=model.rotary_base)
+        if objective.reference_window_size is None and self.has_effect("reference_window_size"):
+            objective = dataclasses.replace(objective, reference_window_size=model.window_size)
+        return dataclasses.replace(self, objective=objective, source_model=model)
 
     def with_device_defaults(self, transformer_impl: str, distributed_backend: str) -> RunConfig:
         """The configuration with what the device decides in place of ``auto``.

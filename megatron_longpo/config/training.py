@@ -132,7 +132,11 @@ class TrainingConfig:
     exit_duration_in_mins: float | None = flag(
         None, "save and leave after this long", unit="minutes", above=0, default_text="never"
     )
-    exit_signal_handler: bool = flag(False, "save and leave with code 0 on SIGTERM")
+    exit_signal_handler: bool = flag(
+        False,
+        "save and leave with code 0 on SIGTERM, after the step that runs; torchrun kills 30 s after it passed SIGTERM "
+        "on, or after its --shutdown-timeout",
+    )
     max_skipped_steps: int = flag(
         10,
         "stop after this many steps in a row whose loss or gradient was not finite",

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.data.sending import sent
-from megatron_longpo.model.rope import inverse_frequencies, rotary_angles
+from megatron_longpo.model.rope import attention_factor, inverse_frequencies, rotary_angles
 from megatron_longpo.objective.logprobs import linear_logprobs
 
 
@@ -102,24 +102,25 @@ class SharedPrefixGPT(GPTModel):
         self.inverse_frequencies = inverse_frequencies(model)
 
     @contextlib.contextmanager
-    def as_reference(self, rotary_base: float, window_tokens: int | None) -> Iterator[None]:
-        """Evaluate as the reference model π_S, with the RoPE base and the window that the model had before training.
+    def as_reference(self, rope: ModelConfig, window_tokens: int | None) -> Iterator[None]:
+        """Evaluate as the reference model π_S, with the RoPE and the window that the model had before training.
 
         Args:
-            rotary_base: Its RoPE base.
+            rope: Its rotary base and scaling, YaRN's attention temperature among them.
             window_tokens: Tokens that a token sees, itself included; None is all.
         """
         attentions = [layer.self_attention.core_attention for layer in self.decoder.layers]
-        trained = self.inverse_frequencies, [attention.window_tokens for attention in attentions]
-        self.inverse_frequencies = inverse_frequencies(self.model_shape, rotary_base)
+        trained = self.inverse_frequencies, [(a.window_tokens, a.softmax_scale) for a in attentions]
+        self.inverse_frequencies = inverse_frequencies(rope)
         for attention in attentions:
             attention.window_tokens = window_tokens
+            attention.softmax_scale = attention_factor(rope) ** 2 / rope.kv_channels**0.5
         try:
             yield
         finally:
             self.inverse_frequencies = trained[0]
-            for attention, tokens in zip(attentions, trained[1], strict=True):
-                attention.window_tokens = tokens
+            for attention, (tokens, scale) in zip(attentions, trained[1], strict=True):
+                attention.window_tokens, attention.softmax_scale = tokens, scale
 
     def forward(
         self,

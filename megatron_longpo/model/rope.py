@@ -15,7 +15,7 @@ import torch
 from megatron_longpo.config import ModelConfig
 
 
-def inverse_frequencies(model: ModelConfig, rotary_base: float | None = None) -> torch.Tensor:
+def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
     """The rotary angle per position of every pair of head dimensions.
 
     Llama 3 scaling: frequencies of long wavelength are divided by the factor, those of short wavelength are kept, those
@@ -23,13 +23,12 @@ def inverse_frequencies(model: ModelConfig, rotary_base: float | None = None) ->
     Eq. 19-23). Operations are in fp32 in the order that Hugging Face's models use, so that long positions agree.
 
     Args:
-        model: Shape and scaling of the model.
-        rotary_base: Replaces ``model.rotary_base``, as the reference pass does.
+        model: Shape, rotary base and scaling of the model.
 
     Returns:
         fp32 ``[D / 2]``, CPU.
     """
-    dim, base = model.kv_channels, float(rotary_base if rotary_base is not None else model.rotary_base)
+    dim, base = model.kv_channels, float(model.rotary_base)
     inverse = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if model.position_embedding_type == "yarn":
         return _yarn(model, inverse, base)

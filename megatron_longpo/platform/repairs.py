@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from megatron_longpo.processes import die_with_parent
+from megatron_longpo.processes import outlive_sigterm
 
 
 def group_ranks_without_einops() -> None:
@@ -161,6 +161,8 @@ def let_checkpoints_name_optimizers() -> None:
 def tie_checkpoint_manager_to_its_rank() -> None:
     """Let the process that carries results of checkpoint writers end with its rank, also when that is killed.
 
+    Not before it: a SIGTERM to all processes would leave the rank, which saves then, without it.
+
     Remove when Megatron's writer needs no manager process, or ends it itself.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -168,7 +170,7 @@ def tie_checkpoint_manager_to_its_rank() -> None:
     def results_queue() -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-            manager.start(initializer=die_with_parent)
+            manager.start(initializer=outlive_sigterm)
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 

@@ -26,7 +26,7 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.files import atomic_writer, sync_folder
 from megatron_longpo.model.build import unwrap
-from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder
+from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder, iteration_of
 from megatron_longpo.training.distributed import is_rank_0
 from megatron_longpo.training.random_state import random_state, set_random_state
 
@@ -64,6 +64,8 @@ class Checkpointer:
     def __init__(self, config: RunConfig, chunks: list[Any], optimizer: Any = None, scheduler: Any = None) -> None:
         self.config, self.chunks, self.optimizer, self.scheduler = config, chunks, optimizer, scheduler
         self.queue = AsyncCallsQueue()
+        self.newest: Path | None = None
+        """The newest checkpoint of this run in ``--save``: the one that it goes on from, then those that it wrote."""
         safe_globals.register_safe_globals()
 
     def save(self, progress: Progress) -> Path:
@@ -113,6 +115,9 @@ class Checkpointer:
                 with atomic_writer(final.parent / TRACKER) as file:
                     file.write(str(progress.iteration))
             dist.barrier()
+            if is_rank_0():
+                self._remove(self.newest, final)
+            self.newest = final
 
         if request is None:
             publish()
@@ -156,7 +161,8 @@ class Checkpointer:
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
         if with_optimizer:
-            self.optimizer.load_state_dict(loaded["optimizer"])
+            with _settings_kept(self.optimizer):
+                self.optimizer.load_state_dict(loaded["optimizer"])
             self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
@@ -164,9 +170,23 @@ class Checkpointer:
             set_random_state(loaded["rng_state"])
         if weights_only:
             return Progress()
+        if settings.save is not None and checkpoint.parent.resolve() == Path(settings.save).resolve():
+            self.newest = checkpoint
         known = {field.name for field in dataclasses.fields(Progress)}
         saved = common.get("progress", {"iteration": common.get("iteration", 0)})
         return Progress(**{name: value for name, value in saved.items() if name in known})
+
+    def _remove(self, old: Path | None, new: Path) -> None:
+        """Remove the checkpoint before the newest, unless ``--save-retain-interval`` keeps it."""
+        interval = self.config.checkpoint.save_retain_interval
+        number = iteration_of(old) if old is not None else None
+        if interval is None or old is None or number is None or number % interval == 0 or old.name == new.name:
+            return
+        # Half a checkpoint must not look like one.
+        hidden = old.with_name(f".{old.name}.removed")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(old, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
     def _chunk_keys(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
@@ -200,6 +220,16 @@ def _clear_failure(place: object) -> Iterator[None]:
             f"the checkpoint {place} could not be written: {'; '.join(causes)}. Earlier checkpoints are as they were; "
             "make room or choose another --save, then resume with --load"
         ) from error
+
+
+@contextlib.contextmanager
+def _settings_kept(optimizer: Any) -> Iterator[None]:
+    """Keep this run's learning rates, betas and so on: a checkpoint's parameter groups hold those of its own run."""
+    state = ("params", "step")
+    settings = [{name: group[name] for name in group if name not in state} for group in optimizer.param_groups]
+    yield
+    for group, ours in zip(optimizer.param_groups, settings, strict=True):
+        group.update(ours)
 
 
 def _load_strategy(checkpoint: Path) -> Any:

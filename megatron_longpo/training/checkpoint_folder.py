@@ -31,6 +31,12 @@ def iteration_folder(folder: str | Path, iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
+def iteration_of(checkpoint: Path) -> int | None:
+    """The step of a checkpoint, by its folder's name; None for one that no step made."""
+    name, _, number = checkpoint.name.partition("_")
+    return int(number) if name == "iter" and number.isdigit() else None
+
+
 def find_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint that a folder's tracker names, the folder itself if it is one, or None if it holds none.
 

@@ -13,6 +13,7 @@ from megatron_longpo.data.batch import Batch, collate
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import OBJECTIVE_ROLES
 from megatron_longpo.data.sampler import GlobalBatchSampler
+from megatron_longpo.processes import outlive_sigterm
 from megatron_longpo.training.sidecar import ReferenceLogprobs
 
 
@@ -57,28 +58,43 @@ def training_batches(micro_batches: MicroBatches, sampler: GlobalBatchSampler) -
             drawn.append((numbers, len(mine)))
             yield from (tuple(part) for part in mine)
 
-    workers = settings.data.num_workers
-    loader = iter(DataLoader(micro_batches, sampler=dealt(), batch_size=None, num_workers=workers))  # type: ignore[arg-type]
+    loader = iter(
+        DataLoader(
+            micro_batches,
+            sampler=dealt(),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=settings.data.num_workers,
+            worker_init_fn=_outlive_sigterm if settings.training.exit_signal_handler else None,
+        )
+    )
     for first in loader:
         numbers, count = drawn.pop(0)
         yield GlobalBatch([first, *(next(loader) for _ in range(count - 1))], numbers)
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """A worker that dies of SIGTERM takes its rank along."""
+    outlive_sigterm()
+
+
 def evaluation_batches(micro_batches: MicroBatches, numbers: list[int]) -> Iterator[tuple[GlobalBatch, list[int]]]:
     """All of the given documents once, in groups as large as a training step.
 
-    The last group is filled up with repeats, since all ranks must run the same number of micro-batches.
+    The last group is filled up with repeats, since all ranks must run the same number of micro-batches, and the
+    interleaved schedule whole rounds of the pipeline.
 
     Yields:
         The group, and how many documents of each of its micro-batches are no repeats (they come first).
     """
-    settings = micro_batches.config.training
+    settings, parallel = micro_batches.config.training, micro_batches.config.parallel
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    interleaved = parallel.num_layers_per_virtual_pipeline_stage is not None
+    round_size = size * parallel.pipeline_model_parallel_size if interleaved else size
     row = settings.micro_batch_size
     for start in range(0, len(numbers), settings.global_batch_size):
         group = numbers[start : start + settings.global_batch_size]
         rows = [group[i : i + row] for i in range(0, len(group), row)]
-        while len(rows) % size:
+        while len(rows) % round_size:
             rows.append([])
         mine = rows[rank::size]
         filled = [tuple(part + group[:1] * (row - len(part))) for part in mine]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_longpo.config import ModelConfig
+from megatron_longpo.config.flags import show
 from megatron_longpo.model.build import unwrap
 
 _CHUNK = 1 << 24
@@ -49,6 +52,15 @@ def weights_fingerprint(chunks: list[torch.nn.Module]) -> str:
     total = total.to(_device(chunks))
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return f"{int(total.item()) & (1 << 64) - 1:016x}"
+
+
+def rope_scaling_mark(model: ModelConfig) -> str:
+    """What to add to the fingerprint of weights that are evaluated with scaled RoPE: kind and numbers, or nothing."""
+    kind = "yarn" if model.position_embedding_type == "yarn" else "rope" if model.use_rope_scaling else None
+    if kind is None:
+        return ""
+    values = [getattr(model, field.name) for field in dataclasses.fields(model) if field.name.startswith(f"{kind}_")]
+    return "-".join(["", "llama3" if kind == "rope" else kind, *map(show, values)])
 
 
 def _canonical(name: str) -> str:

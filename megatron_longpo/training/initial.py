@@ -14,19 +14,22 @@ from megatron_longpo.training.distributed import is_rank_0
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
-    """The run with the model's shape that its checkpoint gives (``--load-hf``, ``--use-checkpoint-args``)."""
+    """The run with the model's shape that its checkpoint gives (``--load-hf``, ``--use-checkpoint-args``).
+
+    Where flags give the shape, the checkpoint still says what the reference model is.
+    """
     settings = config.checkpoint
     if settings.load_hf is not None:
         source = read_hf_folder(settings.load_hf)
         config = config.with_model(source.model, f"--load-hf {settings.load_hf}")
         source.family.refuse_window(config.model)
         return config
+    # The model to start from comes first: its RoPE is the reference's, --load's may have been changed since.
+    for folder in (settings.pretrained_checkpoint, settings.load):
+        found = find_checkpoint(folder) if folder else None
+        if found is not None:
+            return _with_saved(config, found)
     if settings.use_checkpoint_args:
-        # The model to start from comes first: its RoPE base is the reference's, --load's may have been changed since.
-        for folder in (settings.pretrained_checkpoint, settings.load):
-            found = find_checkpoint(folder) if folder else None
-            if found is not None:
-                return _with_saved(config, found)
         raise ValueError(
             "--use-checkpoint-args: neither --load nor --pretrained-checkpoint holds a checkpoint; give the model's "
             "flags (--num-layers, --hidden-size, …) or --load-hf"
@@ -35,14 +38,21 @@ def with_initial_model(config: RunConfig) -> RunConfig:
 
 
 def _with_saved(config: RunConfig, checkpoint: Path) -> RunConfig:
-    saved = saved_config(checkpoint)
+    try:
+        saved = saved_config(checkpoint)
+    except ValueError:
+        if config.checkpoint.use_checkpoint_args:
+            raise
+        return config  # of another program: flags say what the reference is
     if checkpoint.parent == Path(config.checkpoint.load or "") or checkpoint.name == RELEASE:
         # A run that resumes keeps the reference that it began with, and a converted model what it was before.
         kept = {
             name: getattr(saved.objective, name) for name in OF_REFERENCE if getattr(config.objective, name) is None
         }
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, **kept))
-    return config.with_model(saved.model, str(checkpoint))
+    if config.checkpoint.use_checkpoint_args:
+        return config.with_model(saved.model, str(checkpoint))
+    return config.with_reference_of(saved.model)
 
 
 def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progress:

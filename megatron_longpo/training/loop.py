@@ -22,14 +22,15 @@ from megatron_longpo.model.build import build_model, unwrap, wrap_for_training
 from megatron_longpo.model.flops import step_flops
 from megatron_longpo.ranges import DATA, OPTIMIZER, named_range
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
-from megatron_longpo.training.data import GlobalBatch, MicroBatches, evaluation_batches, training_batches
+from megatron_longpo.training.data import GlobalBatch, MicroBatches, training_batches
 from megatron_longpo.training.distributed import any_rank, is_rank_0
+from megatron_longpo.training.evaluation import evaluate
 from megatron_longpo.training.initial import load_initial_state
 from megatron_longpo.training.leaving import Leaving
 from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
 from megatron_longpo.training.profiling import StepProfiler
 from megatron_longpo.training.reference import reference_logprobs
-from megatron_longpo.training.reporting import Reporter
+from megatron_longpo.training.reporting import Reporter, interval_means
 from megatron_longpo.training.step import document_loss, global_batch_metrics, gradients_are_finite, run_schedule
 
 
@@ -54,7 +55,7 @@ class Trainer:
         self.checkpointer = Checkpointer(config, self.chunks, self.optimizer, self.scheduler)
         self.progress = load_initial_state(config, self.checkpointer)
         self.profiler = StepProfiler(config, map(unwrap, self.chunks), dist.get_rank())
-        self.unreported: list[dict[str, float]] = []
+        self.unreported: list[tuple[dict[str, float], bool]] = []
         self._connect_schedule()
 
     def train(self) -> Progress:
@@ -175,12 +176,10 @@ class Trainer:
         if bad is not None:
             shown = ", ".join(bad[:8]) + (", …" if len(bad) > 8 else "")
             reporter.print(f"iteration {progress.iteration} was skipped: loss or gradient is not finite in {shown}")
-        self.unreported.append(metrics)
+        self.unreported.append((metrics, bad is not None))
         if progress.iteration % self.config.logging.log_interval and progress.iteration != self.total_steps:
             return
-        means = {name: sum(step[name] for step in self.unreported) / len(self.unreported) for name in metrics}
-        # The schedule's value and the highest peak are facts of the last step, not of the interval.
-        means |= {name: metrics[name] for name in ("learning_rate", "peak_memory_gib")}
+        means = interval_means(self.unreported)
         self.unreported.clear()
         reporter.report(self._counters() | means | {"skipped_steps": progress.skipped_steps})
 
@@ -190,23 +189,9 @@ class Trainer:
         if not (due and settings.eval_iters and self.eval_numbers):
             return
         numbers = self.eval_numbers[: settings.eval_iters * settings.global_batch_size]
-        totals: dict[str, float] = {}
-        for chunk in self.chunks:
-            chunk.eval()
-        with torch.no_grad(), self.whole_weights():
-            for group, counted in evaluation_batches(micro_batches, numbers):
-                outputs = run_schedule(
-                    self.config,
-                    self.chunks,
-                    group.micro_batches,
-                    lambda b, logps: document_loss(self.config.objective, b, logps),
-                    forward_only=True,
-                )
-                means, _ = global_batch_metrics(self.config, outputs, len(numbers), counted)
-                totals = {name: totals.get(name, 0.0) + value for name, value in means.items()}
-        for chunk in self.chunks:
-            chunk.train()
-        reporter.report(self._counters() | totals, prefix="eval/")
+        with self.whole_weights():
+            means = evaluate(self.config, self.chunks, micro_batches, numbers)
+        reporter.report(self._counters() | means, prefix="eval/")
 
     def _counters(self) -> dict[str, float]:
         return {"iteration": self.progress.iteration, "consumed_samples": self.progress.consumed_samples}

@@ -1,7 +1,7 @@
 """The reference pass: log π_S of every response token, once, forward only, under the initial weights.
 
 For ``longpo`` and ``sft-chosen-constraint`` every turn stands alone on its own short prompt, evaluated with the
-reference RoPE base and window; for ``dpo`` the rows are the training rows. Chosen and rejected share their prompt here
+reference RoPE and window; for ``dpo`` the rows are the training rows. Chosen and rejected share their prompt here
 too.
 """
 
@@ -22,7 +22,7 @@ from megatron_longpo.data.batch import Batch, collate
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.model.build import unwrap
 from megatron_longpo.training.distributed import is_rank_0
-from megatron_longpo.training.fingerprint import weights_fingerprint
+from megatron_longpo.training.fingerprint import rope_scaling_mark, weights_fingerprint
 from megatron_longpo.training.sidecar import ReferenceKey, ReferenceLogprobs, SidecarWriter, TurnLogps, sidecar_folder
 from megatron_longpo.training.step import run_schedule
 
@@ -67,7 +67,8 @@ def reference_logprobs(
     kind = reference_kind(config)
     folder = sidecar_folder(config.data.data_path, kind, config.objective.reference_dir)
     resumed = fingerprint is not None
-    fingerprint = fingerprint or weights_fingerprint(chunks)
+    # A scaled RoPE makes another model of the same weights.
+    fingerprint = fingerprint or weights_fingerprint(chunks) + rope_scaling_mark(config.reference_rope)
     key = reference_key(config, dataset, fingerprint)
     # All ranks must take the same way, also when a file appears while they look.
     found = [(folder / "manifest.json").exists()]
@@ -139,7 +140,7 @@ def compute_reference_logprobs(
     try:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for chunk in chunks:
-                stack.enter_context(unwrap(chunk).as_reference(key.rotary_base, key.window_tokens))
+                stack.enter_context(unwrap(chunk).as_reference(config.reference_rope, key.window_tokens))
             for start in range(0, len(todo), group):
                 numbers = todo[start : start + group]
                 # Every rank runs the same number of micro-batches; repeats at the end are computed twice.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,33 @@ from tqdm import tqdm
 
 from megatron_longpo.config import LoggingConfig, RunConfig
 from megatron_longpo.files import atomic_writer
+
+_OF_LAST_STEP = ("learning_rate", "peak_memory_gib")
+_RATES = ("tokens_per_s_per_gpu", "tflops_per_gpu")
+
+
+def interval_means(steps: Sequence[tuple[dict[str, float], bool]]) -> dict[str, float]:
+    """What a report says of the steps since the last one.
+
+    The mean of losses and norms over the steps that were not skipped, whose values are not finite; the mean of times,
+    and rates of the whole interval, over all of them; learning rate and peak of memory as after the last.
+
+    Args:
+        steps: Of each step its metrics, and whether it was skipped.
+    """
+    every = [metrics for metrics, _ in steps]
+    applied = [metrics for metrics, skipped in steps if not skipped] or every
+    seconds = sum(step["iteration_time_s"] for step in every)
+
+    def value(name: str) -> float:
+        if name in _OF_LAST_STEP:
+            return every[-1][name]
+        if name in _RATES:
+            return sum(step[name] * step["iteration_time_s"] for step in every) / seconds
+        counted = every if name.endswith("_time_s") else applied
+        return sum(step[name] for step in counted) / len(counted)
+
+    return {name: value(name) for name in every[-1]}
 
 
 class Reporter:

@@ -33,7 +33,7 @@ class ReferenceKey:
     Args:
         kind: ``short``, ``long-joint`` or ``long-independent``.
         dataset: Hash of the dataset.
-        weights: `weights_fingerprint` of the reference model.
+        weights: `weights_fingerprint` of the reference model, and `rope_scaling_mark` if its RoPE is scaled.
         rotary_base: RoPE base of the reference model.
         dtype: ``bf16`` or ``fp32``.
         window_tokens: Tokens that a token of the reference model sees; None, also of older manifests, is all.

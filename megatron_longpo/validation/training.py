@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.training import FLASH
+from megatron_longpo.validation.multiples import nearest_multiple
 
 
 def _training(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -93,6 +94,16 @@ def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:
         yield f"--use-distributed-optimizer needs --optimizer adam, not {optimizer.optimizer}"
 
 
+def _checkpoints(config: RunConfig, world_size: int) -> Iterator[str]:
+    settings = config.checkpoint
+    interval, kept = settings.save_interval, settings.save_retain_interval
+    if interval is not None and kept is not None and kept % interval:
+        yield (
+            f"--save-retain-interval {kept} must be a multiple of --save-interval {interval}; nearest: "
+            f"{nearest_multiple(kept, interval)}"
+        )
+
+
 def _profile(config: RunConfig, world_size: int) -> Iterator[str]:
     settings, steps = config.logging, config.training.train_iters
     if not settings.profile:
@@ -109,4 +120,4 @@ def _profile(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--no-use-pytorch-profiler is for Nsight Systems and needs a GPU: remove it or --use-cpu"
 
 
-CHECKS = (_training, _optimizer, _profile)
+CHECKS = (_training, _optimizer, _checkpoints, _profile)

@@ -233,6 +233,10 @@ def test_a_converted_checkpoint_gives_the_reference_what_the_model_was_before(tm
         config = with_initial_model(parse_arguments([f"{flag}={tmp_path / 'megatron'}", "--use-checkpoint-args"]))
         assert (config.model.rotary_base, config.model.window_size) == (1e7, Window())
         assert (config.reference_rotary_base, config.reference_window_size) == (1e4, Window(15, 0))
+        shape = [*config.model_flags(), "--rotary-base=1e8"]
+        config = with_initial_model(parse_arguments([f"{flag}={tmp_path / 'megatron'}", *shape]))
+        assert (config.model.rotary_base, config.reference_rotary_base) == (1e8, 1e4)
+        assert config.reference_window_size == Window(15, 0)
     # What a run saved is the reference of the next round as it is.
     (tmp_path / "megatron" / "release").rename(tmp_path / "megatron" / "iter_0000010")
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("10")

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed.harness import fresh_world, run_ranks
-from tests.distributed.test_layouts import save_random_model
+from tests.distributed.one_step import save_random_model
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 LAYOUTS = {
@@ -52,7 +52,7 @@ def sidecars(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("reference")
     # More documents than a group of the pass, and not a multiple of it.
     write_tiny_dataset(folder / "tiny", num_documents=11)
-    run_ranks(save_random_model, 1, str(folder / "tiny"), str(folder / "start"))
+    run_ranks(save_random_model, 1, str(folder / "tiny"), str(folder / "start"), MODEL_FLAGS)
     singles = [(flags, f"{folder}/one") for flags in OBJECTIVES.values()]
     layouts = [([*OBJECTIVES[o], *flags], f"{folder}/{name}") for name, flags in LAYOUTS.items() for o in OBJECTIVES]
     prints = run_ranks(compute, 1, singles, str(folder))[0]

@@ -79,11 +79,6 @@ def test_yarn_temperature_from_mscale() -> None:
     assert attention_factor(other) == pytest.approx((0.07 * math.log(40) + 1) / (0.1 * math.log(40) + 1))
 
 
-def test_another_base_replaces_the_models() -> None:
-    model = ModelConfig(**SHAPE, rotary_base=1e7)
-    assert torch.equal(inverse_frequencies(model, 1e4), inverse_frequencies(ModelConfig(**SHAPE, rotary_base=1e4)))
-
-
 def test_angles_follow_position_ids() -> None:
     inverse = inverse_frequencies(ModelConfig(**SHAPE))
     angles = rotary_angles(torch.tensor([0, 1, 2, 1, 2]), inverse)

@@ -92,7 +92,10 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def stop_at_step(step: int, path: Path, how: signal.Signals, *flags: str) -> tuple[int, str]:
-    """Start training, send a signal once the metrics file shows a step, return exit code and output."""
+    """Start training, send a signal once the metrics file shows a step, return exit code and output.
+
+    SIGTERM goes to every process of the run at once, as schedulers send it.
+    """
     process = subprocess.Popen(
         command("pretrain_longpo.py", *FLAGS, *flags, f"--metrics-jsonl={path}"),
         env=environment(),
@@ -105,7 +108,9 @@ def stop_at_step(step: int, path: Path, how: signal.Signals, *flags: str) -> tup
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
         time.sleep(0.005)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(how)
+    for receiver in (process, *(children if how == signal.SIGTERM else ())):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a writer that is done
+            receiver.send_signal(how)
     output, _ = process.communicate(timeout=100)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive, f"outlived their parent: {[child.cmdline() for child in alive]}"

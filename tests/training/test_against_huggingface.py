@@ -36,12 +36,19 @@ CASES = {
     "sft-chosen-constraint": ["--objective=sft-chosen-constraint", f"--beta={BETA}", *SHORT],
     "longpo, window": ["--objective=longpo", *PREFERENCE, *SHORT],
     "longpo, window dropped": ["--objective=longpo", *PREFERENCE, *SHORT, "--window-size=full"],
+    "longpo, YaRN": [
+        *("--objective=longpo", "--position-embedding-type=yarn", "--yarn-rotary-scaling-factor=4"),
+        *("--yarn-original-max-position-embeddings=64", *PREFERENCE, *SHORT),
+    ],
 }
 WINDOWS = {"longpo, window": (9, 9), "longpo, window dropped": (None, 9)}
 """Windows of policy and reference, shorter than every document."""
+PLAIN = {"rope_type": "default"}
+ROPES = {"longpo, YaRN": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}
+"""RoPE of the policy; the model before training, which is the reference, has plain RoPE."""
 
 
-def huggingface_model(rotary_base: float, window: int | None = None) -> Any:
+def huggingface_model(rotary_base: float, window: int | None = None, rope: dict[str, Any] = PLAIN) -> Any:
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(3)
@@ -56,7 +63,7 @@ def huggingface_model(rotary_base: float, window: int | None = None) -> Any:
         max_position_embeddings=512,
         initializer_range=0.2,
         tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": rotary_base},
+        rope_parameters={**rope, "rope_theta": rotary_base},
         sliding_window=window,
     )
     return MistralForCausalLM(config)
@@ -144,10 +151,11 @@ def compare(rank: int, name: str, data: str, folder: str) -> dict[str, Any]:
     start, flags = Path(folder) / "start", CASES[name]
     window, reference_window = WINDOWS.get(name, (None, None))
     huggingface_model(ROTARY_BASE, reference_window).save_pretrained(start)
-    policy = huggingface_model(ROTARY_BASE, window)
+    rope = ROPES.get(name, PLAIN)
+    policy = huggingface_model(ROTARY_BASE, window, rope)
     fixed = ["--global-batch-size=4", "--train-iters=1", "--split=100,0", "--seq-length=512", "--num-workers=0"]
     # Another reference model than that of the other cases, computed in each.
-    fixed += [f"--reference-dir={folder}"] if name in WINDOWS else []
+    fixed += [f"--reference-dir={folder}"] if name in WINDOWS or name in ROPES else []
     fixed += ["--progress-bar=off", "--logits-chunk-tokens=17", f"--load-hf={start}", f"--data-path={data}"]
     config = with_initial_model(parse_arguments([*fixed, *flags]))
     config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
@@ -169,7 +177,7 @@ def compare(rank: int, name: str, data: str, folder: str) -> dict[str, Any]:
     ours, _ = global_batch_metrics(config, outputs, 4)
 
     short = huggingface_model(REFERENCE_ROTARY_BASE, reference_window)
-    oracle = Oracle(policy, short, huggingface_model(ROTARY_BASE, window), flags)
+    oracle = Oracle(policy, short, huggingface_model(ROTARY_BASE, window, rope), flags)
     results = [oracle.document(dataset[number]) for number in batch.numbers]
     loss = torch.stack([result[0] for result in results]).mean()
     loss.backward()

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 
+from tests.distributed.harness import run_ranks
 from tests.tiny import write_tiny_dataset
+from tests.training.commands import FLAGS as TINY_FLAGS
 from tests.training.commands import metrics, stop_at_step, train
 
 STEPS = 20
@@ -57,6 +59,12 @@ def saved_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     return {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
 
 
+def checkpoints(folder: Path) -> list[int]:
+    """Iterations of the checkpoints in a folder, which has no remains of others."""
+    assert not list(folder.glob(".iter_*"))
+    return sorted(int(path.name.removeprefix("iter_")) for path in folder.glob("iter_*"))
+
+
 def test_the_run_learns(golden: dict[str, Any]) -> None:
     steps = golden["steps"]
     assert [step["iteration"] for step in steps] == list(range(1, STEPS + 1))
@@ -66,13 +74,14 @@ def test_the_run_learns(golden: dict[str, Any]) -> None:
 
 def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) -> None:
     save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
-    flags = [*golden["flags"], f"--save={save}", f"--load={save}"]
+    flags = [*golden["flags"], f"--save={save}", f"--load={save}", "--save-retain-interval=20"]
     code, _ = stop_at_step(15, path, signal.SIGKILL, *flags)
     assert code == -signal.SIGKILL
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "10"
     train(*flags, f"--metrics-jsonl={path}")
     # Every step once, those of the killed process after its checkpoint replaced, and all of them equal to the last bit.
     assert compared(metrics(path)) == compared(golden["steps"])
+    assert checkpoints(save) == [STEPS] and checkpoints(golden["folder"] / "save") == [10, STEPS]
     ours, theirs = (saved_tensors(folder, STEPS) for folder in (save, golden["folder"] / "save"))
     assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
     assert all((ours[name] == theirs[name]).all() for name in ours)
@@ -90,15 +99,18 @@ def test_resumes_under_another_layout(golden: dict[str, Any], tmp_path: Path) ->
             assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=tolerance), (ours["iteration"], name)
 
 
-def test_sigterm_saves_and_leaves_with_code_0(data: str, tmp_path: Path) -> None:
+def test_sigterm_to_all_processes_saves_and_leaves_with_code_0(data: str, tmp_path: Path) -> None:
     save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
     flags = [data, "--train-iters=5000", "--lr=1e-4", f"--save={save}", "--exit-signal-handler", "--async-save"]
-    code, output = stop_at_step(5, path, signal.SIGTERM, *flags)
+    # What a rank needs to leave in order has been started by then: a reader of data and the manager of the writers.
+    helpers = ["--num-workers=1", "--save-interval=2", "--save-retain-interval=4"]
+    code, output = stop_at_step(5, path, signal.SIGTERM, *flags, *helpers)
     assert code == 0, output
     last = metrics(path)[-1]["iteration"]
     assert f"leaving after iteration {last}: SIGTERM was received" in output
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(last)
     assert (save / f"iter_{last:07d}" / "run.yaml").exists()
+    assert checkpoints(save) == sorted({*range(4, last + 1, 4), last})
 
 
 def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
@@ -106,3 +118,43 @@ def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
     output = train(data, "--train-iters=100000", f"--save={save}", "--exit-duration-in-mins=0.02")
     assert "--exit-duration-in-mins 0.02 have passed" in output
     assert (save / "latest_checkpointed_iteration.txt").exists()
+
+
+def resume_with_other_settings(rank: int, data: str, folder: str) -> list[list[dict[str, Any]]]:
+    """One step, a checkpoint, and the groups of the optimizer of a run that goes on with other flags."""
+    from megatron_longpo import platform
+    from megatron_longpo.arguments import parse_arguments
+    from megatron_longpo.data.dataset import PreferenceDataset
+    from megatron_longpo.training.checkpoint import Progress
+    from megatron_longpo.training.data import MicroBatches, training_batches
+    from megatron_longpo.training.distributed import initialize
+    from megatron_longpo.training.loop import Trainer
+
+    def trainer(*flags: str) -> Trainer:
+        config = parse_arguments([*TINY_FLAGS, data, "--objective=sft-chosen", "--lr-decay-style=constant", *flags])
+        config = config.with_device_defaults("local", "gloo")
+        if not parallel_state.model_parallel_is_initialized():
+            platform.prepare()
+            initialize(config)
+        return Trainer(config, PreferenceDataset(config.data.data_path))
+
+    def groups(name: str) -> list[dict[str, Any]]:
+        place = f"{folder}/{name}"
+        first = trainer(*OPTIMIZERS[name], "--lr=1e-3", f"--save={place}", "--train-iters=3")
+        first._step(next(training_batches(MicroBatches(first.config, first.dataset, None), first._sampler())))
+        first.checkpointer.save(Progress(iteration=1))
+        other = ["--lr=5e-4", "--adam-beta2=0.95", "--adam-eps=1e-6", "--weight-decay=0.3", "--lr-warmup-iters=2"]
+        resumed = trainer(*OPTIMIZERS[name], *other, f"--load={place}", "--train-iters=4")
+        shown = ("lr", "max_lr", "betas", "eps", "weight_decay", "wd_mult")
+        return [{name: group[name] for name in shown} for group in resumed.optimizer.param_groups]
+
+    return [groups(name) for name in OPTIMIZERS]
+
+
+def test_a_resumed_run_takes_optimizer_and_schedule_from_its_flags(data: str, tmp_path: Path) -> None:
+    for groups in run_ranks(resume_with_other_settings, 1, data, str(tmp_path))[0]:
+        assert sorted(group["wd_mult"] for group in groups) == [0.0, 1.0]
+        for group in groups:
+            # One of two steps of warm-up is done.
+            assert (group["lr"], group["max_lr"], group["eps"]) == (2.5e-4, 5e-4, 1e-6)
+            assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, 0.95), 0.3 * group["wd_mult"])

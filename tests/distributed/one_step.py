@@ -1,0 +1,95 @@
+"""What a rank does in the tests of layouts: start from a shared checkpoint, evaluate, run one global batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from tests.distributed.harness import fresh_world
+
+
+def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str, float]:
+    """Evaluate and run one global batch from the shared checkpoint; leave its gradients as a checkpoint."""
+    from megatron_longpo import platform
+    from megatron_longpo.arguments import parse_arguments
+    from megatron_longpo.data.dataset import PreferenceDataset
+    from megatron_longpo.model.build import unwrap
+    from megatron_longpo.training.checkpoint import Checkpointer, Progress
+    from megatron_longpo.training.data import MicroBatches, training_batches
+    from megatron_longpo.training.distributed import initialize
+    from megatron_longpo.training.evaluation import evaluate
+    from megatron_longpo.training.loop import Trainer
+    from megatron_longpo.training.reference import reference_logprobs
+    from megatron_longpo.training.step import document_loss, global_batch_metrics, run_schedule
+    from megatron_longpo.validation import validate
+
+    if "sft-rejected" in " ".join(flags):
+        flags = [flag for flag in flags if "--beta" not in flag]
+    save = [f"--save={gradients_to}"] if gradients_to else []
+    config = parse_arguments([*flags, f"--data-path={data}", *save])
+    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    validate(config, torch.distributed.get_world_size())
+    platform.prepare()
+    dataset = PreferenceDataset(data, config.model.vocab_size)
+    initialize(config)
+    try:
+        trainer = Trainer(config, dataset)
+        reference = None
+        if config.objective.needs_reference:
+            with trainer.whole_weights():
+                reference, _ = reference_logprobs(config, dataset, trainer.chunks, None)
+        micro_batches = MicroBatches(config, dataset, reference)
+        with trainer.whole_weights():
+            held_out = evaluate(config, trainer.chunks, micro_batches, trainer.eval_numbers)
+        batch = next(training_batches(micro_batches, trainer._sampler()))
+        if config.parallel.use_distributed_optimizer:
+            # Its gradients lie in shards: compare the weights after the step instead.
+            trainer.sampler = trainer._sampler()
+            metrics, bad = trainer._step(batch)
+            assert bad is None
+        else:
+            outputs = run_schedule(
+                config,
+                trainer.chunks,
+                batch.micro_batches,
+                lambda b, logps: document_loss(config.objective, b, logps),
+                forward_only=False,
+            )
+            metrics, _ = global_batch_metrics(config, outputs, len(batch.numbers))
+            if gradients_to and not gradients_to.endswith("step"):
+                for chunk in trainer.chunks:
+                    for parameter in unwrap(chunk).parameters():
+                        parameter.data.copy_(parameter.main_grad)
+            elif gradients_to:
+                trainer.optimizer.step()
+        if gradients_to:
+            with trainer.whole_weights():
+                Checkpointer(config, trainer.chunks).save(Progress(iteration=1))
+    finally:
+        parallel_state.destroy_model_parallel()
+    named = {name: value for name, value in metrics.items() if "/" in name or name == "loss"}
+    return named | {f"eval/{name}": value for name, value in held_out.items()}
+
+
+def run_all(rank: int, cases: list[tuple[list[str], str, str | None]], folder: str) -> list[dict[str, float]]:
+    results = []
+    for number, case in enumerate(cases):
+        fresh_world(f"{folder}/rendezvous-{len(cases)}-{number}", rank, dist.get_world_size())
+        results.append(one_step(*case))
+    return results
+
+
+def save_random_model(rank: int, data: str, folder: str, model: list[str]) -> None:
+    """The weights from which every layout starts: what they are drawn as depends on the layout."""
+    from megatron_longpo import platform
+    from megatron_longpo.arguments import parse_arguments
+    from megatron_longpo.model.build import build_model
+    from megatron_longpo.training.checkpoint import Checkpointer, Progress
+    from megatron_longpo.training.distributed import initialize
+
+    config = parse_arguments([*model, f"--data-path={data}", f"--save={folder}"])
+    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    initialize(config)
+    Checkpointer(config, build_model(config)).save(Progress(iteration=1))
+    parallel_state.destroy_model_parallel()
