@@ -44,7 +44,7 @@ def test_every_model_has_every_length() -> None:
 def test_is_accepted_and_says_what_it_does(file: Path, tmp_path: Path) -> None:
     words, first = flags(file, tmp_path)
     num_gpus = int(first["gpus"])
-    config, _ = resolved(parse_arguments([*words, "--use-cpu"]), num_gpus)
+    config, _ = resolved(parse_arguments(words), num_gpus)
     parallel = config.parallel
     assert config.data.seq_length == config.model.max_position_embeddings == 1024 * int(first["length"])
     assert file.stem == f"{first['length']}k"

@@ -107,7 +107,7 @@ def _reference_pass(trainer: Trainer, batches: list[Batch]) -> None:
     """The pass itself; what is around it turns results into numbers and files."""
     for chunk in trainer.chunks:
         chunk.eval()
-    with torch.no_grad(), unwrap(trainer.chunks[0]).as_reference(10_000.0, None):
+    with torch.no_grad(), unwrap(trainer.chunks[0]).as_reference(trainer.config.reference_rope, None):
         run_schedule(trainer.config, trainer.chunks, batches, reference._keep_logps, forward_only=True)
 
 

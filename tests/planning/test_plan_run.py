@@ -157,7 +157,6 @@ def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None
             "no layout of 1 × mine fits: the leanest.* nearest possible: --num-gpus 2 .TP",
         ),
         ("--num-gpus 12 --gpu h100-80gb", "12 must be a multiple of --gpus-per-node 8, .* nearest possible: 8 or 16"),
-        ("--num-gpus 2 --gpu h100-80gb --rotary-base fast", "--rotary-base .*fast"),
         ("--num-gpus 2 --gpu h100", "--gpu h100 is not known; did you mean h100-80gb"),
         ("--num-gpus 2 --gpu h100-80gb --turns-per-document 99", "has no room for a document"),
         ("--num-gpus 2 --gpu h100-80gb --seq-length 1023", "--seq-length 1023 must be a multiple of 256 .*: 1024"),
