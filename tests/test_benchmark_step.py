@@ -44,6 +44,7 @@ for variant in ("trl", "shared_prefix_dpo", "two_sequences_full_logits", "shared
 """
 
 
+@pytest.mark.slow
 def test_last_line_is_the_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     variants = ["--variants", "shared_prefix", "two_sequences"]
     assert main([*FLAGS, *variants, "--rounds=1", "--steps=1", "--json"]) == 0

@@ -242,7 +242,7 @@ def test_a_disk_that_fills_up_leaves_nothing(options: PreprocessOptions) -> None
     assert outputs(options) == set()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_stops_workers_and_leaves_nothing(options: PreprocessOptions, text: str, stop: signal.Signals) -> None:
     write_pairs(
         options.inputs[0],

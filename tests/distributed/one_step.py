@@ -80,6 +80,14 @@ def run_all(rank: int, cases: list[tuple[list[str], str, str | None]], folder: s
     return results
 
 
+def save_model_and_run_all(
+    rank: int, cases: list[tuple[list[str], str, str | None]], folder: str, model: list[str]
+) -> list[dict[str, float]]:
+    """`run_all` in one process, from a new model."""
+    save_random_model(rank, cases[0][1], f"{folder}/start", model)
+    return run_all(rank, cases, folder)
+
+
 def save_random_model(rank: int, data: str, folder: str, model: list[str]) -> None:
     """The weights from which every layout starts: what they are drawn as depends on the layout."""
     from megatron_longpo import platform

@@ -47,15 +47,20 @@ def compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[s
     return fingerprints
 
 
+def save_model_and_compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[str]:
+    """`compute` in one process, from a new model."""
+    save_random_model(rank, f"{folder}/tiny", f"{folder}/start", MODEL_FLAGS)
+    return compute(rank, runs, folder)
+
+
 @pytest.fixture(scope="module")
 def sidecars(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("reference")
     # More documents than a group of the pass, and not a multiple of it.
     write_tiny_dataset(folder / "tiny", num_documents=11)
-    run_ranks(save_random_model, 1, str(folder / "tiny"), str(folder / "start"), MODEL_FLAGS)
     singles = [(flags, f"{folder}/one") for flags in OBJECTIVES.values()]
     layouts = [([*OBJECTIVES[o], *flags], f"{folder}/{name}") for name, flags in LAYOUTS.items() for o in OBJECTIVES]
-    prints = run_ranks(compute, 1, singles, str(folder))[0]
+    prints = run_ranks(save_model_and_compute, 1, singles, str(folder))[0]
     prints += [p for rank in run_ranks(compute, 4, layouts, str(folder)) for p in rank]
     return {"folder": folder, "fingerprints": prints}
 

@@ -14,6 +14,7 @@ from tests.training.commands import metrics, train
 FLAGS = ["--split=70,30", "--train-iters=2", "--eval-interval=1", "--eval-iters=5", "--lr=1e-3", "--log-interval=2"]
 
 
+@pytest.mark.slow
 def test_held_out_documents_count_once_each_on_any_number_of_ranks(tmp_path: Path) -> None:
     data = f"--data-path={write_tiny_dataset(tmp_path / 'tiny', num_documents=10)}"
     runs = {}

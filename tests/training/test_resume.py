@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 
-from tests.distributed.harness import run_ranks
 from tests.tiny import write_tiny_dataset
-from tests.training.commands import FLAGS as TINY_FLAGS
 from tests.training.commands import metrics, stop_at_step, train
 
 STEPS = 20
@@ -24,7 +22,7 @@ OPTIMIZERS = {
     "distributed": ["--use-distributed-optimizer"],
     "distributed bf16": ["--use-distributed-optimizer", "--bf16"],
 }
-BF16 = pytest.param("distributed bf16", marks=pytest.mark.slow)
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "distributed bf16")]
 LAYOUTS = {
     "plain": ["--pipeline-model-parallel-size=2"],
     "distributed": ["--tensor-model-parallel-size=2", "--sequence-parallel"],
@@ -37,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"--data-path={write_tiny_dataset(tmp_path_factory.mktemp('data') / 'tiny', num_documents=12)}"
 
 
-@pytest.fixture(scope="module", params=["plain", "distributed", BF16])
+@pytest.fixture(scope="module", params=["distributed", *MORE])
 def golden(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """An uninterrupted run of 20 steps."""
     folder = tmp_path_factory.mktemp("golden")
@@ -113,48 +111,9 @@ def test_sigterm_to_all_processes_saves_and_leaves_with_code_0(data: str, tmp_pa
     assert checkpoints(save) == sorted({*range(4, last + 1, 4), last})
 
 
+@pytest.mark.slow
 def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
     save = tmp_path / "save"
     output = train(data, "--train-iters=100000", f"--save={save}", "--exit-duration-in-mins=0.02")
     assert "--exit-duration-in-mins 0.02 have passed" in output
     assert (save / "latest_checkpointed_iteration.txt").exists()
-
-
-def resume_with_other_settings(rank: int, data: str, folder: str) -> list[list[dict[str, Any]]]:
-    """One step, a checkpoint, and the groups of the optimizer of a run that goes on with other flags."""
-    from megatron_longpo import platform
-    from megatron_longpo.arguments import parse_arguments
-    from megatron_longpo.data.dataset import PreferenceDataset
-    from megatron_longpo.training.checkpoint import Progress
-    from megatron_longpo.training.data import MicroBatches, training_batches
-    from megatron_longpo.training.distributed import initialize
-    from megatron_longpo.training.loop import Trainer
-
-    def trainer(*flags: str) -> Trainer:
-        config = parse_arguments([*TINY_FLAGS, data, "--objective=sft-chosen", "--lr-decay-style=constant", *flags])
-        config = config.with_device_defaults("local", "gloo")
-        if not parallel_state.model_parallel_is_initialized():
-            platform.prepare()
-            initialize(config)
-        return Trainer(config, PreferenceDataset(config.data.data_path))
-
-    def groups(name: str) -> list[dict[str, Any]]:
-        place = f"{folder}/{name}"
-        first = trainer(*OPTIMIZERS[name], "--lr=1e-3", f"--save={place}", "--train-iters=3")
-        first._step(next(training_batches(MicroBatches(first.config, first.dataset, None), first._sampler())))
-        first.checkpointer.save(Progress(iteration=1))
-        other = ["--lr=5e-4", "--adam-beta2=0.95", "--adam-eps=1e-6", "--weight-decay=0.3", "--lr-warmup-iters=2"]
-        resumed = trainer(*OPTIMIZERS[name], *other, f"--load={place}", "--train-iters=4")
-        shown = ("lr", "max_lr", "betas", "eps", "weight_decay", "wd_mult")
-        return [{name: group[name] for name in shown} for group in resumed.optimizer.param_groups]
-
-    return [groups(name) for name in OPTIMIZERS]
-
-
-def test_a_resumed_run_takes_optimizer_and_schedule_from_its_flags(data: str, tmp_path: Path) -> None:
-    for groups in run_ranks(resume_with_other_settings, 1, data, str(tmp_path))[0]:
-        assert sorted(group["wd_mult"] for group in groups) == [0.0, 1.0]
-        for group in groups:
-            # One of two steps of warm-up is done.
-            assert (group["lr"], group["max_lr"], group["eps"]) == (2.5e-4, 5e-4, 1e-6)
-            assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, 0.95), 0.3 * group["wd_mult"])

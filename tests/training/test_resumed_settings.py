@@ -1,0 +1,47 @@
+"""What a resumed run takes from its flags, and not from the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_longpo import platform
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.training.checkpoint import Progress
+from megatron_longpo.training.data import MicroBatches, training_batches
+from megatron_longpo.training.distributed import initialize, shut_down
+from megatron_longpo.training.loop import Trainer
+from tests.tiny import MODEL_FLAGS, write_tiny_dataset
+from tests.training.commands import FLAGS
+
+
+@pytest.fixture
+def world() -> Iterator[None]:
+    platform.prepare()
+    initialize(parse_arguments(MODEL_FLAGS).with_device_defaults("local", "gloo"))
+    yield
+    shut_down()
+
+
+@pytest.mark.parametrize("optimizer", [[], ["--use-distributed-optimizer"]], ids=["plain", "distributed"])
+def test_optimizer_and_schedule_are_those_of_the_flags(world: None, optimizer: list[str], tmp_path: Path) -> None:
+    data = write_tiny_dataset(tmp_path / "tiny", num_documents=12)
+    common = [*FLAGS, *optimizer, f"--data-path={data}", "--objective=sft-chosen", "--lr-decay-style=constant"]
+
+    def trainer(*flags: str) -> Trainer:
+        config = parse_arguments([*common, *flags]).with_device_defaults("local", "gloo")
+        return Trainer(config, PreferenceDataset(data))
+
+    first = trainer("--lr=1e-3", f"--save={tmp_path / 'save'}", "--train-iters=3")
+    first._step(next(training_batches(MicroBatches(first.config, first.dataset, None), first._sampler())))
+    first.checkpointer.save(Progress(iteration=1))
+    other = ["--lr=5e-4", "--adam-beta2=0.95", "--adam-eps=1e-6", "--weight-decay=0.3", "--lr-warmup-iters=2"]
+    groups = trainer(*other, f"--load={tmp_path / 'save'}", "--train-iters=4").optimizer.param_groups
+    assert sorted(group["wd_mult"] for group in groups) == [0.0, 1.0]
+    for group in groups:
+        # One of two steps of warm-up is done.
+        assert (group["lr"], group["max_lr"], group["eps"]) == (2.5e-4, 5e-4, 1e-6)
+        assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, 0.95), 0.3 * group["wd_mult"])
