@@ -29,7 +29,8 @@ def context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated,
     """What is waited for in all layers of a rank, by ``--cp-comm-type``.
 
     ``all_gather``: K and V of the row in forward and again in backward, their gradients back in fp32. Of the chunks of
-    heads (`attention.all_gather`) one is waited for, the others for what is longer than the attention that hides them.
+    heads (`attention.all_gather`) one is waited for, the others for what is longer than the attention that hides them;
+    in backward the first gather is ahead of the layer where attention is not computed again.
     ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2). ``p2p``: K and V of a rank to
     the next one, cp - 1 times in forward and again in backward, there with their fp32 gradients; what of it is longer
     than the attention that hides it (arXiv 2310.01889, section 3). ``a2a+p2p``: the first in a group of ranks, then the
@@ -60,11 +61,12 @@ def context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated,
     heads, key_heads = (round(width / model.kv_channels) for width in (query, key))
     shared = 1 / len(head_chunks(heads, key_heads, round(size * tokens / cp * 2 * key))) if in_chunks else 1.0
 
-    def waited(transfer_s: float, hidden_behind_s: float) -> float:
-        return shared * transfer_s + (1 - shared) * max(0.0, transfer_s - hidden_behind_s)
+    def waited(transfer_s: float, hidden_behind_s: float, ahead_s: float = 0.0) -> float:
+        return shared * (transfer_s - ahead_s) + (1 - shared) * max(0.0, transfer_s - hidden_behind_s)
 
     forward = waited(layers * (1 + again.attention) * gather, forward_s)
-    return forward + waited(layers * (gather + scatter), backward_s)
+    ahead_s = layers * (1 - again.attention) * gather if in_chunks else 0.0
+    return forward + waited(layers * (gather + scatter), backward_s, ahead_s)
 
 
 def kv_width(model: ModelConfig) -> int:

@@ -150,7 +150,7 @@ def llama3_pretraining(attention_tflops: tuple[float, float]) -> list[Comparison
         words = f"{LLAMA3_405B} {layout} --pipeline-model-parallel-size 16 --num-layers-per-virtual-pipeline-stage 1"
         chunks = _config(f"{words} --num-layers 128 --use-distributed-optimizer", tokens, rows * dp)
         work = Work(RowLayout((DocumentLayout(tokens, ()),), cp, cp * 8), tokens - 1)
-        step = step_time(chunks, num_gpus, work, gpu)
+        step = step_time(chunks, num_gpus, work, gpu, gathers_in_chunks=False)
         model = dataclasses.replace(chunks.model, num_layers=LLAMA3_LAYERS)
         step = dataclasses.replace(step, flops=step.documents * step_flops(model, work.layout, work.num_predictions))
         comparisons.append(Comparison(f"{tokens // 1024}K, {num_gpus:,} H100", published, step.tflops_per_gpu))

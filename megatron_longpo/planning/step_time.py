@@ -81,8 +81,8 @@ class StepTime:
 def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in_chunks: bool = True) -> StepTime:
     """Predict one optimizer step of a validated run.
 
-    ``gathers_in_chunks`` is whether ``--cp-comm-type all_gather`` works a chunk of heads at a time, as it does here and
-    not everywhere.
+    ``gathers_in_chunks`` is whether ``--cp-comm-type all_gather`` works a chunk of heads at a time and, in backward,
+    ahead of the layer, as it does here and not everywhere.
     """
     gpu = gpu.of_run(num_gpus)
     parallel, training = config.parallel, config.training
