@@ -84,16 +84,8 @@ def check_writable(path: str | Path, flag: str, example: str) -> None:
     """
     if Path(path).is_dir():
         raise ValueError(f"{flag} {path} is a folder: give a file's name, such as {Path(path) / example}")
-    probe = temporary_name(path)
-    try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.touch()
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{flag} {path} cannot be written ({reason}): give a file in another folder") from error
+    if problem := _problem_of_writing(path):
+        raise ValueError(f"{flag} {path} cannot be written ({problem}): give a file in another folder")
 
 
 def check_folder_writable(folder: str | Path, flag: str) -> None:
@@ -108,7 +100,13 @@ def check_folder_writable(folder: str | Path, flag: str) -> None:
     """
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"{flag} {folder} is a file: give a folder")
-    probe = temporary_name(Path(folder) / "probe")
+    if problem := _problem_of_writing(Path(folder) / "probe"):
+        raise ValueError(f"{flag} {folder} cannot be written ({problem}): give another folder")
+
+
+def _problem_of_writing(path: str | Path) -> str | None:
+    """Why a file cannot be made there, or None; creates its folder."""
+    probe = temporary_name(path)
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -116,9 +114,8 @@ def check_folder_writable(folder: str | Path, flag: str) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"{flag} {folder} cannot be written ({error.strerror or error}): give another folder"
-        ) from error
+        return error.strerror or str(error)
+    return None
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -20,6 +21,19 @@ MODEL = (
     "--untie-embeddings-and-output-weights --train-iters 9 --use-cpu --seq-length 512 --logits-chunk-tokens 100 "
     "--max-position-embeddings 512 "
 )
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 1000,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+"""config.json of that model."""
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
@@ -49,3 +63,9 @@ def measure_real_step(
         trainer.allocate_optimizer_state()
         trainer.measure([batch] * config.num_microbatches(world_size))
     return ledger.device.peak, trainer
+
+
+def words_of(command: str) -> list[str]:
+    """What a shell makes of the part behind the script's name."""
+    lines = command.replace("\\\n", " ").partition("pretrain_longpo.py")[2]
+    return shlex.split(lines.removesuffix("END"))
