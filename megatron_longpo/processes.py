@@ -50,6 +50,18 @@ def leave(code: int, say: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def end_without_threads(code: int) -> NoReturn:
+    """End this process now, whatever its threads wait for.
+
+    An interruption at the wrong moment leaves behind the thread of a library, such as aiosqlite's, whose connection
+    nobody got to close; Python would wait for it for ever. What it holds must bear being killed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
+
+
 def take_sigterm_as_ctrl_c() -> None:
     """Let the scheduler's SIGTERM clean up like Ctrl-C does."""
 

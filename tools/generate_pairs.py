@@ -5,9 +5,9 @@
 writes pairs/pairs.jsonl. docs/generation.md has the pipeline, servers and Slurm.
 """
 
-import sys
-
 from megatron_longpo.generation.command import main
+from megatron_longpo.processes import end_without_threads
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if code := main():
+        end_without_threads(code)
