@@ -57,6 +57,7 @@ def test_last_line_is_the_json_object(capsys: pytest.CaptureFixture[str]) -> Non
     assert "x faster" in output and result["time"] == "CPU time of the process"
 
 
+@pytest.mark.slow
 def test_variants_compute_the_same_loss(tmp_path: Path) -> None:
     write_files(TINY, tmp_path)
     done = subprocess.run(

@@ -76,7 +76,8 @@ def test_verify_finds_a_single_bit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert table[-1] == "DIFFERENT"
 
 
-@pytest.mark.parametrize("name", ["llama3.1", pytest.param("mistral-v0.1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3.1", "mistral-v0.1"])
 def test_verify_compares_logits_of_a_split_model(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf, megatron = str(tmp_path / "hf"), str(tmp_path / "megatron")
     save_random_model(tmp_path / "hf", name, torch.bfloat16)

@@ -85,6 +85,7 @@ def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) ->
     assert all((ours[name] == theirs[name]).all() for name in ours)
 
 
+@pytest.mark.slow
 def test_resumes_under_another_layout(golden: dict[str, Any], tmp_path: Path) -> None:
     path, start = tmp_path / "metrics.jsonl", golden["folder"] / "save" / "iter_0000010"
     more = [*LAYOUTS[golden["name"]], f"--load={start}", f"--save={tmp_path / 'save'}", f"--metrics-jsonl={path}"]
