@@ -46,6 +46,21 @@ def name_the_cause_of_failed_writes() -> None:
     writer.write_preloaded_data = staticmethod(write_preloaded_data)
 
 
+def match_groups_without_rates() -> None:
+    """Find a checkpoint's parameter groups by what tells them apart, with weight decay or without.
+
+    From 0.19 on learning rates belong to a group's identity too, so that a run with another ``--lr`` cannot be resumed.
+    Remove when they do not, or when groups of different learning rates are supported here.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    for module in (distrib_optimizer, optimizer):
+        keys = getattr(module, "param_group_identifier_keys", ())
+        if "max_lr" in keys:
+            rates = ("max_lr", "min_lr", "start_wd", "end_wd")
+            module.param_group_identifier_keys = tuple(key for key in keys if key not in rates)
+
+
 def async_save_options() -> dict[str, str]:
     """Arguments of ``dist_checkpointing.save`` by which Megatron-Core itself writes in the background.
 

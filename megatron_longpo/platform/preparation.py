@@ -10,7 +10,11 @@ from megatron_longpo.platform.cpu_patches import replace_grad_clipping, use_cpu_
 from megatron_longpo.platform.cpu_torch import install_cpu_torch
 from megatron_longpo.platform.devices import device, has_cuda
 from megatron_longpo.platform.megatron_core import require_checked_version
-from megatron_longpo.platform.newer_megatron import let_blocks_recompute_themselves, name_the_cause_of_failed_writes
+from megatron_longpo.platform.newer_megatron import (
+    let_blocks_recompute_themselves,
+    match_groups_without_rates,
+    name_the_cause_of_failed_writes,
+)
 from megatron_longpo.platform.repairs import (
     count_missing_te_as_old,
     fix_zero1_resume,
@@ -54,4 +58,5 @@ def prepare(use_cpu: bool = False) -> None:
     tie_checkpoint_manager_to_its_rank()
     let_blocks_recompute_themselves()
     name_the_cause_of_failed_writes()
+    match_groups_without_rates()
     _prepared = True

@@ -14,9 +14,8 @@ RATES = "rates"
 
 
 def main(library: str, result: str, *names: str) -> None:
-    """Args: the compiled guard or an empty string, the file to write, the cases."""
-    if library:
-        ctypes.CDLL(library)
+    """Args: the compiled guard, the file to write, the cases."""
+    ctypes.CDLL(library)
     # Imported before, Megatron-Core leaves torch's compiler out, which takes as long as all the rest.
     import megatron_longpo.platform  # noqa: F401
     from tests.fake_cuda.device import pretend

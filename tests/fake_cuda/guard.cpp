@@ -1,7 +1,7 @@
 // What torch's CPU build lacks for autograd on fake CUDA tensors: a device 0 with one stream, and the word that CUDA is
 // built in. Nothing here computes, allocates or waits.
 //
-// The CUDA build has both. This library must be loaded before torch, which asks once whether CUDA is built in.
+// This library must be loaded before torch, which asks once whether CUDA is built in.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

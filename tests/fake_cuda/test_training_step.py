@@ -65,7 +65,7 @@ def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     def trace(names: tuple[str, ...]) -> dict[str, Any]:
         result = tmp_path_factory.mktemp("traces") / "found.json"
         done = subprocess.run(
-            [sys.executable, "-m", "tests.fake_cuda", str(library or ""), str(result), *names],
+            [sys.executable, "-m", "tests.fake_cuda", str(library), str(result), *names],
             cwd=REPOSITORY,
             env=environment() | {"CUDA_VISIBLE_DEVICES": "", "LONGPO_USE_CPU": ""},
             capture_output=True,
