@@ -1,8 +1,12 @@
-"""The file of ``--metrics-jsonl``: a JSON object of numbers a line, for training steps and for evaluations."""
+"""The file of ``--metrics-jsonl``: a JSON object of numbers a line, for training steps and for evaluations.
+
+What is not finite, the loss of a skipped step say, is ``null``: JSON has no NaN, and strict readers refuse the file.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 Metrics = dict[str, float]
@@ -34,11 +38,19 @@ def read_metrics(path: str | Path) -> tuple[list[Metrics], list[Metrics]]:
     return steps, evaluations
 
 
+def line_of(metrics: Metrics) -> str:
+    """The line of one report, without its end."""
+    row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return json.dumps(row, allow_nan=False)
+
+
 def metrics_of(line: str) -> Metrics | None:
-    """The values of a line; None if it is none of metrics."""
+    """The values of a line, with NaN for ``null``; None if it is none of metrics. Reads NaN too, as in old files."""
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    numbers = row.values() if isinstance(row, dict) and "iteration" in row else [None]
-    return row if all(isinstance(number, int | float) for number in numbers) else None
+    if not isinstance(row, dict) or row.get("iteration") is None:
+        return None
+    row = {name: math.nan if value is None else value for name, value in row.items()}
+    return row if all(isinstance(number, int | float) for number in row.values()) else None

@@ -203,7 +203,8 @@ def _draw(axis: Axes, panel: Panel, data: Mapping[str, tuple[list[Metrics], list
 
 def _label_ends(axis: Axes, panel: Panel, steps: Sequence[Metrics]) -> None:
     """Name each curve at its end: the upper one above its last steps, the lower one below."""
-    ends = sorted(((_curve(steps, metric), label) for metric, label in panel.curves), key=lambda e: e[0][1][-1])
+    curves = [(_curve(_finite(steps, metric), metric), label) for metric, label in panel.curves]
+    ends = sorted((curve for curve in curves if curve[0][1]), key=lambda e: e[0][1][-1])
     for place, ((iterations, values), label) in enumerate(ends):
         upper = place > 0
         recent = values[-max(1, len(values) // 5) :]
@@ -254,9 +255,13 @@ def _curve(rows: Sequence[Metrics], metric: str) -> tuple[list[float], list[floa
     return [row["iteration"] for row in present], [row[metric] for row in present]
 
 
+def _finite(rows: Sequence[Metrics], metric: str) -> list[Metrics]:
+    """The rows that have it; those of skipped steps are not numbers."""
+    return [row for row in rows if math.isfinite(row.get(metric, math.nan))]
+
+
 def _mean(rows: Sequence[Metrics], metric: str) -> float:
-    """Over the rows that have it; those of skipped steps are not numbers."""
-    values = [row[metric] for row in rows if metric in row and math.isfinite(row[metric])]
+    values = [row[metric] for row in _finite(rows, metric)]
     return sum(values) / len(values) if values else math.nan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,17 @@ def test_a_line_for_many_steps_counts_for_all_of_them(tmp_path: Path) -> None:
     lines = [line.split() for line in summary_table({"run": path}).splitlines()]
     assert lines[-1] == ["seconds", "in", "steps", "50.0"]
     assert lines[-2][-1] == "nan" and lines[1][-3:] == ["3.000", "→", "3.000"]
+
+
+@pytest.mark.parametrize("not_finite", ["null", "NaN"])
+def test_skipped_steps_are_gaps_in_the_curves(tmp_path: Path, not_finite: str) -> None:
+    path = write_run(tmp_path / "a.jsonl", ["rewards/chosen", "rewards/rejected"])
+    with path.open("a") as file:
+        file.write(f'{{"iteration": 13, "rewards/chosen": {not_finite}, "rewards/rejected": {not_finite}}}\n')
+    assert math.isnan(read_metrics(path)[0][-1]["rewards/chosen"])
+    plot_runs({"run": path}, tmp_path / "report.svg", "Title")
+    picture = (tmp_path / "report.svg").read_text()
+    assert "<!-- chosen -->" in picture and "<!-- rejected -->" in picture
 
 
 def test_the_half_line_of_a_killed_run_is_left_out(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_longpo.config import LoggingConfig, RunConfig
 from megatron_longpo.files import atomic_writer
+from megatron_longpo.metrics_file import line_of, metrics_of
 
 _OF_LAST_STEP = ("learning_rate", "peak_memory_gib")
 _RATES = ("tokens_per_s_per_gpu", "tflops_per_gpu")
@@ -101,7 +101,7 @@ class Reporter:
         counters = ("iteration", "consumed_samples")
         named = {(k if k in counters else prefix + k): v for k, v in metrics.items()}
         if self.jsonl is not None:
-            self.jsonl.write(json.dumps(named) + "\n")
+            self.jsonl.write(line_of(named) + "\n")
             self.jsonl.flush()
         if self.tensorboard is not None:
             for name, value in named.items():
@@ -153,13 +153,9 @@ def _line(metrics: dict[str, float], total_steps: int, prefix: str) -> str:
 def _open_metrics(path: Path, first_step: int) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                if json.loads(line)["iteration"] <= first_step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue  # the last line of a killed run may be half a line
+        # The last line of a killed run may be half a line.
+        rows = filter(None, map(metrics_of, path.read_text().splitlines()))
+        kept = [line_of(row) for row in rows if row["iteration"] <= first_step]
         with atomic_writer(path) as file:
             file.writelines(line + "\n" for line in kept)
     return open(path, "a", encoding="utf-8")

@@ -88,7 +88,11 @@ def train(*flags: str, ranks: int = 1, code: int = 0) -> str:
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line, parse_constant=_refuse) for line in path.read_text().splitlines()]
+
+
+def _refuse(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
 
 
 def stop_at_step(step: int, path: Path, how: signal.Signals, *flags: str) -> tuple[int, str]:

@@ -37,10 +37,10 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(poisoned: Path, tmp_
     output = train(f"--data-path={poisoned}", *LENGTH, f"--metrics-jsonl={path}", ranks=2)
     assert f"was skipped: loss or gradient is not finite in tiny-{POISONED}\n" in output
     steps = metrics(path)
-    broken = [step for step in steps if not np.isfinite(step["loss"])]
+    broken = [step for step in steps if step["loss"] is None]
     assert len(steps) == 8 and steps[-1]["skipped_steps"] == len(broken) > 0
     # Weights stayed clean: all other steps are finite.
-    assert all(np.isnan(step["grad_norm"]) == (step in broken) for step in steps)
+    assert all((step["grad_norm"] is None) == (step in broken) for step in steps)
 
 
 def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(mistakes: dict[str, tuple[int, str]]) -> None:

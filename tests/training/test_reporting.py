@@ -1,10 +1,13 @@
-"""What one report says of several steps."""
+"""What one report says of several steps, and the file that gets it."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from megatron_longpo.training.reporting import interval_means
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.training.reporting import Reporter, interval_means
+from tests.training.commands import metrics
 
 
 def step(loss: float, seconds: float, num_tokens: float, rate: float = 0.0) -> dict[str, float]:
@@ -31,3 +34,15 @@ def test_rates_are_those_of_the_whole_interval() -> None:
     """The mean of 100 and 10 tokens/s would be 55."""
     steps = [(step(1.0, 1.0, 100), False), (step(1.0, 10.0, 100), False)]
     assert interval_means(steps)["tokens_per_s_per_gpu"] == 200 / 11
+
+
+def test_a_resumed_file_is_json_and_has_every_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"iteration": 1, "loss": NaN}\n{"iteration": 2, "loss": null}\n{"iteration": 3, "loss": 1.0}\n{"it'
+    )
+    reporter = Reporter(parse_arguments([f"--metrics-jsonl={path}"]), active=True, total_steps=4, first_step=2)
+    reporter.report({"iteration": 3, "consumed_samples": 24, "loss": math.inf})
+    reporter.close()
+    losses = [(row["iteration"], row["loss"]) for row in metrics(path)]
+    assert losses == [(1, None), (2, None), (3, None)]
