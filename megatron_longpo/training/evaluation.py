@@ -6,7 +6,7 @@ import torch
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.training.data import MicroBatches, evaluation_batches
-from megatron_longpo.training.step import StepMetrics, document_loss, global_batch_metrics, run_schedule
+from megatron_longpo.training.step import StepMetrics, run_global_batch
 
 
 def evaluate(
@@ -27,14 +27,7 @@ def evaluate(
         chunk.eval()
     with torch.no_grad():
         for group, counted in evaluation_batches(micro_batches, numbers):
-            outputs = run_schedule(
-                config,
-                chunks,
-                group.micro_batches,
-                lambda b, logps: document_loss(config.objective, b, logps),
-                forward_only=True,
-            )
-            means, _ = global_batch_metrics(config, outputs, len(numbers), counted)
+            means, _ = run_global_batch(config, chunks, group, True, len(numbers), counted)
             totals = {name: totals.get(name, 0.0) + value for name, value in means.items()}
     for chunk in chunks:
         chunk.train()

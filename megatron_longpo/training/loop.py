@@ -31,7 +31,7 @@ from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
 from megatron_longpo.training.profiling import StepProfiler
 from megatron_longpo.training.reference import reference_logprobs
 from megatron_longpo.training.reporting import Reporter, interval_means
-from megatron_longpo.training.step import document_loss, global_batch_metrics, gradients_are_finite, run_schedule
+from megatron_longpo.training.step import gradients_are_finite, run_global_batch
 
 
 class Trainer:
@@ -119,14 +119,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = run_schedule(
-            config,
-            self.chunks,
-            batch.micro_batches,
-            lambda b, logps: document_loss(config.objective, b, logps),
-            forward_only=False,
-        )
-        means, bad_here = global_batch_metrics(config, outputs, len(batch.numbers))
+        means, bad_here = run_global_batch(config, self.chunks, batch, forward_only=False)
         self.profiler.synchronize()
         computed = time.perf_counter()
         bad: list[str] | None = None

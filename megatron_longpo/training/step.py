@@ -18,6 +18,7 @@ from megatron_longpo.config import ObjectiveConfig, RunConfig
 from megatron_longpo.data.batch import Batch
 from megatron_longpo.objective.losses import objective_loss
 from megatron_longpo.ranges import DATA, LOSS, Stage, named_range
+from megatron_longpo.training.data import GlobalBatch
 from megatron_longpo.training.distributed import broadcast_from_last_stage
 
 StepMetrics = dict[str, float]
@@ -65,6 +66,32 @@ def run_schedule(
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def run_global_batch(
+    config: RunConfig,
+    chunks: list[torch.nn.Module],
+    batch: GlobalBatch,
+    forward_only: bool,
+    num_documents: int | None = None,
+    counted: list[int] | None = None,
+) -> tuple[StepMetrics, list[str]]:
+    """A global batch under the run's objective: what `global_batch_metrics` says of it, and its gradients.
+
+    Collectives: those of the schedule, and of `global_batch_metrics`.
+
+    Args:
+        config: The run.
+        chunks: This rank's model chunks.
+        batch: The global batch; without ``forward_only`` its gradients are left in the chunks' gradient buffers.
+        forward_only: No gradients.
+        num_documents: Documents to average over; None is those of the batch.
+        counted: As of `global_batch_metrics`.
+    """
+    outputs = run_schedule(
+        config, chunks, batch.micro_batches, lambda b, logps: document_loss(config.objective, b, logps), forward_only
+    )
+    return global_batch_metrics(config, outputs, num_documents or len(batch.numbers), counted)
 
 
 def document_loss(objective: ObjectiveConfig, batch: Batch, logps: torch.Tensor) -> tuple[Any, Any, Any]:

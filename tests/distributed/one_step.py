@@ -21,7 +21,7 @@ def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str,
     from megatron_longpo.training.evaluation import evaluate
     from megatron_longpo.training.loop import Trainer
     from megatron_longpo.training.reference import reference_logprobs
-    from megatron_longpo.training.step import document_loss, global_batch_metrics, run_schedule
+    from megatron_longpo.training.step import run_global_batch
     from megatron_longpo.validation import validate
 
     if "sft-rejected" in " ".join(flags):
@@ -49,14 +49,7 @@ def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str,
             metrics, bad = trainer._step(batch)
             assert bad is None
         else:
-            outputs = run_schedule(
-                config,
-                trainer.chunks,
-                batch.micro_batches,
-                lambda b, logps: document_loss(config.objective, b, logps),
-                forward_only=False,
-            )
-            metrics, _ = global_batch_metrics(config, outputs, len(batch.numbers))
+            metrics, _ = run_global_batch(config, trainer.chunks, batch, forward_only=False)
             if gradients_to and not gradients_to.endswith("step"):
                 for chunk in trainer.chunks:
                     for parameter in unwrap(chunk).parameters():

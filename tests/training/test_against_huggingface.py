@@ -145,7 +145,7 @@ def compare(rank: int, name: str, data: str, folder: str) -> dict[str, Any]:
     from megatron_longpo.training.initial import with_initial_model
     from megatron_longpo.training.loop import Trainer
     from megatron_longpo.training.reference import reference_logprobs
-    from megatron_longpo.training.step import document_loss, global_batch_metrics, run_schedule
+    from megatron_longpo.training.step import run_global_batch
     from megatron_longpo.validation import validate
 
     start, flags = Path(folder) / "start", CASES[name]
@@ -167,14 +167,7 @@ def compare(rank: int, name: str, data: str, folder: str) -> dict[str, Any]:
     if config.objective.needs_reference:
         reference, _ = reference_logprobs(config, dataset, trainer.chunks, None)
     batch = next(training_batches(MicroBatches(config, dataset, reference), trainer._sampler()))
-    outputs = run_schedule(
-        config,
-        trainer.chunks,
-        batch.micro_batches,
-        lambda b, logps: document_loss(config.objective, b, logps),
-        forward_only=False,
-    )
-    ours, _ = global_batch_metrics(config, outputs, 4)
+    ours, _ = run_global_batch(config, trainer.chunks, batch, forward_only=False)
 
     short = huggingface_model(REFERENCE_ROTARY_BASE, reference_window)
     oracle = Oracle(policy, short, huggingface_model(ROTARY_BASE, window, rope), flags)
