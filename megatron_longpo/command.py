@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_longpo.arguments import parse_command_line, print_errors
 from megatron_longpo.config import ConfigError, RunConfig
-from megatron_longpo.processes import leave
+from megatron_longpo.processes import leave, one_voice_on_ctrl_c
 
 if TYPE_CHECKING:  # `--help` and mistakes in flags do not wait for torch
     from megatron_longpo.data.dataset import PreferenceDataset
@@ -21,11 +21,13 @@ def run_command(job: Job, dry_run: Callable[[RunConfig], None] | None = None) ->
     """Run a job on this rank with the configuration of the command line; the process group is up inside.
 
     ``dry_run`` takes its place with ``--dry-run``, without data and process group.
-    A mistake of the user ends in a message without a traceback: exit code 2 for flags, 1 for everything else.
+    A mistake of the user ends in a message without a traceback: exit code 2 for flags, 1 for everything else. Ctrl-C
+    ends in one of rank 0, with exit code 130.
     """
     config = parse_command_line()
     try:
-        _run(job, dry_run, config)
+        with one_voice_on_ctrl_c(_say_interrupted):
+            _run(job, dry_run, config)
     except ConfigError as error:
         mistakes = error
         leave(2, lambda: print_errors(mistakes))
@@ -35,6 +37,13 @@ def run_command(job: Job, dry_run: Callable[[RunConfig], None] | None = None) ->
         leave(1, lambda: print(message, file=sys.stderr))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _say_interrupted() -> None:
+    program = os.path.basename(sys.argv[0])
+    print(
+        f"{program}: interrupted; what is on disk stays, the same command goes on with it", file=sys.stderr, flush=True
+    )
 
 
 def _run(job: Job, dry_run: Callable[[RunConfig], None] | None, config: RunConfig) -> None:

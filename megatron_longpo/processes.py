@@ -7,12 +7,15 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _RANK_0_SPEAKS_FIRST_S = 15.0
+_CLEAN_UP_S = 10.0
+"""Below the 30 s after which torchrun kills."""
 
 
 def die_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
@@ -72,6 +75,67 @@ def take_sigterm_as_ctrl_c() -> None:
         signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGTERM, stop)
+
+
+class _InterruptedAndSaid(KeyboardInterrupt):
+    """Rank 0 has said of Ctrl-C what there is to say."""
+
+
+@contextlib.contextmanager
+def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, Ctrl-C gets one message, of rank 0, and ends every rank.
+
+    torchrun passes SIGINT on to all ranks. Python's KeyboardInterrupt waits until the main thread is back from a
+    collective, minutes in a long step, or for ever once another rank has left. So a thread speaks at once, and ends the
+    process with code 130 if KeyboardInterrupt has not within `_CLEAN_UP_S`. What else the block raises meanwhile,
+    connections that ranks which left have closed, becomes KeyboardInterrupt too. Processes that the block forks end
+    without a word. Of nested blocks the innermost speaks.
+
+    Args:
+        say: Prints the message; called on rank 0, in another thread.
+    """
+    outer_handler = signal.getsignal(signal.SIGINT)
+    if outer_handler is signal.SIG_IGN:  # started in the background, where Ctrl-C is for others
+        yield
+        return
+    rank_process = os.getpid()
+    came, spoken = threading.Event(), threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        # The numbers of all signals that Python handles, and 0 at the end of the block.
+        while (number := os.read(reader, 1)[0]) != signal.SIGINT:
+            if number == 0:
+                return
+        came.set()
+        if os.environ.get("RANK", "0") == "0":
+            say()
+        spoken.set()
+        time.sleep(_CLEAN_UP_S)
+        end_without_threads(130)
+
+    def interrupt(number: int, frame: object) -> None:
+        if os.getpid() != rank_process:
+            os._exit(130)
+        came.set()
+        raise KeyboardInterrupt
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, interrupt)
+    outer_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    except BaseException as error:
+        if not (came.is_set() or isinstance(error, KeyboardInterrupt)):
+            raise
+        if not isinstance(error, _InterruptedAndSaid):
+            spoken.wait(_CLEAN_UP_S)
+        raise _InterruptedAndSaid from None
+    finally:
+        signal.set_wakeup_fd(outer_descriptor)
+        signal.signal(signal.SIGINT, outer_handler)
+        os.write(writer, b"\0")
 
 
 @contextlib.contextmanager

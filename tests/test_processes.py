@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+
+import pytest
 
 THREAD_THAT_STAYS = """
 import threading
@@ -17,3 +21,58 @@ end_without_threads(130)
 def test_an_interrupted_process_waits_for_no_thread() -> None:
     done = subprocess.run([sys.executable, "-c", THREAD_THAT_STAYS], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (130, "stopped", "")
+
+
+INTERRUPTED = """
+import ctypes, os, sys, threading, time
+from megatron_longpo import processes
+
+processes._CLEAN_UP_S = 0.5
+def wait_for_a_rank_that_has_left():
+    threading.Timer(0.3, os.write, [1, b"waits\\n"]).start()
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+def lose_a_connection():
+    try:
+        os.write(1, b"waits\\n")
+        time.sleep(60)
+    finally:
+        raise RuntimeError("Connection closed by peer")
+def say(name):
+    return lambda: print(name, end=" ", flush=True)
+
+try:
+    with processes.one_voice_on_ctrl_c(say("outer")), processes.one_voice_on_ctrl_c(say("inner")):
+        if os.fork() == 0:
+            os.write(1, b"forked\\n")
+            time.sleep(60)
+        {wait}()
+except KeyboardInterrupt:
+    print("cleaned up", flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wait", "rank", "said"),
+    [
+        ("lose_a_connection", "0", "inner cleaned up"),
+        ("lose_a_connection", "1", "cleaned up"),
+        ("wait_for_a_rank_that_has_left", "0", "inner"),
+    ],
+)
+def test_ctrl_c_has_one_message_whatever_the_ranks_wait_for(wait: str, rank: str, said: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED.format(wait=wait)],
+        env=os.environ | {"RANK": rank},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert {process.stdout.readline() for _ in range(2)} == {"forked\n", "waits\n"}
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert (process.returncode, output.strip()) == (130, said)

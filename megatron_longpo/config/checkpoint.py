@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_longpo.config.field import absent, flag, given
 
@@ -60,3 +61,10 @@ class CheckpointConfig:
     def gives_model(self) -> bool:
         """Whether the model's shape is read from a checkpoint."""
         return self.load_hf is not None or self.use_checkpoint_args
+
+    @property
+    def load_equals_save(self) -> bool:
+        """Whether one folder is read and written, so that the same command starts a run and goes on with it."""
+        if self.load is None or self.save is None:
+            return False
+        return Path(self.load).resolve() == Path(self.save).resolve()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
@@ -64,7 +68,7 @@ def training_batches(micro_batches: MicroBatches, sampler: GlobalBatchSampler) -
             sampler=dealt(),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=settings.data.num_workers,
-            worker_init_fn=_outlive_sigterm if settings.training.exit_signal_handler else None,
+            worker_init_fn=partial(_leave_signals_to_rank, settings.training.exit_signal_handler),
         )
     )
     for first in loader:
@@ -72,9 +76,18 @@ def training_batches(micro_batches: MicroBatches, sampler: GlobalBatchSampler) -
         yield GlobalBatch([first, *(next(loader) for _ in range(count - 1))], numbers)
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """A worker that dies of SIGTERM takes its rank along."""
-    outlive_sigterm()
+def _leave_signals_to_rank(exit_signal_handler: bool, worker: int) -> None:
+    """A worker that dies of a signal takes its rank along, or speaks of it; the rank ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _silent_about_connections
+    if exit_signal_handler:
+        outlive_sigterm()
+
+
+def _silent_about_connections(kind: type[BaseException], *error: Any) -> None:
+    """An interrupted rank closes the connection on which a thread of its worker is sending."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, *error)
 
 
 def evaluation_batches(micro_batches: MicroBatches, numbers: list[int]) -> Iterator[tuple[GlobalBatch, list[int]]]:

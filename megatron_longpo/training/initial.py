@@ -72,8 +72,7 @@ def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progres
             _tell(f"loaded {found}: the run goes on at iteration {progress.iteration}")
             return progress
         starts_elsewhere = settings.load_hf is not None or settings.pretrained_checkpoint is not None
-        same = settings.save is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-        if not (starts_elsewhere or same):
+        if not (starts_elsewhere or settings.load_equals_save):
             raise ValueError(
                 f"--load {settings.load} holds no checkpoint (no {Path(settings.load) / TRACKER}); to start a run here "
                 "and resume it with the same command, let --load equal --save"

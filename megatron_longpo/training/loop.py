@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from tqdm import tqdm
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
@@ -20,8 +22,10 @@ from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.sampler import GlobalBatchSampler
 from megatron_longpo.model.build import build_model, unwrap, wrap_for_training
 from megatron_longpo.model.flops import step_flops
+from megatron_longpo.processes import one_voice_on_ctrl_c
 from megatron_longpo.ranges import DATA, OPTIMIZER, named_range
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
+from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint, iteration_of
 from megatron_longpo.training.data import GlobalBatch, MicroBatches, training_batches
 from megatron_longpo.training.distributed import any_rank, is_rank_0
 from megatron_longpo.training.evaluation import evaluate
@@ -60,6 +64,10 @@ class Trainer:
 
     def train(self) -> Progress:
         """Run to the end, or to the first reason to leave. Returns where it stopped."""
+        with one_voice_on_ctrl_c(self._say_interrupted):
+            return self._train()
+
+    def _train(self) -> Progress:
         config, progress = self.config, self.progress
         reference = None
         if config.objective.needs_reference:
@@ -185,6 +193,18 @@ class Trainer:
         with self.whole_weights():
             means = evaluate(self.config, self.chunks, micro_batches, numbers)
         reporter.report(self._counters() | means, prefix="eval/")
+
+    def _say_interrupted(self) -> None:
+        settings = self.config.checkpoint
+        newest = find_checkpoint(settings.save) if settings.save is not None else None
+        if newest is None or newest.name == RELEASE:
+            how = "it has saved no checkpoint, so the same command starts where it did"
+        else:
+            how = f"the last checkpoint is iteration {iteration_of(newest)}, where the same command "
+            how += "goes on" if settings.load_equals_save else f"with --load {settings.save} goes on"
+        text = f"interrupted after iteration {self.progress.iteration} of {self.total_steps}; {how}"
+        tqdm.write(text, file=sys.stdout)  # above the progress bar
+        sys.stdout.flush()
 
     def _counters(self) -> dict[str, float]:
         return {"iteration": self.progress.iteration, "consumed_samples": self.progress.consumed_samples}

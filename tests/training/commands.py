@@ -95,13 +95,13 @@ def _refuse(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON")
 
 
-def stop_at_step(step: int, path: Path, how: signal.Signals, *flags: str) -> tuple[int, str]:
+def stop_at_step(step: int, path: Path, how: signal.Signals, *flags: str, ranks: int = 1) -> tuple[int, str]:
     """Start training, send a signal once the metrics file shows a step, return exit code and output.
 
     SIGTERM goes to every process of the run at once, as schedulers send it.
     """
     process = subprocess.Popen(
-        command("pretrain_longpo.py", *FLAGS, *flags, f"--metrics-jsonl={path}"),
+        command("pretrain_longpo.py", *FLAGS, *flags, f"--metrics-jsonl={path}", ranks=ranks),
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -113,6 +113,20 @@ def test_sigterm_to_all_processes_saves_and_leaves_with_code_0(data: str, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_says_where_the_run_is_and_how_it_goes_on(data: str, tmp_path: Path, ranks: int) -> None:
+    save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
+    flags = [data, "--train-iters=5000", f"--save={save}", "--save-interval=4", "--num-workers=1"]
+    code, output = stop_at_step(5, path, signal.SIGINT, *flags, f"--load={save}", ranks=ranks)
+    (line,) = (line for line in output.splitlines() if "interrupted" in line)
+    assert line.startswith("interrupted after iteration ")
+    assert line.endswith(" of 5000; the last checkpoint is iteration 4, where the same command goes on")
+    # torchrun ends in an exception of its own.
+    assert output.count("Traceback") == ranks - 1
+    assert code == (130 if ranks == 1 else 1)
+
+
+@pytest.mark.slow
 def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
     save = tmp_path / "save"
     output = train(data, "--train-iters=100000", f"--save={save}", "--exit-duration-in-mins=0.02")
