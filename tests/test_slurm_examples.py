@@ -80,7 +80,7 @@ def test_elements_of_the_array_train_one_after_the_other(tmp_path: Path) -> None
     srun.write_text(SRUN)
     srun.chmod(0o755)
     data = write_tiny_dataset(tmp_path / "tiny")
-    run = tmp_path / "run"
+    start, run = tmp_path / "start", tmp_path / "run"
     flags = [*MODEL_FLAGS, "--use-cpu", "--seq-length=512", "--train-iters=5", "--global-batch-size=2"]
     flags += [f"--data-path={data}", f"--save={run}", f"--load={run}", f"--metrics-jsonl={run}/metrics.jsonl"]
     flags += ["--objective=sft-chosen", "--split=100,0", "--num-workers=0", "--progress-bar=off"]
@@ -103,6 +103,10 @@ def test_elements_of_the_array_train_one_after_the_other(tmp_path: Path) -> None
 
     too_short = element(1, 10)
     assert too_short.returncode == 1 and "--time is shorter than MARGIN_MINS, 15 minutes" in too_short.stderr
+    made = element(2, 60, "--train-iters=1", f"--save={start}", f"--load={start}", f"--metrics-jsonl={start}.jsonl")
+    assert made.returncode == 0, made.stderr
+    # Its weights count until the run has a checkpoint of its own.
+    flags[: len(MODEL_FLAGS)] = [f"--pretrained-checkpoint={start}", "--use-checkpoint-args"]
     first = element(2, 25.5, "--exit-interval=3")
     assert first.returncode == 0, first.stderr
     assert steps() == [1, 2, 3]

@@ -191,6 +191,7 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             1,
             "--save-retain-interval 25 must be a multiple of --save-interval 10; nearest: 30",
         ),
+        ("--save s --load ./s --finetune", 1, "start from as --pretrained-checkpoint, which counts until --load holds"),
         ("--min-lr 1e-6", 1, "--min-lr 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-init 1e-6", 1, "--lr-warmup-init 1e-06 must be at most --lr 5e-07"),
         ("--lr-warmup-iters 10", 1, "--lr-warmup-iters 10 must be less than the decay's 10"),

@@ -52,7 +52,11 @@ class CheckpointConfig:
     no_save_rng: bool = flag(False, "leave random states out of checkpoints", needs=_SAVE)
     no_load_optim: bool = flag(False, "start with a fresh optimizer", needs=_LOAD)
     no_load_rng: bool = flag(False, "start with random states by --seed", needs=_LOAD)
-    finetune: bool = flag(False, "load weights only and count from step 0", needs=_LOAD)
+    finetune: bool = flag(
+        False,
+        "load weights only and count from step 0, each time; --pretrained-checkpoint does so once",
+        needs=_LOAD,
+    )
     use_checkpoint_args: bool = flag(
         False, "take the model's shape from the checkpoint", needs=given("load", "pretrained_checkpoint")
     )

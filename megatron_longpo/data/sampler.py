@@ -128,7 +128,8 @@ class GlobalBatchSampler:
             if state[key] != mine[key]:
                 raise ValueError(
                     f"cannot resume the order of samples: the checkpoint was written with {name} {state[key]} and this "
-                    f"run has {mine[key]}; use the checkpoint's, or start over from its weights with --finetune"
+                    f"run has {mine[key]}; use the checkpoint's, or start a new run from its weights, with "
+                    "--pretrained-checkpoint and another --save"
                 )
         self.consumed_samples = int(state["consumed_samples"])
 

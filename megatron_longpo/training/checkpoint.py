@@ -147,8 +147,8 @@ class Checkpointer:
         with_optimizer = self.optimizer is not None and not (weights_only or settings.no_load_optim)
         if with_optimizer and "optimizer" not in common:
             raise ValueError(
-                f"{checkpoint} holds no optimizer state: give --no-load-optim to start with a fresh optimizer, or "
-                "--finetune to start from its weights at step 0"
+                f"{checkpoint} holds no optimizer state: give --no-load-optim to start with a fresh optimizer, or it "
+                "as --pretrained-checkpoint to start from its weights at step 0"
             )
         with_rng = not (weights_only or settings.no_load_rng) and common.get("parallel_sizes") == _parallel_sizes()
         state = self._model_state()

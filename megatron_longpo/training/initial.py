@@ -28,7 +28,7 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     for folder in (settings.pretrained_checkpoint, settings.load):
         found = find_checkpoint(folder) if folder else None
         if found is not None:
-            return _with_saved(config, found)
+            return _with_saved(config, found, resumes=folder == settings.load and not settings.finetune)
     if settings.use_checkpoint_args:
         raise ValueError(
             "--use-checkpoint-args: neither --load nor --pretrained-checkpoint holds a checkpoint; give the model's "
@@ -37,14 +37,14 @@ def with_initial_model(config: RunConfig) -> RunConfig:
     return config
 
 
-def _with_saved(config: RunConfig, checkpoint: Path) -> RunConfig:
+def _with_saved(config: RunConfig, checkpoint: Path, resumes: bool) -> RunConfig:
     try:
         saved = saved_config(checkpoint)
     except ValueError:
         if config.checkpoint.use_checkpoint_args:
             raise
         return config  # of another program: flags say what the reference is
-    if checkpoint.parent == Path(config.checkpoint.load or "") or checkpoint.name == RELEASE:
+    if resumes or checkpoint.name == RELEASE:
         # A run that resumes keeps the reference that it began with, and a converted model what it was before.
         kept = {
             name: getattr(saved.objective, name) for name in OF_REFERENCE if getattr(config.objective, name) is None

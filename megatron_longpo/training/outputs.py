@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from megatron_longpo.config import RunConfig
+from megatron_longpo.config.checkpoint import CheckpointConfig
 from megatron_longpo.files import check_folder_writable, check_writable, folder_lock
 from megatron_longpo.metrics_file import metrics_of
 from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint
@@ -41,7 +42,7 @@ def check_outputs(config: RunConfig) -> None:
     save = config.checkpoint.save
     if save is not None:
         check_folder_writable(save, "--save")
-        _refuse_other_run(save, config.checkpoint.load)
+        _refuse_other_run(config.checkpoint)
     settings = config.logging
     if settings.profile_dir is not None:
         check_folder_writable(settings.profile_dir, "--profile-dir")
@@ -54,16 +55,22 @@ def check_outputs(config: RunConfig) -> None:
         _refuse_other_content(Path(settings.metrics_jsonl))
 
 
-def _refuse_other_run(save: str, load: str | None) -> None:
+def _refuse_other_run(settings: CheckpointConfig) -> None:
+    save, load = settings.save, settings.load
+    assert save is not None
     found = find_checkpoint(save)
     if found is None or found.name == RELEASE:
         return
     # A checkpoint of the folder may be named itself: a run goes on from an earlier step.
-    if load is not None and Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent):
+    goes_on = load is not None and Path(save).resolve() in (Path(load).resolve(), Path(load).resolve().parent)
+    if goes_on and not settings.finetune:
         return
+    fix = f"give --load {save} too"
+    if settings.finetune:
+        fix = f"give --pretrained-checkpoint {load} --load {save} in place of --load {load} --finetune"
     raise ValueError(
         f"--save {save} holds the checkpoints of another run (the newest is {found.name}), which this one would "
-        f"replace: give --load {save} too to go on with it, or another folder"
+        f"replace: {fix} to go on with it, or another folder"
     )
 
 

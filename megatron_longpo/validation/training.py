@@ -102,6 +102,12 @@ def _checkpoints(config: RunConfig, world_size: int) -> Iterator[str]:
             f"--save-retain-interval {kept} must be a multiple of --save-interval {interval}; nearest: "
             f"{nearest_multiple(kept, interval)}"
         )
+    if settings.finetune and settings.load_equals_save:
+        yield (
+            f"--finetune with --load equal to --save {settings.save} would begin at step 0 again whenever the command "
+            "is started again, and replace what it saved: leave --finetune out and give the weights to start from as "
+            "--pretrained-checkpoint, which counts until --load holds a checkpoint"
+        )
 
 
 def _profile(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -240,9 +240,14 @@ def test_a_converted_checkpoint_gives_the_reference_what_the_model_was_before(tm
     # What a run saved is the reference of the next round as it is.
     (tmp_path / "megatron" / "release").rename(tmp_path / "megatron" / "iter_0000010")
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("10")
-    words = [f"--pretrained-checkpoint={tmp_path / 'megatron'}", "--use-checkpoint-args"]
-    config = with_initial_model(parse_arguments(words))
-    assert (config.reference_rotary_base, config.reference_window_size) == (1e7, Window())
+    folder = tmp_path / "megatron"
+    for words in ([f"--pretrained-checkpoint={folder}"], [f"--load={folder}", "--finetune"]):
+        config = with_initial_model(parse_arguments([*words, "--use-checkpoint-args"]))
+        assert (config.reference_rotary_base, config.reference_window_size) == (1e7, Window())
+    # The run itself, going on at its newest step or at any other, keeps its own.
+    for load in (folder, folder / "iter_0000010"):
+        config = with_initial_model(parse_arguments([f"--load={load}", "--use-checkpoint-args"]))
+        assert (config.reference_rotary_base, config.reference_window_size) == (1e4, Window(15, 0))
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -119,6 +119,11 @@ MISTAKES = {
     "save is a file": (1, [*SFT, "--save={file}"], "--save FOLDER/file is a file: give a folder"),
     "save cannot be made": (1, [*SFT, "--save=/proc/run"], "--save /proc/run cannot be written"),
     "save of another run": (1, [*SFT, "--save={save}"], "holds the checkpoints of another run (the newest is iter_"),
+    "other run fine-tuned": (
+        1,
+        [*SFT, "--save={save}", "--load={save}/iter_0000001", "--finetune"],
+        "give --pretrained-checkpoint FOLDER/save/iter_0000001 --load FOLDER/save in place of --load FOLDER/save/iter_",
+    ),
     "save of a running one": (1, [*SFT, "--save={locked}"], "--save FOLDER/locked: another run is writing its check"),
     "metrics over a file": (
         1,
