@@ -27,7 +27,7 @@ MEGATRON_FLAGS = """
 --recompute-modules --save --load --pretrained-checkpoint --save-interval --async-save --ckpt-format
 --save-retain-interval --no-load-optim --no-load-rng --no-save-optim --no-save-rng --finetune
 --use-checkpoint-args --log-interval --eval-interval --eval-iters
---tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --exit-interval
+--tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --skip-train --exit-interval
 --exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --profile --profile-step-start
 --profile-step-end --profile-ranks --cpu-offloading-num-layers --hierarchical-context-parallel-sizes
 --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
@@ -189,6 +189,7 @@ def test_flags_that_are_not_offered_are_not_flags() -> None:
         ("--wandb-entity x", "--wandb-entity x", "with --wandb-project"),
         ("--chat-template x", "--chat-template x", "with --tokenizer-model"),
         ("--split 100,0 --eval-iters 5", "--eval-iters 5", "with a held-out share in --split"),
+        ("--eval-iters 0 --skip-train", "--skip-train", "with --eval-iters > 0"),
         ("--eval-iters 0 --eval-interval 5", "--eval-interval 5", "with --eval-iters > 0"),
     ],
 )

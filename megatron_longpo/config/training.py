@@ -126,6 +126,11 @@ class TrainingConfig:
         at_least=0,
         needs=HELD_OUT,
     )
+    skip_train: bool = flag(
+        False,
+        "evaluate the held-out documents and leave, without a training step",
+        needs=(above("eval_iters", 0), HELD_OUT, absent("dry_run")),
+    )
     exit_interval: int | None = flag(
         None, "save and leave at the first step divisible by this", unit="steps", at_least=1, default_text="never"
     )

@@ -53,72 +53,82 @@ class Trainer:
         self.started_s = time.monotonic()
         self.train_numbers, self.eval_numbers = self._split()
         self.total_samples, self.total_steps = self._duration()
-        self.chunks = wrap_for_training(config, build_model(config))
-        self.optimizer = build_optimizer(config, self.chunks)
-        self.scheduler = build_scheduler(config, self.optimizer, self.total_samples)
+        self.chunks: list[Any] = build_model(config)
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        if not config.training.skip_train:
+            self.chunks = wrap_for_training(config, self.chunks)
+            self.optimizer = build_optimizer(config, self.chunks)
+            self.scheduler = build_scheduler(config, self.optimizer, self.total_samples)
+            self._connect_schedule()
         self.checkpointer = Checkpointer(config, self.chunks, self.optimizer, self.scheduler)
         self.progress = load_initial_state(config, self.checkpointer)
         self.profiler = StepProfiler(config, map(unwrap, self.chunks), dist.get_rank())
         self.unreported: list[tuple[dict[str, float], bool]] = []
-        self._connect_schedule()
 
     def train(self) -> Progress:
-        """Run to the end, or to the first reason to leave. Returns where it stopped."""
-        with one_voice_on_ctrl_c(self._say_interrupted):
-            return self._train()
-
-    def _train(self) -> Progress:
+        """Run to the end, or to the first reason to leave; with ``--skip-train`` evaluate only. Returns where it is."""
         config, progress = self.config, self.progress
-        reference = None
-        if config.objective.needs_reference:
-            with self.whole_weights():
-                reference, progress.reference_fingerprint = reference_logprobs(
-                    config, self.dataset, self.chunks, progress.reference_fingerprint
-                )
-        micro_batches = MicroBatches(config, self.dataset, reference)
-        self.sampler = self._sampler()
-        reporter = Reporter(config, is_rank_0(), self.total_steps, progress.iteration)
+        with one_voice_on_ctrl_c(self._say_interrupted):
+            reference = None
+            if config.objective.needs_reference:
+                with self.whole_weights():
+                    reference, progress.reference_fingerprint = reference_logprobs(
+                        config, self.dataset, self.chunks, progress.reference_fingerprint
+                    )
+            micro_batches = MicroBatches(config, self.dataset, reference)
+            trains = not config.training.skip_train
+            if trains:
+                self.sampler = self._sampler()
+            reporter = Reporter(config, is_rank_0(), self.total_steps, progress.iteration)
+            try:
+                if trains:
+                    self._train(reporter, micro_batches)
+                else:
+                    self._maybe_evaluate(reporter, micro_batches, last=True)
+            finally:
+                reporter.close()
+        return progress
+
+    def _train(self, reporter: Reporter, micro_batches: MicroBatches) -> None:
+        config, progress = self.config, self.progress
         saved_at = progress.iteration
         if progress.iteration >= self.total_steps:
             reporter.print(f"nothing is left to train: the run has made all of its {self.total_steps} steps")
         skipped_in_a_row = 0
-        try:
-            with Leaving(config.training, self.started_s) as leaving:
-                batches = training_batches(micro_batches, self.sampler)
-                while progress.iteration < self.total_steps:
-                    with self.profiler.step(progress.iteration + 1):
-                        began = time.perf_counter()
-                        with named_range(DATA):
-                            batch = next(batches)
-                        waited = time.perf_counter() - began
-                        metrics, bad = self._step(batch)
-                    metrics["data_time_s"] = waited
-                    self.checkpointer.finish(blocking=False)
-                    skipped_in_a_row = skipped_in_a_row + 1 if bad is not None else 0
-                    self._report(reporter, metrics, bad)
-                    if skipped_in_a_row > config.training.max_skipped_steps:
-                        raise FloatingPointError(
-                            f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
-                            f"(--max-skipped-steps {config.training.max_skipped_steps}); samples of the last one: "
-                            f"{', '.join(bad or [])}. Lower --lr, look at these samples, or resume from a checkpoint"
-                        )
-                    last = progress.iteration >= self.total_steps
-                    self._maybe_evaluate(reporter, micro_batches, last)
-                    reason = leaving.reason(progress.iteration)
-                    interval = config.checkpoint.save_interval
-                    if config.checkpoint.save and (
-                        last or reason is not None or (interval and progress.iteration % interval == 0)
-                    ):
-                        self._save(reporter)
-                        saved_at = progress.iteration
-                    if reason is not None and not last:
-                        reporter.print(f"leaving after iteration {progress.iteration}: {reason}; saved at {saved_at}")
-                        break
-            self.checkpointer.finish(blocking=True)
-            self.profiler.close()
-        finally:
-            reporter.close()
-        return progress
+        with Leaving(config.training, self.started_s) as leaving:
+            batches = training_batches(micro_batches, self.sampler)
+            while progress.iteration < self.total_steps:
+                with self.profiler.step(progress.iteration + 1):
+                    began = time.perf_counter()
+                    with named_range(DATA):
+                        batch = next(batches)
+                    waited = time.perf_counter() - began
+                    metrics, bad = self._step(batch)
+                metrics["data_time_s"] = waited
+                self.checkpointer.finish(blocking=False)
+                skipped_in_a_row = skipped_in_a_row + 1 if bad is not None else 0
+                self._report(reporter, metrics, bad)
+                if skipped_in_a_row > config.training.max_skipped_steps:
+                    raise FloatingPointError(
+                        f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
+                        f"(--max-skipped-steps {config.training.max_skipped_steps}); samples of the last one: "
+                        f"{', '.join(bad or [])}. Lower --lr, look at these samples, or resume from a checkpoint"
+                    )
+                last = progress.iteration >= self.total_steps
+                self._maybe_evaluate(reporter, micro_batches, last)
+                reason = leaving.reason(progress.iteration)
+                interval = config.checkpoint.save_interval
+                if config.checkpoint.save and (
+                    last or reason is not None or (interval and progress.iteration % interval == 0)
+                ):
+                    self._save(reporter)
+                    saved_at = progress.iteration
+                if reason is not None and not last:
+                    reporter.print(f"leaving after iteration {progress.iteration}: {reason}; saved at {saved_at}")
+                    break
+        self.checkpointer.finish(blocking=True)
+        self.profiler.close()
 
     def _step(self, batch: GlobalBatch) -> tuple[dict[str, float], list[str] | None]:
         """One optimizer step. Returns its metrics, and the suspect samples' ids if the step was skipped."""
@@ -258,7 +268,7 @@ class Trainer:
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
         """Every rank's weights are complete inside: what ``--overlap-param-gather`` put off is done first."""
-        overlap = self.config.parallel.overlap_param_gather
+        overlap = self.config.parallel.overlap_param_gather and not self.config.training.skip_train
         if overlap:
             for chunk in self.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)

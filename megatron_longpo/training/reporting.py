@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ class Reporter:
         active: Whether this is rank 0.
         total_steps: Length of the run.
         first_step: Steps that are done already. Lines of a killed run beyond it are removed from the metrics file, so
-            that every step stands there once.
+            that every step stands there once; with ``--skip-train`` none are, as no step is made again.
     """
 
     def __init__(self, config: RunConfig, active: bool, total_steps: int, first_step: int) -> None:
@@ -62,16 +63,17 @@ class Reporter:
         self.bar: tqdm[Any] | None = None
         if not active:
             return
+        trains = not config.training.skip_train
         if settings.metrics_jsonl:
-            self.jsonl = _open_metrics(Path(settings.metrics_jsonl), first_step)
+            self.jsonl = _open_metrics(Path(settings.metrics_jsonl), first_step if trains else math.inf)
         if settings.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(settings.tensorboard_dir, purge_step=first_step + 1)
+            self.tensorboard = SummaryWriter(settings.tensorboard_dir, purge_step=first_step + 1 if trains else None)
         if settings.wandb_project:
             self.wandb = _start_wandb(settings, config)
         wanted = settings.progress_bar == "on" or (settings.progress_bar == "auto" and sys.stderr.isatty())
-        if wanted:
+        if wanted and trains:
             self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
 
     def print(self, text: str) -> None:
@@ -150,7 +152,7 @@ def _line(metrics: dict[str, float], total_steps: int, prefix: str) -> str:
     return " | ".join(parts)
 
 
-def _open_metrics(path: Path, first_step: int) -> Any:
+def _open_metrics(path: Path, first_step: float) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         # The last line of a killed run may be half a line.

@@ -30,3 +30,22 @@ def test_held_out_documents_count_once_each_on_any_number_of_ranks(tmp_path: Pat
         assert [event.step for event in events.Scalars("eval/loss")] == [1, 2]
     for one, two in zip(runs["one"], runs["two"], strict=True):
         assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_alone_says_what_training_said_and_changes_nothing(tmp_path: Path) -> None:
+    save, path = tmp_path / "save", tmp_path / "metrics.jsonl"
+    data = f"--data-path={write_tiny_dataset(tmp_path / 'tiny', num_documents=10)}"
+    sharded = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+    common = [data, *FLAGS, *sharded, f"--metrics-jsonl={path}", f"--load={save}", f"--save={save}"]
+    train(*common, "--skip-train", ranks=2)
+    assert not list(save.glob("iter_*"))
+    train(*common, ranks=2)
+    trained = metrics(path)
+    # The model before training is the first point of the curve.
+    assert [line["iteration"] for line in trained] == [0, 1, 2, 2]
+    assert trained[0]["eval/loss"] != trained[1]["eval/loss"] != trained[-1]["eval/loss"]
+    train(*common, "--skip-train", ranks=2)
+    *before, again = metrics(path)
+    assert before == trained and again == trained[-1]
+    assert [folder.name for folder in save.glob("iter_*")] == ["iter_0000002"]
