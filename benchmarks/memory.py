@@ -61,6 +61,7 @@ def measure(folder: Path, name: str, case: StepCase) -> dict[str, float]:
         batch = shared_prefix_batch(config, trainer.dataset, ReferenceNumbers(case))
 
         def step() -> float:
+            """Loss of one forward and backward pass, its gradients left in the buffers."""
             for chunk in trainer.chunks:
                 chunk.zero_grad_buffer()
             outputs = run_schedule(

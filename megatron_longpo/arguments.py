@@ -105,6 +105,7 @@ def print_errors(error: ConfigError) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        """Raise ConfigError where argparse would print its usage and leave."""
         raise ConfigError(message.removeprefix("argument "))
 
 

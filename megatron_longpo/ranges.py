@@ -83,11 +83,13 @@ class _Boundary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, stage: Stage, begins: bool) -> torch.Tensor:
+        """A view of ``x``, of any shape."""
         ctx.stage, ctx.begins = stage, begins
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The gradient as it is; opens the range behind the stage's output, closes it at its input."""
         if ctx.begins:
             ctx.stage._start()
         else:

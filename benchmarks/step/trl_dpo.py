@@ -66,12 +66,15 @@ class _Recorder(TrainerCallback):  # type: ignore[misc]
         self.losses: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock; transformers calls it before a step's first micro-batch."""
         self.clock.start()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop the clock; the optimizer has stepped."""
         self.clock.stop()
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """Keep the loss of a step; what transformers logs at the end of training has none."""
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
 

@@ -79,6 +79,7 @@ def export(model: Any, template: str | Path, save: str | Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and quantise; mistakes of the user end in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf-model", required=True, metavar="DIR", help="what megatron-to-hf wrote")
     parser.add_argument("--data-path", required=True, metavar="PREFIX", help="training pairs to calibrate on")

@@ -79,6 +79,7 @@ class _AllGather(RowAttention):
     cp_group: dist.ProcessGroup
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        """Output ``[t, N, D]`` and log-sum-exps ``[N, t]`` of this rank's queries; 1 all-gather per chunk of heads."""
         tiles = plan(self.layout, dist.get_rank(self.cp_group))
         kernel = self.kernel(q)
         out, lse = empty_results(q)
@@ -88,9 +89,11 @@ class _AllGather(RowAttention):
         return out, lse
 
     def start_backward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> _Gather:
+        """Start the all-gather of the first chunk of heads, which needs no gradient."""
         return self._gather(k, v, _chunks(q, k, v)[0])
 
     def backward(self, grad_out: torch.Tensor, saved: Saved, started: _Gather | None) -> Gradients:
+        """dq, and dk and dv of this rank's tokens, summed in fp32. Per chunk: 1 CP all-gather, 1 reduce-scatter."""
         q, k, v, out, lse = saved
         tiles = plan(self.layout, dist.get_rank(self.cp_group))
         kernel = self.kernel(q)

@@ -97,18 +97,21 @@ def heads_to_tokens(exchange: HeadExchange, joint: torch.Tensor) -> torch.Tensor
 class _TokensToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each ``[t, H, D]`` to ``[T, h, D]``: 1 all-to-all for all of them."""
         ctx.exchange = exchange
         return _tokens_to_heads(local, exchange)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *joint: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients ``[T, h, D]`` back to ``[t, H, D]``: 1 all-to-all, the inverse exchange."""
         return None, *_heads_to_tokens(joint, ctx.exchange)
 
 
 class _HeadsToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, exchange: HeadExchange, joint: torch.Tensor) -> torch.Tensor:
+        """``[T, h, D]`` to ``[t, H, D]``: 1 all-to-all."""
         ctx.exchange = exchange
         (local,) = _heads_to_tokens((joint,), exchange)
         return local
@@ -116,6 +119,7 @@ class _HeadsToTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, local: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient ``[t, H, D]`` back to ``[T, h, D]``: 1 all-to-all, the inverse exchange."""
         return None, *_tokens_to_heads((local,), ctx.exchange)
 
 

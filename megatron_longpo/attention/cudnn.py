@@ -20,6 +20,7 @@ class CudnnKernel(AttentionKernel):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.forward`, in bf16 or fp16; ValueError for a head_dim above 256 or no multiple of 8."""
         if q.shape[2] % 8 or q.shape[2] > 256:
             raise ValueError(
                 f"--kv-channels {q.shape[2]}: cuDNN's attention needs a multiple of 8 that is at most 256; "
@@ -49,6 +50,7 @@ class CudnnKernel(AttentionKernel):
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.backward`; copies ``grad_out`` and ``lse`` where they are not contiguous."""
         no_random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read with dropout only
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward.default(
             heads_first(grad_out.contiguous()),

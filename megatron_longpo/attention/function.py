@@ -89,6 +89,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, attention: RowAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Output ``[t, N, D]``; starts the communication of the backward pass if that follows at once."""
         q, k, v = _compact(q), _compact(k), _compact(v)
         out, lse = computed_once(lambda: attention.forward(q, k, v))
         ctx.save_for_backward(q, k, v, out, lse)
@@ -100,6 +101,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """dq, dk and dv in the dtypes of q, k and v; starts the communication of the layer in front meanwhile."""
         q, k, v, out, lse = ctx.saved_tensors
         started, ctx.started = ctx.started, None
         dq, dk, dv = ctx.attention.backward(grad_out, (q, k, v, out, lse), started)

@@ -31,6 +31,7 @@ class FoldedRectangles(AttentionKernel):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.forward`; a short rectangle as ``[Tq * R, G, D]`` queries of G heads."""
         if not self._folds(q, k, causal):
             return self.kernel.forward(q, k, v, causal, scale)
         groups = k.shape[1]
@@ -48,6 +49,7 @@ class FoldedRectangles(AttentionKernel):
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.backward`; folds whatever `forward` folds."""
         if not self._folds(q, k, causal):
             return self.kernel.backward(grad_out, q, k, v, out, lse, causal, scale)
         groups = k.shape[1]

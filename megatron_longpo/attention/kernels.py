@@ -66,6 +66,7 @@ class CpuFlashKernel(AttentionKernel):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.forward`, on views: nothing is copied."""
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
             heads_first(q), heads_first(k), heads_first(v), NO_DROPOUT, causal, scale=scale
         )
@@ -82,6 +83,7 @@ class CpuFlashKernel(AttentionKernel):
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.backward`, on views: nothing is copied."""
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             heads_first(grad_out),
             heads_first(q),
@@ -105,6 +107,7 @@ class CudaFlashKernel(AttentionKernel):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.forward`, in bf16 or fp16; ValueError for a head_dim above 256 or no multiple of 8."""
         if q.shape[2] % 8 or q.shape[2] > 256:
             raise ValueError(
                 f"--kv-channels {q.shape[2]}: flash attention on CUDA needs a multiple of 8 that is at most 256"
@@ -135,6 +138,7 @@ class CudaFlashKernel(AttentionKernel):
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.backward`; copies ``lse`` where it is not contiguous."""
         no_random_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # read with dropout only
         dq, dk, dv = aten._flash_attention_backward.default(
             grad_out.unsqueeze(0),
@@ -168,6 +172,7 @@ class CudaEfficientKernel(AttentionKernel):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.forward`, with k and v repeated to ``[Tk, N, D]``."""
         out, lse, *_ = aten._scaled_dot_product_efficient_attention.default(
             heads_first(q),
             heads_first(_repeat_heads(k, q)),
@@ -191,6 +196,7 @@ class CudaEfficientKernel(AttentionKernel):
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `AttentionKernel.backward`; gradients of repeated heads are summed to ``[Tk, G, D]``."""
         # A weight exp(score - inf) is 0, so padding adds nothing.
         padded_lse = torch.nn.functional.pad(lse, (0, -q.shape[0] % self.LSE_MULTIPLE), value=torch.inf)
         no_random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read with dropout only

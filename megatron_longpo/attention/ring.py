@@ -71,6 +71,7 @@ class _RingAttention(RowAttention):
     cp_group: dist.ProcessGroup
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        """Output ``[t, N, D]`` and log-sum-exps ``[N, t]``, merged over the steps; cp - 1 sends of keys and values."""
         ring = _Ring(self.cp_group)
         kernel = self.kernel(q)
         out, lse = empty_results(q)
@@ -79,6 +80,7 @@ class _RingAttention(RowAttention):
         return out, lse
 
     def backward(self, grad_out: torch.Tensor, saved: Saved, started: None) -> Gradients:
+        """dq, and dk and dv in fp32 (fp64 for fp64), which travel behind their keys; 2 (cp - 1) sends."""
         q, k, v, out, lse = saved
         ring = _Ring(self.cp_group)
         plan = ring_plan(self.layout, ring.rank)

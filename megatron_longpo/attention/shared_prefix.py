@@ -56,9 +56,11 @@ class _WholeRow(RowAttention):
     """All tiles of the row, on this rank; no collectives."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
+        """Output ``[T, N, D]`` and log-sum-exps ``[N, T]`` of the whole row."""
         return forward_tiles(q, k, v, plan(self.layout), self.scale, self.kernel(q))
 
     def backward(self, grad_out: torch.Tensor, saved: Saved, started: None) -> Gradients:
+        """dq ``[T, N, D]``, dk and dv ``[T, G, D]`` of the whole row."""
         kernel = self.kernel(grad_out)
         return backward_tiles(grad_out, *saved, plan(self.layout), self.scale, kernel)
 

@@ -227,6 +227,7 @@ def _windowed(runs: list[Run], window_tokens: int) -> Iterator[Tile]:
 
 
 def disjoint(a: Span, b: Span) -> bool:
+    """Whether two spans ``[start, stop)`` share no place."""
     return a[1] <= b[0] or b[1] <= a[0]
 
 

@@ -74,17 +74,21 @@ class Replicated:
     width: str = "hidden_size"
 
     def hf_shapes(self, model: ModelConfig) -> tuple[Shape, ...]:
+        """One vector ``[width]``."""
         return ((getattr(model, self.width),),)
 
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
+        """``[width]`` on every shard."""
         return self.hf_shapes(model)[0]
 
     def merge_into(
         self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
     ) -> None:
+        """Copy the whole vector, whatever the shard."""
         out.copy_(sources[0][:])
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+        """The vector itself."""
         return (whole,)
 
 
@@ -102,17 +106,21 @@ class Columns:
         return model.num_attention_heads * model.kv_channels if self.attention else model.ffn_hidden_size
 
     def hf_shapes(self, model: ModelConfig) -> tuple[Shape, ...]:
+        """One matrix ``[H, input]``."""
         return ((model.hidden_size, self._input(model)),)
 
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
+        """``[H, input / size]``."""
         return (model.hidden_size, self._input(model) // shard.size)
 
     def merge_into(
         self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
     ) -> None:
+        """Copy the shard's columns."""
         out.copy_(sources[0][:, shard.of(self._input(model))])
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+        """The matrix itself."""
         return (whole,)
 
 
@@ -130,17 +138,20 @@ class QueryKeyValue:
     bias: bool = False
 
     def hf_shapes(self, model: ModelConfig) -> tuple[Shape, ...]:
+        """``[N * D, H]``, ``[G * D, H]`` and ``[G * D, H]``; of biases without H."""
         columns = () if self.bias else (model.hidden_size,)
         heads = (model.num_attention_heads, model.num_query_groups, model.num_query_groups)
         return tuple((count * model.kv_channels, *columns) for count in heads)
 
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
+        """``[(N + 2 G) D / size, H]``; of biases without H."""
         shapes = self.hf_shapes(model)
         return (sum(shape[0] for shape in shapes) // shard.size, *shapes[0][1:])
 
     def merge_into(
         self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
     ) -> None:
+        """Copy the rows of the shard's groups: per group those of its queries, its key and its value."""
         per_group = out.view(model.num_query_groups // shard.size, -1, *out.shape[1:])
         start = 0
         for source, shape in zip(sources, self.hf_shapes(model), strict=True):
@@ -149,6 +160,7 @@ class QueryKeyValue:
             start += rows.shape[1]
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each with the rows of all groups behind one another."""
         groups, columns = model.num_query_groups, whole.shape[1:]
         per_group = whole.reshape(groups, -1, *columns)
         queries = model.num_attention_heads // groups * model.kv_channels
@@ -161,18 +173,22 @@ class GateUp:
     """The MLP's gate and up projections ``[F, H]``, stacked; a rank holds its part of the gate above its part of up."""
 
     def hf_shapes(self, model: ModelConfig) -> tuple[Shape, ...]:
+        """Gate and up, ``[F, H]`` each."""
         return ((model.ffn_hidden_size, model.hidden_size),) * 2
 
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
+        """``[2 F / size, H]``."""
         return (2 * model.ffn_hidden_size // shard.size, model.hidden_size)
 
     def merge_into(
         self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
     ) -> None:
+        """Copy the shard's rows of the gate into the upper half, those of up into the lower."""
         for half, source in zip(out.chunk(2), sources, strict=True):
             half.copy_(source[shard.of(model.ffn_hidden_size)])
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+        """Gate and up, ``[F, H]`` each, of a whole parameter, whose halves they are."""
         gate, up = whole.chunk(2)
         return gate, up
 
@@ -182,18 +198,22 @@ class Vocabulary:
     """The embedding or the LM head ``[V, H]``, with rows of zeros up to a size that tensor parallelism divides."""
 
     def hf_shapes(self, model: ModelConfig) -> tuple[Shape, ...]:
+        """One matrix ``[V, H]``."""
         return ((model.vocab_size, model.hidden_size),)
 
     def shape(self, model: ModelConfig, padded_vocab: int, shard: Shard = WHOLE) -> Shape:
+        """``[padded_vocab / size, H]``."""
         return (padded_vocab // shard.size, model.hidden_size)
 
     def merge_into(
         self, out: torch.Tensor, sources: Sequence[Sliceable], model: ModelConfig, shard: Shard = WHOLE
     ) -> None:
+        """Copy the shard's rows that are tokens and zero those behind them."""
         first = shard.rank * len(out)
         num_true = max(0, min(len(out), model.vocab_size - first))
         out[:num_true].copy_(sources[0][first : first + num_true])
         out[num_true:].zero_()
 
     def split(self, whole: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
+        """The rows that are tokens, without the padding."""
         return (whole[: model.vocab_size],)

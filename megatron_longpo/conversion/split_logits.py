@@ -22,6 +22,7 @@ from megatron_longpo.training.distributed import initialize, shut_down
 
 
 def main() -> None:
+    """Compute logits of INPUTS.pt under CHECKPOINT; the first tensor-parallel rank of the last stage writes them."""
     checkpoint, inputs, output = Path(sys.argv[1]), sys.argv[4], sys.argv[5]
     parallel = ParallelConfig(
         tensor_model_parallel_size=int(sys.argv[2]), pipeline_model_parallel_size=int(sys.argv[3])

@@ -95,13 +95,14 @@ class _IntoTensor(DefaultLoadPlanner):
         self.target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        """The rectangle of the target that an item fills, a view."""
         part = self.target
         for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(axis, start, length)
         return part
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
+        """Nothing: torch has read into the view that `resolve_tensor` gave."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -110,6 +111,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     _PACKAGES = ("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.")
 
     def find_class(self, module: str, name: str) -> Any:
+        """A class of checkpoint metadata, a dtype or `torch.Size`; UnpicklingError for everything else."""
         if module == "torch":
             found = getattr(torch, name, None)
             if found is torch.Size or isinstance(found, torch.dtype):

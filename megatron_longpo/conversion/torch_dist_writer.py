@@ -88,9 +88,10 @@ class _LazyPlanner(SavePlanner):
         return MetadataIndex(tensor.place.key, tensor.place.box(tensor.shape).offsets)
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        pass
+        """Nothing: what is written was given when the planner was made, not as a state dictionary."""
 
     def create_local_plan(self) -> SavePlan:
+        """One item for every object's name and for every tensor's box in what is stored."""
         items = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.object_names]
         for index, tensor in self.tensors.items():
             data = TensorWriteData(
@@ -102,12 +103,15 @@ class _LazyPlanner(SavePlanner):
         return SavePlan(items)
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """torch's default, of the only rank: plans without duplicates and the metadata of all tensors."""
         return create_default_global_save_plan(all_plans)
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """Bytes of ``[None]`` for an object; a tensor, valid until the next call, in the shape of its place."""
         if write_item.type == WriteItemType.BYTE_IO:
             buffer = io.BytesIO()
             torch.save([None], buffer)
@@ -124,6 +128,7 @@ class _OneByOneWriter(FileSystemWriter):
     """torch's writer keeps every tensor of a file in memory until the file is closed; this one keeps none."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write every item as soon as it is made, files of at least `FILE_BYTES` each, and wait for the disk."""
         results: list[WriteResult] = []
         for number, items in enumerate(_files(plan.items)):
             name = f"__0_{number}.distcp"

@@ -89,6 +89,7 @@ def make_worker(options: PreprocessOptions) -> Callable[[PairsRow], Outcome]:
     limit = options.max_seq_length
 
     def work(row: PairsRow) -> Outcome:
+        """Tokenize a row; drop it where its answers agree, drop it or cut its document where it is too long."""
         document = tokenize(row) if isinstance(row, PreferenceDocument) else tokenized_pair(row)
         if _prefers_nothing(document):
             return Outcome(row.id, row.location, dropped=IDENTICAL, num_tokens=document.longest_sequence_tokens)

@@ -40,10 +40,12 @@ class ObjectiveSettings(Protocol):
     """The part of `megatron_longpo.config.ObjectiveConfig` that decides what is predicted."""
 
     @property
-    def objective(self) -> str: ...
+    def objective(self) -> str:
+        """``longpo``, ``dpo``, ``sft-chosen``, ``sft-rejected`` or ``sft-chosen-constraint``."""
 
     @property
-    def nll_weight(self) -> float: ...
+    def nll_weight(self) -> float:
+        """Factor on the negative log-likelihood; 0 leaves its predictions out."""
 
 
 @dataclass(frozen=True)

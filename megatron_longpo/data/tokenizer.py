@@ -154,13 +154,16 @@ class HuggingFaceChatTokenizer:
 
     @property
     def hash(self) -> str:
+        """SHA-256 of tokenizer.json as the tokenizers library writes it."""
         return _sha256(self._backend.to_str())
 
     @property
     def template_hash(self) -> str:
+        """SHA-256 of the chat template."""
         return _sha256(self.template)
 
     def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation by transformers' template engine, on a fixed date."""
         with template_errors():
             return str(
                 self._tokenizer.apply_chat_template(
@@ -173,10 +176,12 @@ class HuggingFaceChatTokenizer:
             )
 
     def encode(self, text: str) -> tuple[Tokens, Offsets, Offsets]:
+        """As `ChatTokenizer.encode`, by the fast tokenizer, which knows special tokens in the text."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         return _as_arrays(encoding.ids, encoding.offsets)
 
     def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
+        """As `ChatTokenizer.decode`, by the fast tokenizer."""
         return str(self._backend.decode([int(token) for token in tokens], skip_special_tokens=not special))
 
 
@@ -222,13 +227,16 @@ class SentencePieceChatTokenizer:
 
     @property
     def hash(self) -> str:
+        """SHA-256 of the ``.model`` file's content."""
         return _sha256(self._model.serialized_model_proto())
 
     @property
     def template_hash(self) -> str:
+        """SHA-256 of the chat template."""
         return _sha256(self.template)
 
     def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False) -> str:
+        """The text of a conversation by Jinja alone, on a fixed date."""
         with template_errors():
             return str(
                 self._render(
@@ -240,6 +248,7 @@ class SentencePieceChatTokenizer:
             )
 
     def encode(self, text: str) -> tuple[Tokens, Offsets, Offsets]:
+        """As `ChatTokenizer.encode`; control symbols in the text become their ids."""
         parts = []
         at = 0
         for match in self._splitter.finditer(text) if self._splitter else ():
@@ -251,6 +260,7 @@ class SentencePieceChatTokenizer:
         return ids, starts, ends
 
     def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
+        """As `ChatTokenizer.decode`; control symbols are spelled out."""
         # SentencePiece leaves control symbols out, and the blank before a text behind one: the mirror of `encode`.
         ids = [int(token) for token in tokens]
         symbols = [at for at, token in enumerate(ids) if self._model.is_control(token)]

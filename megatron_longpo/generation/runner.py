@@ -64,6 +64,7 @@ class ReadDocuments(PipelineStep):
         self.settings = settings
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """The documents of task ``rank`` of ``world_size``, with their place in the corpus."""
         for document in read_corpus(self.settings):
             if document.index % world_size == rank:
                 yield Document(document.text, document.id, metadata={"index": document.index})
@@ -162,6 +163,7 @@ class PairsRunner(InferenceRunner):
             return _answer(await generate(_chat_payload(request)))
 
         async def ask(requests: Sequence[Request]) -> list[Answer]:
+            """The answers to a document's requests, in their order; EngineError if the engine cannot answer."""
             try:
                 if self.settings.engine == OPENAI:
                     # Started one right after the other: a server gets the requests of a document together, and computes

@@ -36,6 +36,7 @@ class SwiGLU(MegatronModule):
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
+        """``[…, 2F]`` to ``[…, F]``; saves its input alone."""
         ctx.save_for_backward(gate_and_up)
         gate, up = gate_and_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
@@ -43,6 +44,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient ``[…, 2F]`` of gate and up, from ``[…, F]``, in one new tensor."""
         (gate_and_up,) = ctx.saved_tensors
         gate, up = gate_and_up.chunk(2, dim=-1)
         result = torch.empty_like(gate_and_up)

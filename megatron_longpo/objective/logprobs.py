@@ -67,6 +67,7 @@ class _Shard:
 
     @staticmethod
     def of(weight: torch.Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> _Shard:
+        """The shard that a rank's ``weight [V, H]`` is; without a group it is the whole vocabulary."""
         columns = weight.shape[0]
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
         total = min(vocab_size or columns * size, columns * size)
@@ -117,6 +118,7 @@ class _LinearLogprobs(torch.autograd.Function):
         chunk_tokens: int,
         group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
+        """Log-probs ``[K]``, chunk by chunk; 2 TP all-reduces of ``[K]`` and ``[2, K]`` at the end."""
         shard = _Shard.of(weight, vocab_size, group)
         # Row 0 becomes the log of the sum of exponentials, row 1 the target's logit.
         stats = weight.new_empty(2, len(targets), dtype=_wide(weight.dtype))
@@ -135,6 +137,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[Any, ...]:
+        """Gradients of hidden ``[T, H]`` and weight ``[V, H]``, of ``grad_logps [K]``; no collectives."""
         hidden, weight, source_index, targets, log_total = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         multiplied = _operand(weight)
@@ -186,6 +189,7 @@ class _ProductSum:
         self.scratch: torch.Tensor | None = None
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add ``a @ b``, ``[V, c] @ [c, H]``."""
         if a.dtype == self.total.dtype:
             self.total.addmm_(a, b)
             return

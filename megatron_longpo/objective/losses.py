@@ -173,10 +173,12 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        """The sum over ranks, of any shape: 1 all-reduce."""
         total = values.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Every rank's own gradient: all ranks compute the same loss of the sum."""
         return grad, None

@@ -87,6 +87,7 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
+        """Predicted over published; 1 is right."""
         return self.predicted / self.published
 
 

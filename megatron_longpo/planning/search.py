@@ -57,6 +57,7 @@ class Plan:
         return max(stage.host_gib for stage in self.memory)
 
     def fits(self, gpu: GPU) -> bool:
+        """Whether its fullest ranks have room on this GPU and on its host."""
         return self.gib <= usable_gib(gpu) and self.host_gib <= usable_host_gib(gpu)
 
 

@@ -58,14 +58,17 @@ class StepTime:
 
     @property
     def seconds_per_document(self) -> float:
+        """Seconds of the whole step per document."""
         return self.seconds / self.documents
 
     @property
     def tokens_per_s_per_gpu(self) -> float:
+        """Tokens per second and GPU, those of a shared prefix once."""
         return self.tokens / self.seconds / self.num_gpus
 
     @property
     def tflops_per_gpu(self) -> float:
+        """Model TFLOP/s per GPU."""
         return self.flops / self.seconds / self.num_gpus / 1e12
 
     @property

@@ -45,10 +45,12 @@ class _HostCopy:
         self._returned: torch.Tensor | None = None
 
     def start_return(self) -> None:
+        """Allocate the device's tensor, once."""
         if self._returned is None:
             self._returned = self._host.clone()
 
     def tensor(self) -> torch.Tensor:
+        """The device's tensor."""
         self.start_return()
         assert self._returned is not None
         return self._returned
@@ -71,9 +73,10 @@ def _with_host(method: Callable[..., Any], ledger: MemoryLedger) -> Callable[...
 
 class _Stream:
     def wait_stream(self, stream: Any) -> None:
-        pass
+        """Nothing: everything runs in order."""
 
     def record_event(self) -> Any:
+        """An event that has happened."""
         return types.SimpleNamespace(synchronize=lambda: None, wait=lambda stream: None)
 
 

@@ -111,6 +111,7 @@ class _NoReference:
         self._turns = {row.number: _zeros(row) for row in rows}
 
     def of(self, number: int) -> ReferenceTurns:
+        """Zeros for every token of the document's answers."""
         return self._turns[number]
 
 

@@ -50,6 +50,7 @@ class _CpuCuda:
 
     @staticmethod
     def current_device() -> torch.device:
+        """The CPU."""
         return torch.device("cpu")
 
     @staticmethod

@@ -107,6 +107,7 @@ class Checkpointer:
             )
 
         def publish() -> None:
+            """Give the written folder its name, then name it in the tracker; all ranks call it."""
             if is_rank_0():
                 self.config.dump_yaml(partial / RUN_FILE)
                 shutil.rmtree(final, ignore_errors=True)

@@ -46,6 +46,7 @@ def run_schedule(
     """
 
     def forward_step(iterator: Iterator[Batch], model: torch.nn.Module) -> Any:
+        """This stage's part of one micro-batch, and what makes its loss of the result."""
         with named_range(DATA):
             batch = next(iterator).to(platform.device())
         logps = model(
