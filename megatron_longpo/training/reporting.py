@@ -15,6 +15,9 @@ from megatron_longpo.config import LoggingConfig, RunConfig
 from megatron_longpo.files import atomic_writer
 from megatron_longpo.metrics_file import line_of, metrics_of
 
+WANDB_ID = "wandb_run_id.txt"
+"""In ``--save``: the wandb run that a resumed run goes on with."""
+
 _OF_LAST_STEP = ("learning_rate", "peak_memory_gib")
 _RATES = ("tokens_per_s_per_gpu", "tflops_per_gpu")
 
@@ -71,7 +74,7 @@ class Reporter:
 
             self.tensorboard = SummaryWriter(settings.tensorboard_dir, purge_step=first_step + 1 if trains else None)
         if settings.wandb_project:
-            self.wandb = _start_wandb(settings, config)
+            self.wandb = _start_wandb(settings, config, first_step)
         wanted = settings.progress_bar == "on" or (settings.progress_bar == "auto" and sys.stderr.isatty())
         if wanted and trains:
             self.bar = tqdm(total=total_steps, initial=first_step, desc="training", unit="step", dynamic_ncols=True)
@@ -163,20 +166,33 @@ def _open_metrics(path: Path, first_step: float) -> Any:
     return open(path, "a", encoding="utf-8")
 
 
-def _start_wandb(settings: LoggingConfig, config: RunConfig) -> Any:
+def _start_wandb(settings: LoggingConfig, config: RunConfig, first_step: int) -> Any:
+    """Start a wandb run, or go on with that of the run in ``--save``; its id lies beside the checkpoints.
+
+    An evaluation alone is a run of its own: wandb takes no values for steps that it has.
+    """
     try:
         import wandb
     except ImportError as error:
         raise ValueError("--wandb-project needs wandb: pip install 'megatron_longpo[wandb]'") from error
-    folder = settings.wandb_save_dir or (
-        os.path.join(config.checkpoint.save, "wandb") if config.checkpoint.save else None
-    )
+    checkpoint = config.checkpoint
+    folder = settings.wandb_save_dir or (os.path.join(checkpoint.save, "wandb") if checkpoint.save else None)
     if folder:
         os.makedirs(folder, exist_ok=True)
-    return wandb.init(
+    id_file = Path(checkpoint.save, WANDB_ID) if checkpoint.save and not config.training.skip_train else None
+    run_id = None
+    if id_file is not None and id_file.exists() and first_step > 0 and checkpoint.load_equals_save:
+        run_id = id_file.read_text().strip()
+    run = wandb.init(
         project=settings.wandb_project,
         entity=settings.wandb_entity,
         name=settings.wandb_exp_name,
         dir=folder,
         config=config.to_flat_dict(),
+        id=run_id,
+        resume="allow",
     )
+    if id_file is not None:
+        with atomic_writer(id_file) as file:
+            file.write(run.id)
+    return run

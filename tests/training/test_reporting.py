@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
+
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.training.reporting import Reporter, interval_means
 from tests.training.commands import metrics
@@ -46,3 +48,33 @@ def test_a_resumed_file_is_json_and_has_every_step_once(tmp_path: Path) -> None:
     reporter.close()
     losses = [(row["iteration"], row["loss"]) for row in metrics(path)]
     assert losses == [(1, None), (2, None), (3, None)]
+
+
+def test_an_evaluation_alone_removes_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 1, "loss": 2.0}\n{"iteration": 2, "loss": 1.0}\n')
+    config = parse_arguments([f"--metrics-jsonl={path}", "--skip-train"])
+    Reporter(config, active=True, total_steps=2, first_step=1).close()
+    assert [row["iteration"] for row in metrics(path)] == [1, 2]
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    save = tmp_path / "save"
+    flags = ["--wandb-project=longpo", f"--save={save}"]
+
+    def run_id(first_step: int, *more: str) -> str:
+        reporter = Reporter(parse_arguments([*flags, *more]), active=True, total_steps=4, first_step=first_step)
+        reporter.report({"iteration": first_step + 1, "consumed_samples": 8, "loss": 1.0})
+        reporter.close()
+        return reporter.wandb.id
+
+    begun = run_id(0, f"--load={save}")
+    assert run_id(2, f"--load={save}") == begun
+    # An evaluation alone, and a run that goes back to an earlier step, have values for steps that the run has.
+    assert run_id(2, f"--load={save}", "--skip-train") != begun
+    assert run_id(2, f"--load={save}") == begun
+    back = run_id(1, f"--load={save / 'iter_0000001'}")
+    assert back != begun and run_id(2, f"--load={save}") == back
+    assert run_id(0, f"--load={save}") not in (begun, back)
