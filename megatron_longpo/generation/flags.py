@@ -81,8 +81,8 @@ _GROUPS: dict[str, list[_Flag]] = {
         ("--max-answer-tokens", "longest answer", _TOKENS),
         (
             "--prompt-template",
-            r"user message, the same as in preprocessing (default: '{document}\n\n{instruction}')",
-            {"default": _DEFAULTS["prompt_template"], "metavar": "TEXT"},
+            r"user message, the same as in preprocessing; \n is a line break",
+            {"metavar": "TEXT"},
         ),
         (
             "--instruction-template",
@@ -92,7 +92,7 @@ _GROUPS: dict[str, list[_Flag]] = {
         (
             "--filters",
             f"what answers are dropped for: {', '.join(FILTERS)} (default: all)",
-            {"nargs": "*", "default": list(FILTERS), "metavar": "NAME"},
+            {"nargs": "*", "metavar": "NAME"},
         ),
         ("--max-repetition", "highest share of repeated word 4-grams", {"type": float, "metavar": "SHARE"}),
     ],
@@ -101,7 +101,7 @@ _GROUPS: dict[str, list[_Flag]] = {
         (
             "--task",
             "run only this part; by default all, one after another",
-            {"type": int, "default": None, "metavar": "I"},
+            {"type": int, "metavar": "I"},
         ),
         ("--workers", "processes that measure and cut documents", {"dest": "num_workers"} | _N),
         ("--no-progress", "no progress bar", {"dest": "progress", "action": "store_false"}),
@@ -110,26 +110,28 @@ _GROUPS: dict[str, list[_Flag]] = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """A parser whose results are fields of `GenerationSettings`, and ``task``."""
+    """A parser whose results are fields of `GenerationSettings`, and ``task``; only of what is given."""
     parser = argparse.ArgumentParser(
         prog="generate_pairs.py",
         description="Let a model make its own short-to-long preference pairs from long documents.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for title, flags in _GROUPS.items():
         group = parser.add_argument_group(title)
         for name, help, options in flags:
-            group.add_argument(name, **_with_default(name, help, options))
+            group.add_argument(name, help=help + _default(options.get("dest", _field(name))), **options)
     return parser
 
 
-def _with_default(name: str, help: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The settings' default, also in the help, for a flag that has no default or action of its own."""
-    field = options.get("dest") or name.removeprefix("--").replace("-", "_")
-    default = _DEFAULTS.get(field, dataclasses.MISSING)
-    if default is dataclasses.MISSING or "default" in options or "action" in options:
-        return {"help": help, **options}
-    shown = f" (default: {default})" if default is not None else ""
-    return {"help": help + shown, "default": default, **options}
+def _field(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _default(field: str) -> str:
+    """The settings' default of a number or a text, for the help."""
+    default = _DEFAULTS.get(field)
+    shown = isinstance(default, (int, float, str)) and not isinstance(default, bool)
+    return f" (default: {default})".replace("\n", r"\n") if shown else ""
