@@ -144,6 +144,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> int:
+    from megatron_longpo.conversion.hf_export import has_tokenizer
     from megatron_longpo.conversion.to_hf import convert_to_hf
 
     checkpoint = convert_to_hf(
@@ -155,6 +156,11 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     print(f"wrote {arguments.save} from {checkpoint}")
+    if not has_tokenizer(arguments.save):
+        print(
+            f"{arguments.save} has no tokenizer, as --hf-model {arguments.hf_model} has none: copy tokenizer*, vocab*, "
+            "merges.txt and chat_template* there from the folder that was --tokenizer-model in preprocessing"
+        )
     return 0
 
 

@@ -47,7 +47,11 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         main(["megatron-to-hf", "--load", megatron, "--hf-model", hf, "--save", back, "--max-shard-size", "90KB"]) == 0
     )
     assert_same_weights(tmp_path / "hf", tmp_path / "back")
-    assert "release" in capsys.readouterr().out
+    wrote, missing = capsys.readouterr().out.splitlines()
+    assert "release" in wrote and missing.startswith(f"{back} has no tokenizer, as --hf-model {hf} has none: copy ")
+    (tmp_path / "back" / "tokenizer.json").write_text("{}")
+    assert main(["megatron-to-hf", "--load", megatron, "--hf-model", hf, "--save", back, "--overwrite"]) == 0
+    assert "no tokenizer" not in capsys.readouterr().out, "what is there stays"
 
     # A folder that is not empty: exit code 2, the flag named, one line.
     assert main(["hf-to-megatron", "--hf-model", hf, "--save", megatron]) == 2
