@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_longpo.help_format import HelpFormatter
+
 if TYPE_CHECKING:
     from megatron_longpo.config import Window
     from megatron_longpo.conversion.verify import LogitsRow, TensorRow
@@ -68,43 +70,48 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
         description="Convert between Hugging Face and Megatron's torch_dist checkpoints, one tensor at a time.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("hf-to-megatron", help="a checkpoint that loads at any TP, PP and DP size")
+    def add_command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    command = add_command("hf-to-megatron", "write a checkpoint that loads at any TP, PP and DP size")
     command.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face folder to convert")
     _add_save(command)
     command.add_argument("--params-dtype", choices=("bf16", "fp32"), help="type of the weights (default: as stored)")
     command.add_argument(
-        "--rotary-base", type=_positive(float, 1), help="RoPE base to record instead of the model's; no weight changes"
+        "--rotary-base", type=_positive(float, 1), metavar="X", help="RoPE base to record instead of the model's"
     )
     command.add_argument(
-        "--max-position-embeddings", type=_positive(int, 0), metavar="TOKENS", help="longest sequence to record"
+        "--max-position-embeddings",
+        type=_positive(int, 0),
+        metavar="TOKENS",
+        help="longest sequence to record instead of the model's",
     )
     command.add_argument(
         "--window-size",
         type=_window,
         metavar="LEFT,0",
-        help="sliding window to record instead of the model's; full: none; no weight changes",
+        help="sliding window to record instead of the model's; full: none",
     )
     command.set_defaults(run=_hf_to_megatron)
 
-    command = commands.add_parser("megatron-to-hf", help="a folder that transformers and vLLM open")
+    command = add_command("megatron-to-hf", "write a folder that transformers and vLLM open")
     command.add_argument("--load", required=True, metavar="DIR", help="checkpoint, or folder of checkpoints")
     command.add_argument(
         "--hf-model", required=True, metavar="DIR", help="template: architecture, tokenizer, chat template, generation"
     )
     _add_save(command)
+    command.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="limit of one file")
     command.add_argument(
-        "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="limit of one file (default: 5GB)"
+        "--iteration", type=_positive(int, -1), metavar="N", help="training step (default: the newest)"
     )
-    command.add_argument("--iteration", type=_positive(int, -1), help="training step (default: the newest)")
     command.set_defaults(run=_megatron_to_hf)
 
-    command = commands.add_parser(
-        "verify", help="compare every tensor, and logits, of the two; exit code 1 if they differ"
-    )
+    command = add_command("verify", "compare every tensor, and logits, of the two; exit code 1 if they differ")
     command.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face folder")
     command.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint, or folder of checkpoints")
     command.add_argument(
@@ -112,10 +119,10 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         default=["tp=1"],
         metavar="SIZES",
-        help="parallel sizes to compute logits at: tp=1 pp=2 tp=2,pp=2 … (default: tp=1; none: tensors only)",
+        help="parallel sizes to compute logits at: tp=1 pp=2 tp=2,pp=2 … (default: tp=1); without any: tensors only",
     )
     command.add_argument(
-        "--max-logit-difference", type=_positive(float, 0), default=1e-4, help="tolerance in fp32 (default: 1e-4)"
+        "--max-logit-difference", type=_positive(float, 0), default=1e-4, metavar="X", help="tolerance in fp32"
     )
     command.set_defaults(run=_verify)
     return top

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 
+from megatron_longpo.help_format import HelpFormatter
 from megatron_longpo.processes import take_sigterm_as_ctrl_c
 
 TERMINAL_CHARS, HTML_CHARS = 800, 20_000
@@ -20,9 +21,7 @@ TERMINAL_CHARS, HTML_CHARS = 800, 20_000
 
 def main() -> None:
     """Parse the command line, read, write the page, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("paths", nargs="+", metavar="PATH", help="pairs: .jsonl, .parquet, .arrow, folders of them, or of generation")
     add(
@@ -33,7 +32,7 @@ def main() -> None:
         help="pairs to show, drawn from all (default: 5; 0: report only)",
     )
     add("--id", help="show all pairs of this document instead; without --html, reads no further and reports nothing")
-    add("--seed", type=int, default=0, metavar="N", help="another seed draws other pairs (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="another seed draws other pairs")
     add("--html", metavar="FILE", help="also write pairs and report as one HTML page")
     add("--tokenizer-model", metavar="DIR_OR_MODEL", help="counts tokens too, and shows tokenized rows as text")
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")

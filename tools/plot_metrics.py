@@ -1,6 +1,7 @@
 """Draw the metrics of one or more runs and print their first and last values:
 
-    python tools/plot_metrics.py "TP 2=runs/a/metrics.jsonl" "CP 2=runs/b/metrics.jsonl" --output report.png
+    python tools/plot_metrics.py "TP 2=runs/a/metrics.jsonl" \\
+        "CP 2=runs/b/metrics.jsonl" --output report.png
 
 A file is what `pretrain_longpo.py --metrics-jsonl FILE` wrote; a run without a name goes by its file's name.
 """
@@ -11,17 +12,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_longpo.help_format import HelpFormatter
 from megatron_longpo.report import plot_runs, summary_table
 
 
 def main() -> None:
     """Parse the command line, draw, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument(
+        "runs", nargs="+", metavar="NAME=FILE", help="metrics file, with the run's name before it or without"
     )
-    parser.add_argument("runs", nargs="+", metavar="NAME=FILE", help="metrics file, with the run's name before it")
     parser.add_argument("--output", required=True, metavar="FILE", help="picture to write: .png, .pdf or .svg")
-    parser.add_argument("--title", default="Training", help="headline (default: Training)")
+    parser.add_argument("--title", default="Training", help="headline")
     arguments = parser.parse_args()
     runs: dict[str, str] = {}
     for run in arguments.runs:
