@@ -15,8 +15,12 @@ def read_metrics(path: str | Path) -> tuple[list[Metrics], list[Metrics]]:
         The training steps, and the evaluations with the prefix ``eval/`` taken off their names.
 
     Raises:
-        ValueError: A line is no JSON object of numbers with an ``iteration``, or there is no training step at all.
+        ValueError: There is no such file, a line is no JSON object of numbers with an ``iteration``, or there is no
+            training step at all.
     """
+    if not Path(path).is_file():
+        problem = "is a folder" if Path(path).is_dir() else "is no file"
+        raise ValueError(f"{path}: {problem}; give what --metrics-jsonl wrote")
     steps: list[Metrics] = []
     evaluations: list[Metrics] = []
     *lines, half = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -38,7 +42,7 @@ def metrics_of(line: str) -> Metrics | None:
     """The values of a line; None if it is none of metrics."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     numbers = row.values() if isinstance(row, dict) and "iteration" in row else [None]
     return row if all(isinstance(number, int | float) for number in numbers) else None

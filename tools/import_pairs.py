@@ -14,7 +14,6 @@ import argparse
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE
 from megatron_longpo.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, TokenizerSpec
 from megatron_longpo.help_format import HelpFormatter
-from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs, summary_table
 from megatron_longpo.processes import plain_ending
 
 
@@ -49,6 +48,9 @@ def main() -> None:
     if arguments.tokenizer_model is not None:
         tokenizer = TokenizerSpec(arguments.tokenizer_model, *(getattr(arguments, name) for name in needs_tokenizer))
     with plain_ending("import_pairs.py"):
+        # Imported here: Ctrl-C ends plainly from now on.
+        from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs, summary_table
+
         options = ImportOptions(
             inputs=tuple(arguments.input),
             output=arguments.output,

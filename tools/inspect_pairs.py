@@ -48,11 +48,11 @@ def main() -> None:
     if arguments.chat_template and not arguments.tokenizer_model:
         parser.error("--chat-template has no effect without --tokenizer-model: give that too")
 
-    # Imported here: `--help` and mistakes in flags do not wait for numpy.
-    from megatron_longpo.inspection.command import run
-
     take_sigterm_as_ctrl_c()
     try:
+        # Imported here: `--help` and mistakes in flags do not wait for numpy, and Ctrl-C meanwhile ends plainly.
+        from megatron_longpo.inspection.command import run
+
         run(arguments, arguments.max_chars or TERMINAL_CHARS, arguments.max_chars or HTML_CHARS)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
