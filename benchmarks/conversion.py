@@ -28,7 +28,7 @@ from megatron_longpo.conversion.families import FAMILIES
 from megatron_longpo.conversion.hf_config import CONFIG_FILE
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.safetensors_file import ShardedWriter, TensorSpec
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 _FAMILY = FAMILIES["MistralForCausalLM"]
 _SHARD_BYTES = 5 * 10**9
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--gigabytes", type=float, default=8.0, metavar="GB", help="least size of the checkpoint")
     parser.add_argument(
-        "--rounds", type=int, default=2, metavar="N", help="measurements of every step; the fastest counts"
+        "--rounds", type=at_least_1, default=2, metavar="N", help="measurements of every step; the fastest counts"
     )
     parser.add_argument("--folder", metavar="DIR", help="scratch space, four times the size (default: a temporary one)")
     parser.add_argument("--results", metavar="DIR", help="write the result, with machine and versions, to this folder")

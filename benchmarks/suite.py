@@ -30,7 +30,7 @@ from benchmarks.step.measure import Measurement
 from benchmarks.step.run import RELATIVE_COST, available_variants, run_variant
 from benchmarks.step.summary import ROOT, circumstances, markdown, replace_section, summarize, table
 from megatron_longpo.files import atomic_writer
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 VARIANTS = ("shared_prefix", "two_sequences", "two_sequences_full_logits", "shared_prefix_dpo", "trl")
@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes, to see that everything runs")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch")
-    parser.add_argument("--max-prefix-tokens", type=int, metavar="N", help="leave longer documents out")
+    parser.add_argument("--threads", type=at_least_1, default=1, metavar="N", help="threads of PyTorch")
+    parser.add_argument("--max-prefix-tokens", type=at_least_1, metavar="N", help="leave longer documents out")
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="write there; without it, into benchmarks/results and the docs"
     )

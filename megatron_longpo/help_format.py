@@ -1,4 +1,4 @@
-"""How argparse's help screens look: as wide as the terminal, with the defaults."""
+"""How argparse's help screens look: as wide as the terminal, with the defaults; and a type of its numbers."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ class HelpFormatter(argparse.HelpFormatter):
         if action.help and shown and action.default != argparse.SUPPRESS and "default" not in action.help:
             return f"{action.help} (default: %(default)s)"
         return action.help
+
+
+def at_least_1(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 PROGRAMS = [
     "tools.benchmark_step",
@@ -63,3 +63,10 @@ def test_paragraphs_are_wrapped_and_commands_are_not(monkeypatch: pytest.MonkeyP
     shown = parser.format_help()
     assert f"\nWords in one paragraph of two lines, for\na-hyphened-value.\n\n{command}\n\n" in shown
     assert "a number (default: 3)" in shown and shown.count("default") == 2
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "x", "²"])
+def test_a_number_below_1_is_named(text: str) -> None:
+    assert at_least_1("7") == 7
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number of at least 1"):
+        at_least_1(text)

@@ -35,7 +35,7 @@ from megatron_longpo.generation.output import prepare_output
 from megatron_longpo.generation.runner import run_task
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.shared_prefill import Sampling, generate
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 _VOCAB = 4096
 
@@ -67,12 +67,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run both and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--num-documents", type=int, default=OverheadCase.num_documents, metavar="N", help="overhead: documents")
-    add("--concurrency", type=int, default=OverheadCase.concurrency, metavar="N", help="overhead: requests in flight")
+    add("--num-documents", type=at_least_1, default=OverheadCase.num_documents, metavar="N", help="overhead: documents")
+    add(
+        "--concurrency",
+        type=at_least_1,
+        default=OverheadCase.concurrency,
+        metavar="N",
+        help="overhead: requests in flight",
+    )
     add("--latency-ms", type=float, default=OverheadCase.latency_ms, metavar="MS", help="overhead: time of an answer")
     add(
         "--document-tokens",
-        type=int,
+        type=at_least_1,
         default=PrefillCase.document_tokens,
         metavar="TOKENS",
         help="shared prefill: length of the document",

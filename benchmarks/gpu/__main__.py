@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _tabulate(arguments) if arguments.tabulate else _run(arguments, settings)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks.gpu: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -112,6 +112,8 @@ def _tabulate(arguments: argparse.Namespace) -> int:
     from benchmarks.gpu.summary import write_summary
 
     stored = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict) or "device" not in stored:
+        raise ValueError(f"--tabulate {arguments.tabulate} is not what this program writes: give its gpu.json")
     write_summary(arguments.results or RESULTS, stored, stored, DOCS if arguments.results is None else None)
     return 0
 
