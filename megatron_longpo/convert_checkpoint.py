@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
         help="parallel sizes to compute logits at: tp=1 pp=2 tp=2,pp=2 … (default: tp=1); without any: tensors only",
     )
     command.add_argument(
-        "--max-logit-difference", type=_positive(float, 0), default=1e-4, metavar="X", help="tolerance in fp32"
+        "--max-logit-difference", type=_positive(float, 0), metavar="X", help="tolerance in fp32 (default: 1e-4)"
     )
     command.set_defaults(run=_verify)
     return top
@@ -174,6 +174,12 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_longpo.conversion.verify import compare_logits, compare_tensors, refuse_impossible_sizes
 
+    if arguments.max_logit_difference is not None and not arguments.torchrun:
+        raise ValueError(
+            f"--max-logit-difference {arguments.max_logit_difference:g} has no effect where --torchrun has no sizes: "
+            "leave it out"
+        )
+    tolerance = arguments.max_logit_difference or 1e-4
     refuse_impossible_sizes(arguments.hf_model, arguments.torchrun)
     rows = compare_tensors(arguments.hf_model, arguments.megatron)
     print(tensor_table(rows))
@@ -181,9 +187,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     logits = []
     for row in compare_logits(arguments.hf_model, arguments.megatron, arguments.torchrun) if arguments.torchrun else ():
         logits.append(row)
-        equal = equal and row.largest <= arguments.max_logit_difference
+        equal = equal and row.largest <= tolerance
     if logits:
-        print("\n" + logits_table(logits, arguments.max_logit_difference))
+        print("\n" + logits_table(logits, tolerance))
     print("\nequal" if equal else "\nDIFFERENT")
     return 0 if equal else 1
 

@@ -105,3 +105,5 @@ def test_verify_refuses_sizes_that_the_model_cannot_have(tmp_path: Path, capsys:
     ):
         assert main([*words, "tp=1", sizes]) == 2
         assert capsys.readouterr().err == f"convert_checkpoint.py: error: --torchrun {sizes}: {said}\n"
+    assert main([*words, "--max-logit-difference", "1e-3"]) == 2
+    assert "--max-logit-difference 0.001 has no effect where --torchrun has no" in capsys.readouterr().err
