@@ -18,6 +18,7 @@ from megatron_longpo.config import ConfigError
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.processes import plain_ending
 
 
 def whole_number(text: str) -> int:
@@ -104,16 +105,14 @@ def main() -> None:
     """Run the command line."""
     arguments = parser().parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is the same on a machine with GPUs
-    from megatron_longpo.planning.plan_command import print_plan
+    with plain_ending("plan_run.py"):
+        # Imported here: Ctrl-C ends plainly from now on.
+        from megatron_longpo.planning.plan_command import print_plan
 
-    try:
-        print_plan(arguments)
-    except ConfigError as error:
-        sys.exit("\n".join(f"plan_run.py: error: {line}" for line in error.errors))
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan_run.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        try:
+            print_plan(arguments)
+        except ConfigError as error:
+            sys.exit("\n".join(f"plan_run.py: error: {line}" for line in error.errors))
 
 
 if __name__ == "__main__":

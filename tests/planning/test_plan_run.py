@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from tools import plan_run
 def plan(monkeypatch: pytest.MonkeyPatch, model: Path, words: str) -> None:
     start = f"plan_run.py --hf-model {model} --seq-length 1024 --response-tokens 50 --num-plans 1 --num-documents 9 "
     monkeypatch.setattr(sys, "argv", (start + words).split())
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the test process keeps its own
     plan_run.main()
 
 
