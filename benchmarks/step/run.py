@@ -255,10 +255,7 @@ def _case(arguments: argparse.Namespace, prefix_tokens: int) -> StepCase:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmark_step.py",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+        prog="benchmark_step.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add, default = parser.add_argument, StepCase()
 
@@ -282,26 +279,13 @@ def _parser() -> argparse.ArgumentParser:
     size("--num-attention-heads", "query heads")
     size("--num-query-groups", "key/value heads")
     size("--vocab-size", "tokens")
-    names = ", ".join(VARIANTS)
-    add(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        default=list(VARIANTS),
-        metavar="NAME",
-        help=f"{names} (default: all)",
-    )
+    variants = f"{', '.join(VARIANTS)} (default: all)"
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=variants)
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     add("--bf16", action="store_true", help="bf16 instead of fp32, on cuda")
     add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch; 1 is steady on a busy machine")
     add("--steps", type=int, default=2, metavar="N", help="measured steps per process, after a warm-up")
-    add(
-        "--rounds",
-        type=int,
-        default=2,
-        metavar="N",
-        help="processes of shared_prefix and two_sequences; the others have one",
-    )
+    add("--rounds", type=int, default=2, metavar="N", help="processes of the first two variants; others have one")
     add("--docs", metavar="FILE", help="put the ratios between this device's markers in a Markdown file")
     add("--machine", metavar="TEXT", help="how --docs describes the machine (default: cores and architecture)")
     add("--json", action="store_true", help="print one JSON object as the last line")
