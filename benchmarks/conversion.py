@@ -28,6 +28,7 @@ from megatron_longpo.conversion.families import FAMILIES
 from megatron_longpo.conversion.hf_config import CONFIG_FILE
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.safetensors_file import ShardedWriter, TensorSpec
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 _FAMILY = FAMILIES["MistralForCausalLM"]
 _SHARD_BYTES = 5 * 10**9
@@ -61,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark as the command line asks; returns the exit code: 1 where memory or bits are not as promised."""
     parser = argparse.ArgumentParser(
         description="Convert a random checkpoint there and back; compare speed and peak memory with transformers'.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="least size of the checkpoint (default: 8)")
+    parser.add_argument("--gigabytes", type=float, default=8.0, metavar="GB", help="least size of the checkpoint")
     parser.add_argument(
-        "--rounds", type=int, default=2, help="measurements of every step; the fastest counts (default: 2)"
+        "--rounds", type=at_least_1, default=2, metavar="N", help="measurements of every step; the fastest counts"
     )
     parser.add_argument("--folder", metavar="DIR", help="scratch space, four times the size (default: a temporary one)")
     parser.add_argument("--results", metavar="DIR", help="write the result, with machine and versions, to this folder")

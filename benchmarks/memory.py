@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks.live_bytes import LiveBytes
 from benchmarks.step.case import DATASET, StepCase, write_files
 from benchmarks.step.summary import ROOT
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 FULL = ("--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1")
 KEPT = (*FULL, "--recompute-keep-attention")
@@ -86,10 +87,14 @@ def measure(folder: Path, name: str, case: StepCase) -> dict[str, float]:
 
 def main() -> None:
     """Measure every variant in a process of its own and print the ratios."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--prefix-tokens", type=int, default=8192, metavar="N")
-    parser.add_argument("--response-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--num-layers", type=int, default=StepCase.num_layers, metavar="N")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--prefix-tokens", type=at_least_1, default=8192, metavar="N", help="length of the document")
+    parser.add_argument("--response-tokens", type=at_least_1, default=128, metavar="N", help="length of both responses")
+    parser.add_argument(
+        "--num-layers", type=at_least_1, default=StepCase.num_layers, metavar="N", help="layers of the model"
+    )
     parser.add_argument("--variant", nargs=2, metavar=("FOLDER", "NAME"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     names = ("prefix_tokens", "response_tokens", "num_layers")

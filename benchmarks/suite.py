@@ -1,7 +1,7 @@
 """The benchmark suite: one step against its rivals over the length of the document, as ratios measured in one run.
 
-    make bench         # python -m benchmarks.suite --device cpu
-    make bench-gpu     # python -m benchmarks.gpu: this suite on the device, and more
+    make bench         # python -m benchmarks.suite
+    make bench-gpu     # python -m benchmarks.gpu: this suite on a GPU, and more
 
 Every number is of a process of its own (`benchmarks.step`). A rerun replaces what the run before wrote:
 benchmarks/results/step_DEVICE.json and .png, and the table in docs/benchmarks.md.
@@ -30,6 +30,7 @@ from benchmarks.step.measure import Measurement
 from benchmarks.step.run import RELATIVE_COST, available_variants, run_variant
 from benchmarks.step.summary import ROOT, circumstances, markdown, replace_section, summarize, table
 from megatron_longpo.files import atomic_writer
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 VARIANTS = ("shared_prefix", "two_sequences", "two_sequences_full_logits", "shared_prefix_dpo", "trl")
@@ -124,13 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.suite",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes, to see that everything runs")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (default: 1)")
-    parser.add_argument("--max-prefix-tokens", type=int, metavar="N", help="leave longer documents out")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write there, and not to the docs")
+    parser.add_argument("--threads", type=at_least_1, default=1, metavar="N", help="threads of PyTorch")
+    parser.add_argument("--max-prefix-tokens", type=at_least_1, metavar="N", help="leave longer documents out")
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="write there; without it, into benchmarks/results and the docs"
+    )
     arguments = parser.parse_args(argv)
     matrix = TINY if arguments.tiny else CPU
     limit = arguments.max_prefix_tokens

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from megatron_longpo.help_format import HelpFormatter
+
 if TYPE_CHECKING:
     from megatron_longpo.config import Window
     from megatron_longpo.conversion.verify import LogitsRow, TensorRow
@@ -68,43 +70,48 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="convert_checkpoint.py",
         description="Convert between Hugging Face and Megatron's torch_dist checkpoints, one tensor at a time.",
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("hf-to-megatron", help="a checkpoint that loads at any TP, PP and DP size")
+    def add_command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    command = add_command("hf-to-megatron", "write a checkpoint that loads at any TP, PP and DP size")
     command.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face folder to convert")
     _add_save(command)
     command.add_argument("--params-dtype", choices=("bf16", "fp32"), help="type of the weights (default: as stored)")
     command.add_argument(
-        "--rotary-base", type=_positive(float, 1), help="RoPE base to record instead of the model's; no weight changes"
+        "--rotary-base", type=_positive(float, 1), metavar="X", help="RoPE base to record instead of the model's"
     )
     command.add_argument(
-        "--max-position-embeddings", type=_positive(int, 0), metavar="TOKENS", help="longest sequence to record"
+        "--max-position-embeddings",
+        type=_positive(int, 0),
+        metavar="TOKENS",
+        help="longest sequence to record instead of the model's",
     )
     command.add_argument(
         "--window-size",
         type=_window,
         metavar="LEFT,0",
-        help="sliding window to record instead of the model's; full: none; no weight changes",
+        help="sliding window to record instead of the model's; full: none",
     )
     command.set_defaults(run=_hf_to_megatron)
 
-    command = commands.add_parser("megatron-to-hf", help="a folder that transformers and vLLM open")
+    command = add_command("megatron-to-hf", "write a folder that transformers and vLLM open")
     command.add_argument("--load", required=True, metavar="DIR", help="checkpoint, or folder of checkpoints")
     command.add_argument(
         "--hf-model", required=True, metavar="DIR", help="template: architecture, tokenizer, chat template, generation"
     )
     _add_save(command)
+    command.add_argument("--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="limit of one file")
     command.add_argument(
-        "--max-shard-size", type=parse_size, default="5GB", metavar="SIZE", help="limit of one file (default: 5GB)"
+        "--iteration", type=_positive(int, -1), metavar="N", help="training step (default: the newest)"
     )
-    command.add_argument("--iteration", type=_positive(int, -1), help="training step (default: the newest)")
     command.set_defaults(run=_megatron_to_hf)
 
-    command = commands.add_parser(
-        "verify", help="compare every tensor, and logits, of the two; exit code 1 if they differ"
-    )
+    command = add_command("verify", "compare every tensor, and logits, of the two; exit code 1 if they differ")
     command.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face folder")
     command.add_argument("--megatron", required=True, metavar="DIR", help="checkpoint, or folder of checkpoints")
     command.add_argument(
@@ -112,10 +119,10 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         default=["tp=1"],
         metavar="SIZES",
-        help="parallel sizes to compute logits at: tp=1 pp=2 tp=2,pp=2 … (default: tp=1; none: tensors only)",
+        help="parallel sizes to compute logits at: tp=1 pp=2 tp=2,pp=2 … (default: tp=1); without any: tensors only",
     )
     command.add_argument(
-        "--max-logit-difference", type=_positive(float, 0), default=1e-4, help="tolerance in fp32 (default: 1e-4)"
+        "--max-logit-difference", type=_positive(float, 0), metavar="X", help="tolerance in fp32 (default: 1e-4)"
     )
     command.set_defaults(run=_verify)
     return top
@@ -144,6 +151,7 @@ def _hf_to_megatron(arguments: argparse.Namespace) -> int:
 
 
 def _megatron_to_hf(arguments: argparse.Namespace) -> int:
+    from megatron_longpo.conversion.hf_export import has_tokenizer
     from megatron_longpo.conversion.to_hf import convert_to_hf
 
     checkpoint = convert_to_hf(
@@ -155,12 +163,23 @@ def _megatron_to_hf(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     print(f"wrote {arguments.save} from {checkpoint}")
+    if not has_tokenizer(arguments.save):
+        print(
+            f"{arguments.save} has no tokenizer, as --hf-model {arguments.hf_model} has none: copy tokenizer*, vocab*, "
+            "merges.txt and chat_template* there from the folder that was --tokenizer-model in preprocessing"
+        )
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from megatron_longpo.conversion.verify import compare_logits, compare_tensors, refuse_impossible_sizes
 
+    if arguments.max_logit_difference is not None and not arguments.torchrun:
+        raise ValueError(
+            f"--max-logit-difference {arguments.max_logit_difference:g} has no effect where --torchrun has no sizes: "
+            "leave it out"
+        )
+    tolerance = arguments.max_logit_difference or 1e-4
     refuse_impossible_sizes(arguments.hf_model, arguments.torchrun)
     rows = compare_tensors(arguments.hf_model, arguments.megatron)
     print(tensor_table(rows))
@@ -168,9 +187,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     logits = []
     for row in compare_logits(arguments.hf_model, arguments.megatron, arguments.torchrun) if arguments.torchrun else ():
         logits.append(row)
-        equal = equal and row.largest <= arguments.max_logit_difference
+        equal = equal and row.largest <= tolerance
     if logits:
-        print("\n" + logits_table(logits, arguments.max_logit_difference))
+        print("\n" + logits_table(logits, tolerance))
     print("\nequal" if equal else "\nDIFFERENT")
     return 0 if equal else 1
 

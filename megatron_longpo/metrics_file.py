@@ -19,8 +19,12 @@ def read_metrics(path: str | Path) -> tuple[list[Metrics], list[Metrics]]:
         The training steps, and the evaluations with the prefix ``eval/`` taken off their names.
 
     Raises:
-        ValueError: A line is no JSON object of numbers with an ``iteration``, or there is no training step at all.
+        ValueError: There is no such file, a line is no JSON object of numbers with an ``iteration``, or there is no
+            training step at all.
     """
+    if not Path(path).is_file():
+        problem = "is a folder" if Path(path).is_dir() else "is no file"
+        raise ValueError(f"{path}: {problem}; give what --metrics-jsonl wrote")
     steps: list[Metrics] = []
     evaluations: list[Metrics] = []
     *lines, half = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -48,7 +52,7 @@ def metrics_of(line: str) -> Metrics | None:
     """The values of a line, with NaN for ``null``; None if it is none of metrics. Reads NaN too, as in old files."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or row.get("iteration") is None:
         return None

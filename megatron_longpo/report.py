@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -78,6 +79,7 @@ TABLE = (
 )
 
 
+@rc_context({"text.parse_math": False})  # a $ in a name is a $
 def plot_runs(runs: Mapping[str, str | Path], output: str | Path, title: str, subtitle: str = "") -> None:
     """Draw the curves of several runs into one picture.
 
@@ -93,8 +95,8 @@ def plot_runs(runs: Mapping[str, str | Path], output: str | Path, title: str, su
     output = Path(output)
     if output.suffix not in FORMATS:
         raise ValueError(f"--output {output} must end in {', '.join(FORMATS)}: the ending is the format")
-    check_writable(output, "--output", "report.png")
     data = {name: read_metrics(path) for name, path in runs.items()}
+    check_writable(output, "--output", "report.png")
     panels = [panel for panel in PANELS if _with_curves(panel, data)]
     if not panels:
         raise ValueError(

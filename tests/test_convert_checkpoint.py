@@ -47,7 +47,11 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         main(["megatron-to-hf", "--load", megatron, "--hf-model", hf, "--save", back, "--max-shard-size", "90KB"]) == 0
     )
     assert_same_weights(tmp_path / "hf", tmp_path / "back")
-    assert "release" in capsys.readouterr().out
+    wrote, missing = capsys.readouterr().out.splitlines()
+    assert "release" in wrote and missing.startswith(f"{back} has no tokenizer, as --hf-model {hf} has none: copy ")
+    (tmp_path / "back" / "tokenizer.json").write_text("{}")
+    assert main(["megatron-to-hf", "--load", megatron, "--hf-model", hf, "--save", back, "--overwrite"]) == 0
+    assert "no tokenizer" not in capsys.readouterr().out, "what is there stays"
 
     # A folder that is not empty: exit code 2, the flag named, one line.
     assert main(["hf-to-megatron", "--hf-model", hf, "--save", megatron]) == 2
@@ -101,3 +105,5 @@ def test_verify_refuses_sizes_that_the_model_cannot_have(tmp_path: Path, capsys:
     ):
         assert main([*words, "tp=1", sizes]) == 2
         assert capsys.readouterr().err == f"convert_checkpoint.py: error: --torchrun {sizes}: {said}\n"
+    assert main([*words, "--max-logit-difference", "1e-3"]) == 2
+    assert "--max-logit-difference 0.001 has no effect where --torchrun has no" in capsys.readouterr().err

@@ -51,7 +51,8 @@ def test_the_table_has_the_mean_of_both_ends(tmp_path: Path) -> None:
 )
 def test_only_the_panels_of_the_metrics_are_drawn(tmp_path: Path, metrics: list[str], columns: int) -> None:
     run = write_run(tmp_path / "a.jsonl", metrics)
-    plot_runs({"a run": run, "another": run}, tmp_path / "new" / "report.png", "Title", "subtitle")
+    # A dollar sign is one, and begins no formula.
+    plot_runs({"a run": run, "$\\frac{$": run}, tmp_path / "new" / "report.png", "Title", "subtitle")
     height, width, _ = imread(tmp_path / "new" / "report.png").shape
     assert round(width / (4.3 * 150)) == columns
     assert height > 500
@@ -114,8 +115,17 @@ def test_pictures_that_cannot_be_drawn(tmp_path: Path, output: str, metric: str,
     assert not (tmp_path / "report.png").exists()
 
 
-@pytest.mark.parametrize("content", ["not json\n", '{"loss": 1}\n', "[1]\n", '{"iteration": 1, "loss": "x"}\n', ""])
+@pytest.mark.parametrize(
+    "content", ["not json\n", "[" * 100_000 + "\n", '{"loss": 1}\n', "[1]\n", '{"iteration": 1, "loss": "x"}\n', ""]
+)
 def test_a_file_that_is_no_metrics_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(ValueError, match=r"bad\.jsonl"):
         read_metrics(tmp_path / "bad.jsonl")
+
+
+def test_a_file_that_is_not_there_leaves_nothing_behind(tmp_path: Path) -> None:
+    for name, problem in (("none.jsonl", "is no file"), (".", "is a folder")):
+        with pytest.raises(ValueError, match=rf"{problem}; give what --metrics-jsonl wrote"):
+            plot_runs({"run": tmp_path / name}, tmp_path / "new" / "report.png", "Title")
+    assert not list(tmp_path.iterdir())

@@ -1,7 +1,8 @@
 """Convert preference sets to a pairs file of schema 1:
 
     python tools/import_pairs.py --input trl.jsonl --output pairs.jsonl
-    python tools/import_pairs.py --input released/ --output pairs.jsonl --tokenizer-model models/mistral-7b
+    python tools/import_pairs.py --input released/ --output pairs.jsonl \\
+        --tokenizer-model models/mistral-7b
 
 Reads TRL preference rows, the LongPO authors' tokenized sets and schema 1 itself. docs/pairs-tools.md has the rules.
 """
@@ -12,20 +13,23 @@ import argparse
 
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE
 from megatron_longpo.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, TokenizerSpec
-from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs, summary_table
+from megatron_longpo.help_format import HelpFormatter
 from megatron_longpo.processes import plain_ending
 
 
 def main() -> None:
     """Parse the command line, convert, and print what became of the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="pairs: .jsonl, .parquet, .arrow, or folders of them")
     add("--output", required=True, metavar="FILE", help="pairs file of schema 1 to write")
     add("--tokenizer-model", metavar="DIR_OR_MODEL", help="tokenizer that made the tokens; only tokenized rows need it")
-    add("--tokenizer-type", choices=(HUGGING_FACE, SENTENCE_PIECE), help="default: by what --tokenizer-model is")
+    add(
+        "--tokenizer-type",
+        choices=(HUGGING_FACE, SENTENCE_PIECE),
+        metavar="TYPE",
+        help=f"{HUGGING_FACE} or {SENTENCE_PIECE} (default: by what --tokenizer-model is)",
+    )
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
     add("--trust-remote-code", action="store_true", help="run Python code that lies in the tokenizer's folder")
     add(
@@ -44,6 +48,9 @@ def main() -> None:
     if arguments.tokenizer_model is not None:
         tokenizer = TokenizerSpec(arguments.tokenizer_model, *(getattr(arguments, name) for name in needs_tokenizer))
     with plain_ending("import_pairs.py"):
+        # Imported here: Ctrl-C ends plainly from now on.
+        from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs, summary_table
+
         options = ImportOptions(
             inputs=tuple(arguments.input),
             output=arguments.output,

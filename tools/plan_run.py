@@ -1,6 +1,7 @@
 """Plan a run without its GPUs: ranked parallel layouts, their memory and time, and the command of the best.
 
-    python tools/plan_run.py --hf-model models/llama-3.1-70b --seq-length 131072 --num-gpus 64 --gpu h100-80gb
+    python tools/plan_run.py --hf-model models/llama-3.1-70b \\
+        --seq-length 131072 --num-gpus 64 --gpu h100-80gb
 
 Memory is measured: each layout's training step runs on fake tensors at the real world size. Time is predicted from
 stated rates; docs/performance.md has the formulas, their sources, and how far they are from published results.
@@ -16,6 +17,8 @@ import sys
 from megatron_longpo.config import ConfigError
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.config.training import FLASH
+from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.processes import plain_ending
 
 
 def whole_number(text: str) -> int:
@@ -54,27 +57,37 @@ def rotary_base(text: str) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = made.add_argument
     add("--hf-model", required=True, metavar="PATH", help="Hugging Face folder, or its config.json")
-    add("--seq-length", type=whole_number, required=True, metavar="TOKENS", help="longest conversation")
-    add("--num-gpus", type=whole_number, required=True, metavar="GPUS")
-    add("--gpu", required=True, help="h100-80gb, h200-141gb, a100-80gb, a800-80gb, b200-192gb, or a name of your own")
-    add("--gpus-per-node", type=whole_number, metavar="GPUS", help="default: 8")
-    add("--objective", default="longpo", choices=FLAGS["objective"].info.choices)
-    add("--global-batch-size", type=whole_number, default=8, metavar="DOCUMENTS", help="default: 8")
-    add("--turns-per-document", type=whole_number, default=4, metavar="TURNS", help="default: 4")
-    add("--response-tokens", type=whole_number, default=512, metavar="TOKENS", help="of every answer; default: 512")
-    add("--rotary-base", type=rotary_base, metavar="X", help="default: the model's")
     add(
-        "--num-documents", type=whole_number, default=45_000, help="for GPU-hours and days; default: 45000, the paper's"
+        "--seq-length",
+        type=whole_number,
+        required=True,
+        metavar="TOKENS",
+        help="longest conversation, a multiple of 256",
     )
-    add("--attention-backend", default=FLASH, choices=FLAGS["attention_backend"].info.choices, help="default: flash")
-    add("--num-plans", type=whole_number, default=3, metavar="N", help="layouts to measure and show; default: 3")
-    add("--data-path", default="data/pairs", metavar="PREFIX", help="for the command; default: data/pairs")
-    add("--save", default="runs/longpo", metavar="FOLDER", help="for the command; default: runs/longpo")
+    add("--num-gpus", type=whole_number, required=True, metavar="GPUS", help="a part of a node, or whole nodes")
+    add("--gpu", required=True, help="h100-80gb, h200-141gb, a100-80gb, a800-80gb, b200-192gb, or a name of your own")
+    add("--gpus-per-node", type=whole_number, metavar="GPUS", help="GPUs that share NVLink (default: 8)")
+    objectives = FLAGS["objective"].info.choices or ()
+    add("--objective", default="longpo", choices=objectives, metavar="NAME", help=", ".join(objectives))
+    add("--global-batch-size", type=whole_number, default=8, metavar="DOCUMENTS", help="documents in one step")
+    add("--turns-per-document", type=whole_number, default=4, metavar="TURNS", help="questions about each document")
+    add("--response-tokens", type=whole_number, default=512, metavar="TOKENS", help="length of every answer")
+    add("--rotary-base", type=rotary_base, metavar="X", help="RoPE base to train with (default: the model's)")
+    add(
+        "--num-documents",
+        type=whole_number,
+        default=45_000,
+        metavar="DOCUMENTS",
+        help="documents of the whole run, the paper's by default, for its GPU-hours and days (default: 45000)",
+    )
+    backends = FLAGS["attention_backend"].info.choices
+    add("--attention-backend", default=FLASH, choices=backends, help="attention kernel")
+    add("--num-plans", type=whole_number, default=3, metavar="N", help="layouts to measure and show")
+    add("--data-path", default="data/pairs", metavar="PREFIX", help="dataset, for the printed command only")
+    add("--save", default="runs/longpo", metavar="FOLDER", help="checkpoints, for the printed command only")
     rates = made.add_argument_group("rates, in place of the table's")
     rates.add_argument("--peak-tflops", type=rate, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
     rates.add_argument("--mem-gib", type=rate, metavar="GIB", help="memory of one GPU")
@@ -92,16 +105,14 @@ def main() -> None:
     """Run the command line."""
     arguments = parser().parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a plan is the same on a machine with GPUs
-    from megatron_longpo.planning.plan_command import print_plan
+    with plain_ending("plan_run.py"):
+        # Imported here: Ctrl-C ends plainly from now on.
+        from megatron_longpo.planning.plan_command import print_plan
 
-    try:
-        print_plan(arguments)
-    except ConfigError as error:
-        sys.exit("\n".join(f"plan_run.py: error: {line}" for line in error.errors))
-    except (ValueError, OSError) as error:
-        sys.exit(f"plan_run.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        try:
+            print_plan(arguments)
+        except ConfigError as error:
+            sys.exit("\n".join(f"plan_run.py: error: {line}" for line in error.errors))
 
 
 if __name__ == "__main__":

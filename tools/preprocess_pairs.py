@@ -1,6 +1,7 @@
 """Tokenize a pairs file for training:
 
-    python tools/preprocess_pairs.py --input pairs.jsonl --tokenizer-model DIR_OR_MODEL --output-prefix data/pairs
+    python tools/preprocess_pairs.py --input pairs.jsonl \\
+        --tokenizer-model DIR_OR_MODEL --output-prefix data/pairs
 
 writes data/pairs.bin, data/pairs.idx and data/pairs.manifest.json. docs/data.md has the formats.
 """
@@ -13,22 +14,26 @@ from megatron_longpo.data.document import TURNS
 from megatron_longpo.data.outcome import PreprocessOptions
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE
 from megatron_longpo.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, TokenizerSpec
+from megatron_longpo.help_format import HelpFormatter
 from megatron_longpo.processes import plain_ending
 
 
 def main() -> None:
     """Parse the command line, preprocess, and print what became of the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="pairs: .jsonl, .parquet, .arrow, or folders of them")
     add("--output-prefix", required=True, metavar="PREFIX", help="where PREFIX.bin, .idx and .manifest.json go")
     add("--tokenizer-model", required=True, metavar="DIR_OR_MODEL", help="tokenizer folder or SentencePiece .model")
-    add("--tokenizer-type", choices=(HUGGING_FACE, SENTENCE_PIECE), help="default: by what --tokenizer-model is")
+    add(
+        "--tokenizer-type",
+        choices=(HUGGING_FACE, SENTENCE_PIECE),
+        metavar="TYPE",
+        help=f"{HUGGING_FACE} or {SENTENCE_PIECE} (default: by what --tokenizer-model is)",
+    )
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
     add("--trust-remote-code", action="store_true", help="run Python code that lies in the tokenizer's folder")
-    add("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: 1)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that tokenize")
     add("--max-seq-length", type=int, metavar="TOKENS", help="longest conversation to keep (default: no limit)")
     add("--truncate-document", action="store_true", help="cut the middle of over-long documents instead of dropping")
     add(
@@ -37,7 +42,7 @@ def main() -> None:
         metavar="TEXT",
         help=r"user message of a document's first turn (default: '{document}\n\n{instruction}'); \n is a line break",
     )
-    add("--turns", choices=TURNS, default="joint", help="joint: keeps joint and independent conversations (default)")
+    add("--turns", choices=TURNS, default="joint", help="conversations to keep; joint keeps both kinds")
     arguments = parser.parse_args()
 
     with plain_ending("preprocess_pairs.py"):

@@ -1,9 +1,10 @@
 """A real HTTP server that speaks the chat protocol and answers from the words of the prompt, with faults on demand.
 
-    python -m benchmarks.generation.chat_server --latency-ms 50      # prints its address
+    python -m benchmarks.generation.chat_server --latency-ms 50
 
-Its answers depend on the prompt alone, so that two runs can be compared byte by byte. It stands in for a model in the
-benchmark of the pipeline's own cost and in the tests of what the pipeline survives; it says nothing about quality.
+It prints its address. Its answers depend on the prompt alone, so that two runs can be compared byte by byte. It stands
+in for a model in the benchmark of the pipeline's own cost and in the tests of what the pipeline survives; it says
+nothing about quality.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from megatron_longpo.help_format import HelpFormatter
 
 MODEL = "words"
 FAULTS = ("429", "500", "503", "cut", "garbage", "hang", "refuse")
@@ -182,10 +185,15 @@ def running(server: ChatServer, port: int = 0) -> Iterator[str]:
 
 def main() -> None:
     """Serve until stopped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency-ms", type=float, default=50.0, help="time of every answer (default: 50)")
-    parser.add_argument("--port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--model", default=MODEL, help=f"name of the model (default: {MODEL})")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generation.chat_server",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--latency-ms", type=float, default=50.0, metavar="MS", help="time of every answer")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="0 takes a free one")
+    parser.add_argument("--model", default=MODEL, metavar="NAME", help="name of the model")
     arguments = parser.parse_args()
     with running(ChatServer(arguments.model, arguments.latency_ms / 1000), arguments.port) as address:
         print(address, flush=True)

@@ -1,10 +1,10 @@
 """What making pairs costs besides the model: the pipeline's own overhead, and what one prefill for n turns saves.
 
-**Overhead.** The pipeline runs against a real HTTP server in a process of its own that answers every request after a
+Overhead: the pipeline runs against a real HTTP server in a process of its own that answers every request after a
 fixed time, and counts how many it has in work. With all slots filled all the time nothing is lost; what is missing is
 overhead: of the pipeline, of HTTP on both sides, and of filling and draining at both ends of the run.
 
-**Shared prefill.** The embedded engine answers n instructions about one document, once together and once one by one.
+Shared prefill: the embedded engine answers n instructions about one document, once together and once one by one.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from megatron_longpo.generation.output import prepare_output
 from megatron_longpo.generation.runner import run_task
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.shared_prefill import Sampling, generate
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 _VOCAB = 4096
 
@@ -64,12 +65,25 @@ class PrefillCase:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run both and print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-documents", type=int, default=OverheadCase.num_documents, metavar="N")
-    parser.add_argument("--concurrency", type=int, default=OverheadCase.concurrency, metavar="N")
-    parser.add_argument("--latency-ms", type=float, default=OverheadCase.latency_ms, metavar="MS")
-    parser.add_argument("--document-tokens", type=int, default=PrefillCase.document_tokens, metavar="TOKENS")
-    parser.add_argument("--results", metavar="DIR", help="also write generation.json there")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--num-documents", type=at_least_1, default=OverheadCase.num_documents, metavar="N", help="overhead: documents")
+    add(
+        "--concurrency",
+        type=at_least_1,
+        default=OverheadCase.concurrency,
+        metavar="N",
+        help="overhead: requests in flight",
+    )
+    add("--latency-ms", type=float, default=OverheadCase.latency_ms, metavar="MS", help="overhead: time of an answer")
+    add(
+        "--document-tokens",
+        type=at_least_1,
+        default=PrefillCase.document_tokens,
+        metavar="TOKENS",
+        help="shared prefill: length of the document",
+    )
+    add("--results", metavar="DIR", help="also write generation.json there")
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)
     overhead_case = OverheadCase(flags.num_documents, concurrency=flags.concurrency, latency_ms=flags.latency_ms)

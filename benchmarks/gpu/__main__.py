@@ -1,9 +1,9 @@
 """Everything that is to be known about one GPU: python -m benchmarks.gpu
 
-    rates      exactness of the attention kernels in bf16 and fp32, rates of matrix products and of attention
-    speed      tokens/s and MFU of training steps over document length, against what those rates allow, and their memory
-               against a dry run's
-    rivals     the step suite (`benchmarks.suite`) over length, as far as each variant survives
+    rates      exactness of the attention kernels; rates of them and of matmuls
+    speed      tokens/s and MFU over document length, against what those rates
+               allow; memory against a dry run's
+    rivals     the suite of `benchmarks.suite`, as far as each variant survives
     longest    the longest document that fits
 
 Every measurement is a process of its own and is stored in benchmarks/results/gpu.json as soon as it is made, so a run
@@ -29,6 +29,7 @@ from benchmarks.gpu.results import StoredResults
 from benchmarks.gpu.settings import PEAK_TFLOPS, REAL, TINY, Settings
 from benchmarks.step.summary import circumstances
 from benchmarks.suite import DOCS, RESULTS
+from megatron_longpo.help_format import HelpFormatter
 
 _PARTS = ("rates", "speed", "rivals", "longest")
 _LEFT = 3
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _tabulate(arguments) if arguments.tabulate else _run(arguments, settings)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"benchmarks.gpu: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -111,6 +112,8 @@ def _tabulate(arguments: argparse.Namespace) -> int:
     from benchmarks.gpu.summary import write_summary
 
     stored = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict) or "device" not in stored:
+        raise ValueError(f"--tabulate {arguments.tabulate} is not what this program writes: give its gpu.json")
     write_summary(arguments.results or RESULTS, stored, stored, DOCS if arguments.results is None else None)
     return 0
 
@@ -119,16 +122,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="what to run (default: all)")
-    parser.add_argument("--minutes", type=float, metavar="X", help="stop after so long (default: when all is measured)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=_PARTS, default=list(_PARTS), metavar="PART", help="what to run (default: all)"
+    )
+    parser.add_argument("--minutes", type=float, metavar="X", help="stop after so many (default: when all is measured)")
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes")
-    parser.add_argument("--peak-tflops", type=float, metavar="X", help="peak of a device that is not known here")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="write there, and not to the docs")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="where to measure; cpu only with --tiny"
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="X", help="dense bf16 peak of a GPU that is not known here"
+    )
+    parser.add_argument(
+        "--results", type=Path, metavar="DIR", help="write there; without it, into benchmarks/results and the docs"
+    )
     parser.add_argument(
         "--tabulate", type=Path, metavar="GPU.json", help="measure nothing: picture and docs of a file from elsewhere"
     )

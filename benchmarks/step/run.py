@@ -1,9 +1,10 @@
-"""The command line of the step benchmark: every variant in processes of its own, taken in turn.
+"""Speed and peak memory of a training step: shared prefix, two full sequences, TRL's DPOTrainer.
 
-    python tools/benchmark_step.py                               # all variants at P 8192
-    python tools/benchmark_step.py --prefix-tokens 4096 8192     # two lengths; the keys of the JSON are of the last
+    python tools/benchmark_step.py
+    python tools/benchmark_step.py --prefix-tokens 4096 8192
     python tools/benchmark_step.py --variants shared_prefix two_sequences --json
 
+Every variant runs in processes of its own, taken in turn; the object of --json is about the last length.
 A step is the trainer's whole optimizer step on one document: forward, backward, check of gradients, clipping, Adam. The
 reference log-probs are there beforehand, nothing is recomputed, and all variants start from the same weights and must
 have the same loss.
@@ -39,6 +40,7 @@ from benchmarks.step.summary import (
     summarize,
     table,
 )
+from megatron_longpo.help_format import HelpFormatter
 
 _MAIN_VARIANTS = ("shared_prefix", "two_sequences")
 """Those with a target of speed are measured in every round, the others once."""
@@ -253,16 +255,13 @@ def _case(arguments: argparse.Namespace, prefix_tokens: int) -> StepCase:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="benchmark_step.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="benchmark_step.py", description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add, default = parser.add_argument, StepCase()
 
     def size(flag: str, text: str) -> None:
         value = getattr(default, flag.removeprefix("--").replace("-", "_"))
-        add(flag, type=int, default=value, metavar="N", help=f"{text} (default: {value})")
+        add(flag, type=int, default=value, metavar="N", help=text)
 
     add(
         "--prefix-tokens",
@@ -280,13 +279,13 @@ def _parser() -> argparse.ArgumentParser:
     size("--num-attention-heads", "query heads")
     size("--num-query-groups", "key/value heads")
     size("--vocab-size", "tokens")
-    names = ", ".join(VARIANTS)
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=f"of {names}")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    variants = f"{', '.join(VARIANTS)} (default: all)"
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help=variants)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     add("--bf16", action="store_true", help="bf16 instead of fp32, on cuda")
-    add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch (default: 1, steady on a busy machine)")
-    add("--steps", type=int, default=2, metavar="N", help="measured steps per process, after a warm-up (default: 2)")
-    add("--rounds", type=int, default=2, metavar="N", help="processes of each variant with a target (default: 2)")
+    add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch; 1 is steady on a busy machine")
+    add("--steps", type=int, default=2, metavar="N", help="measured steps per process, after a warm-up")
+    add("--rounds", type=int, default=2, metavar="N", help="processes of the first two variants; others have one")
     add("--docs", metavar="FILE", help="put the ratios between this device's markers in a Markdown file")
     add("--machine", metavar="TEXT", help="how --docs describes the machine (default: cores and architecture)")
     add("--json", action="store_true", help="print one JSON object as the last line")

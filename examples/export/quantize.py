@@ -1,8 +1,10 @@
 """Quantise an exported model with nvidia-modelopt, calibrated on the training pairs, for vLLM and TensorRT-LLM.
 
-pip install 'megatron_longpo[export]'
-python tools/convert_checkpoint.py megatron-to-hf --load RUN --hf-model TEMPLATE --save DIR
-python examples/export/quantize.py --hf-model DIR --data-path PREFIX --recipe fp8 --save DIR-fp8
+    pip install 'megatron_longpo[export]'
+    python tools/convert_checkpoint.py megatron-to-hf --load RUN \\
+        --hf-model TEMPLATE --save DIR
+    python examples/export/quantize.py --hf-model DIR --data-path PREFIX \\
+        --recipe fp8 --save DIR-fp8
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.target import check_target, filled_folder
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.document import CHOSEN
+from megatron_longpo.help_format import HelpFormatter
 
 RECIPES = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG", "int8": "INT8_DEFAULT_CFG"}
 """ModelOpt's configurations: fp8 for Hopper and Ada, nvfp4 for Blackwell, int8 for older GPUs."""
@@ -80,16 +83,16 @@ def export(model: Any, template: str | Path, save: str | Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and quantise; mistakes of the user end in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--hf-model", required=True, metavar="DIR", help="what megatron-to-hf wrote")
     parser.add_argument("--data-path", required=True, metavar="PREFIX", help="training pairs to calibrate on")
-    parser.add_argument("--recipe", choices=RECIPES, default="fp8", help="default: fp8; nvfp4 needs a GPU")
+    parser.add_argument("--recipe", choices=RECIPES, default="fp8", help="format of the weights; nvfp4 needs a GPU")
     parser.add_argument("--save", required=True, metavar="DIR", help="quantised folder to write")
     parser.add_argument(
         "--save-state", metavar="FILE", help="also keep ModelOpt's state and weights, to go on training"
     )
-    parser.add_argument("--num-samples", type=int, default=256, help="documents to calibrate on (default: 256)")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="tokens of one document (default: 8192)")
+    parser.add_argument("--num-samples", type=int, default=256, metavar="N", help="documents to calibrate on")
+    parser.add_argument("--max-tokens", type=int, default=8192, metavar="TOKENS", help="tokens of one document")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --save")
     arguments = parser.parse_args(argv)
     try:

@@ -7,6 +7,7 @@ Everything lands in runs/quickstart. A stage whose inputs have not changed is sk
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 
@@ -14,11 +15,13 @@ from transformers.utils import logging
 
 from examples.quickstart.job import ANSWER, EXPORTED, FOLDER, METRICS, REPORT, REPOSITORY, stages
 from examples.quickstart.stages import run_stages
+from megatron_longpo.help_format import HelpFormatter
 from megatron_longpo.report import summary_table
 
 
 def main() -> None:
     """Run the stages and print the summary."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
     started = time.monotonic()
     os.chdir(REPOSITORY)
     logging.set_verbosity_error()

@@ -55,6 +55,12 @@ class Tile:
         """Rows of the whole row's key and value tensors."""
         return slice(self.key_start, self.key_stop)
 
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs that it computes."""
+        queries, keys = self.query_stop - self.query_start, self.key_stop - self.key_start
+        return queries * (queries + 1) // 2 if self.causal else queries * keys
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -68,7 +68,7 @@ def _root(path: str | Path) -> yaml.MappingNode:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if root is None:
         raise ConfigError(f"--config {path} is empty")
@@ -91,6 +91,8 @@ def _entries(
         elif name in GROUPS:
             for inner_key, inner_value in value.value:
                 yield name, inner_key, inner_value
+        elif name.replace("-", "_") in FLAGS:
+            errors.append(f"{path}:{key.start_mark.line + 1}: {name} takes a value, not a mapping")
         else:
             hint = nearest(name, GROUPS) or f"; groups are {', '.join(GROUPS)}"
             errors.append(f"{path}:{key.start_mark.line + 1}: {name} is not a group of flags{hint}")
@@ -100,7 +102,8 @@ def _python_value(node: yaml.Node) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
-    except yaml.YAMLError as error:
+    # PyYAML fails with the last two at values that are not of the type of their own tag, as !!bool maybe.
+    except (yaml.YAMLError, AttributeError, KeyError) as error:
         raise ValueError(f"is not a plain value: {' '.join(str(error).split())}") from error
     finally:
         loader.dispose()

@@ -13,6 +13,16 @@ from megatron_longpo.conversion.families import FAMILIES, Family
 from megatron_longpo.model.rope import attention_factor
 
 CONFIG_FILE = "config.json"
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,10 @@ def read_hf_folder(folder: str | Path) -> HFModel:
         raise ValueError(f"{path}: hidden_act is {config.hidden_act}; only silu (SwiGLU) is supported")
     if stored.get("quantization_config"):
         raise ValueError(f"{path}: the weights are quantised (quantization_config); convert the unquantised model")
+    for name in _SIZES:
+        value = getattr(config, name, None)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a whole number of at least 1")
     heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     shape = {
         "num_layers": config.num_hidden_layers,
@@ -83,7 +97,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
@@ -92,7 +106,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _family(path: Path, stored: dict[str, Any]) -> Family:
     names = stored.get("architectures") or []
-    if len(names) != 1 or names[0] not in FAMILIES:
+    if names not in [[name] for name in FAMILIES]:
         raise ValueError(f"{path}: architectures is {names}; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[names[0]]
 
@@ -144,7 +158,7 @@ def _with_rope(path: Path, shape: dict[str, Any], rope: dict[str, Any]) -> Model
     kind = rope["rope_type"]
     if rope["partial_rotary_factor"] not in (None, 1.0):
         raise ValueError(f"{path}: partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1")
-    shape["rotary_base"] = float(rope["rope_theta"])
+    shape["rotary_base"] = _number(path, rope, "rope_theta")
     if kind == "default":
         return ModelConfig(**shape)
     # transformers takes the model's own length where the original one is not given.
@@ -154,9 +168,9 @@ def _with_rope(path: Path, shape: dict[str, Any], rope: dict[str, Any]) -> Model
             return ModelConfig(
                 **shape,
                 use_rope_scaling=True,
-                rope_scaling_factor=float(rope["factor"]),
-                rope_low_freq_factor=float(rope["low_freq_factor"]),
-                rope_high_freq_factor=float(rope["high_freq_factor"]),
+                rope_scaling_factor=_number(path, rope, "factor"),
+                rope_low_freq_factor=_number(path, rope, "low_freq_factor"),
+                rope_high_freq_factor=_number(path, rope, "high_freq_factor"),
                 rope_original_max_position_embeddings=original,
             )
         if kind == "yarn":
@@ -164,6 +178,13 @@ def _with_rope(path: Path, shape: dict[str, Any], rope: dict[str, Any]) -> Model
     except KeyError as error:
         raise ValueError(f"{path}: RoPE scaling {kind!r} lacks {error}") from error
     raise ValueError(f"{path}: RoPE scaling {kind!r} is not supported; supported: default, llama3, yarn")
+
+
+def _number(path: Path, rope: dict[str, Any], name: str) -> float:
+    value = rope[name]
+    if isinstance(value, (int, float)) and 0 < value < math.inf:
+        return float(value)
+    raise ValueError(f"{path}: RoPE's {name} is {value!r}; it must be a number greater than 0")
 
 
 def _yarn(path: Path, shape: dict[str, Any], rope: dict[str, Any], original: int) -> ModelConfig:

@@ -31,6 +31,9 @@ COPIED = (
 )
 """What a template's folder gives to the export: everything that generation and tokenisation read, and licences."""
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model*", "vocab.*", "*.tiktoken", "tekken.json")
+"""Files without one of which transformers and vLLM have no tokenizer."""
+
 
 def refuse_other_template(template: HFModel, model: ModelConfig, folder: str | Path, checkpoint: Path) -> None:
     """Raise ValueError where the template is of another model than the checkpoint, in what its weights depend on."""
@@ -87,6 +90,11 @@ def copy_companions(template_folder: str | Path, folder: Path) -> None:
             shutil.copytree(path, target, dirs_exist_ok=True)
         elif not target.exists():
             shutil.copyfile(path, target)
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has the file that a tokenizer is made from."""
+    return any(path.is_file() for pattern in _VOCABULARIES for path in Path(folder).glob(pattern))
 
 
 def companions_bytes(template_folder: str | Path) -> int:

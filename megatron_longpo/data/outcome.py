@@ -54,6 +54,8 @@ class PreprocessOptions:
             raise ValueError(f"--output-prefix {self.output_prefix} is a folder: add a name, {self.output_prefix}pairs")
         if self.turns not in TURNS:
             raise ValueError(f"--turns {self.turns} is unknown: choose one of {', '.join(TURNS)}")
+        if self.num_workers < 1:
+            raise ValueError(f"--workers {self.num_workers} must be at least 1")
         if self.max_seq_length is not None and self.max_seq_length < 2:
             raise ValueError(f"--max-seq-length {self.max_seq_length} must be at least 2")
         if self.truncate_document and self.max_seq_length is None:

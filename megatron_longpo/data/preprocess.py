@@ -20,6 +20,7 @@ from megatron_longpo.data.manifest import Manifest
 from megatron_longpo.data.outcome import DROP_REASONS, PreprocessOptions, make_worker
 from megatron_longpo.data.parallel import ordered_map
 from megatron_longpo.data.records import RecordWriter
+from megatron_longpo.files import check_folder_writable
 from megatron_longpo.pair_formats.raw import TABLE_SUFFIXES, input_files
 from megatron_longpo.pairs import read_pairs
 
@@ -31,8 +32,10 @@ def preprocess(options: PreprocessOptions, progress: bool = True) -> Manifest:
         ValueError: A flag, a file, a row or the tokenizer is unusable, or no row is left; the message says which and
             what to do.
     """
+    files = input_files(options.inputs)
     tokenizer = options.tokenizer.load()
-    sources = [_describe_source(file) for file in input_files(options.inputs)]
+    check_folder_writable(Path(options.output_prefix).parent, "--output-prefix")
+    sources = [_describe_source(file) for file in files]
     num_rows = None if any(s["rows"] is None for s in sources) else sum(s["rows"] for s in sources)
     dropped: dict[str, list[dict[str, Any]]] = {reason: [] for reason in DROP_REASONS}
     truncated: list[dict[str, Any]] = []

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_longpo.generation.engine import EngineError
 from megatron_longpo.generation.flags import make_parser
-from megatron_longpo.generation.settings import GenerationSettings
+from megatron_longpo.generation.settings import GenerationSettings, refuse_without_effect
 from megatron_longpo.processes import take_sigterm_as_ctrl_c
 
 
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pipeline; returns the exit code: 0, 1 for the engine or a file, 2 for flags, 130 for Ctrl-C."""
     arguments = vars(make_parser().parse_args(argv))
     take_sigterm_as_ctrl_c()
-    task = arguments.pop("task")
+    task = arguments.pop("task", None)
     try:
         settings = _settings(arguments)
         if task is not None and not 0 <= task < settings.num_tasks:
@@ -68,12 +69,11 @@ def _run(settings: GenerationSettings, task: int | None) -> int:
     return 0
 
 
-def _settings(arguments: dict[str, object]) -> GenerationSettings:
-    documents, filters, template = (arguments.pop(name) for name in ("documents", "filters", "prompt_template"))
-    assert isinstance(documents, list) and isinstance(filters, list) and isinstance(template, str)
-    return GenerationSettings(
-        documents=tuple(documents),
-        filters=tuple(filters),
-        prompt_template=template.replace("\\n", "\n"),
-        **arguments,  # type: ignore[arg-type]
-    )
+def _settings(given: dict[str, Any]) -> GenerationSettings:
+    """The settings of the flags that were given; the others keep their defaults."""
+    refuse_without_effect(given["engine"], given)
+    if "prompt_template" in given:
+        given["prompt_template"] = given["prompt_template"].replace("\\n", "\n")
+    for name in {"documents", "filters"} & given.keys():
+        given[name] = tuple(given[name])
+    return GenerationSettings(**given)

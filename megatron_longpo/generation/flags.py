@@ -7,17 +7,20 @@ import dataclasses
 from typing import Any
 
 from megatron_longpo.generation.settings import ENGINES, FILTERS, OPENAI, TRANSFORMERS, GenerationSettings
+from megatron_longpo.help_format import HelpFormatter
 
 _EXAMPLES = """\
 the model in this process, on a GPU or a CPU:
-  python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ --engine transformers --model DIR
+  python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ \\
+      --engine transformers --model DIR
 
 a server, or many behind one address:
   vllm serve DIR --served-model-name NAME --enable-prefix-caching
-  python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ --engine openai \\
-      --base-url http://127.0.0.1:8000/v1 --model NAME --tokenizer-model DIR
+  python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ \\
+      --engine openai --base-url http://127.0.0.1:8000/v1 \\
+      --model NAME --tokenizer-model DIR
 
-The same command goes on after an interruption. docs/generation.md has the rest, Slurm included."""
+The same command goes on after an interruption. docs/generation.md has the rest."""
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(GenerationSettings)}
 
@@ -36,19 +39,27 @@ _GROUPS: dict[str, list[_Flag]] = {
         ),
         ("--output", "folder for pairs.jsonl, report.json and the state", {"required": True, "metavar": "DIR"}),
         ("--text-field", "field or column with the text", {"metavar": "NAME"}),
-        ("--id-field", "field or column with the id; without it: file name and line", {"metavar": "NAME"}),
-        ("--max-documents", "read only the first N documents", _N),
+        ("--id-field", "field or column with the id; where it is missing, file name and line", {"metavar": "NAME"}),
+        ("--max-documents", "read only the first N documents (default: all)", _N),
         ("--seed", "with a document's id decides all that is drawn for it", {"type": int}),
     ],
     "engine": [
         ("--engine", "the model in this process, or a server", {"choices": ENGINES, "required": True}),
         ("--model", "folder of the model, or the name under which it is served", {"required": True}),
-        ("--tokenizer-model", "its tokenizer's folder; by default --model's", {"metavar": "DIR"}),
-        ("--model-revision", "recorded in the provenance", {"metavar": "TEXT"}),
+        (
+            "--tokenizer-model",
+            "its tokenizer's folder (default: --model's, with --engine transformers)",
+            {"metavar": "DIR"},
+        ),
+        ("--model-revision", "recorded in the pairs' provenance", {"metavar": "TEXT"}),
     ],
     f"--engine {OPENAI}; the key comes from the environment, OPENAI_API_KEY": [
         ("--base-url", "the server, such as http://127.0.0.1:8000/v1", {"metavar": "URL"}),
-        ("--long-base-url", "another server for whole documents, with a larger RoPE base say", {"metavar": "URL"}),
+        (
+            "--long-base-url",
+            "another server for whole documents, with a larger RoPE base say (default: --base-url)",
+            {"metavar": "URL"},
+        ),
         ("--concurrency", "requests in flight", _N),
         ("--request-timeout-s", "longest wait for a reply", {"type": float, "metavar": "SECONDS"}),
         ("--max-retries", "how often a failed request is sent again", _N),
@@ -59,9 +70,13 @@ _GROUPS: dict[str, list[_Flag]] = {
         ),
     ],
     f"--engine {TRANSFORMERS}": [
-        ("--long-rotary-base", "RoPE base for whole documents", {"type": float, "metavar": "BASE"}),
-        ("--dtype", "type of the weights; by default the files'", {"choices": ("fp32", "bf16", "fp16")}),
-        ("--device", "by default the first GPU, else the CPU", {}),
+        (
+            "--long-rotary-base",
+            "RoPE base for whole documents (default: the model's)",
+            {"type": float, "metavar": "BASE"},
+        ),
+        ("--dtype", "type of the weights (default: the files')", {"choices": ("fp32", "bf16", "fp16")}),
+        ("--device", "where to compute (default: the first GPU, else the CPU)", {"metavar": "NAME"}),
         ("--batch-size", "rows decoded together", _N),
         ("--prefill-tokens", "tokens of a prompt computed at once", _TOKENS),
     ],
@@ -75,14 +90,14 @@ _GROUPS: dict[str, list[_Flag]] = {
     "instructions and answers": [
         ("--instructions-per-chunk", "instructions to ask for; one is drawn", _N),
         ("--instruction-attempts", "how often to ask for a readable list", _N),
-        ("--temperature", "of instructions; answers are greedy", {"type": float}),
-        ("--top-p", "of instructions", {"type": float}),
+        ("--temperature", "of instructions; answers are greedy", {"type": float, "metavar": "T"}),
+        ("--top-p", "of instructions", {"type": float, "metavar": "P"}),
         ("--max-instruction-tokens", "longest list of instructions", _TOKENS),
         ("--max-answer-tokens", "longest answer", _TOKENS),
         (
             "--prompt-template",
-            r"user message, the same as in preprocessing (default: '{document}\n\n{instruction}')",
-            {"default": _DEFAULTS["prompt_template"], "metavar": "TEXT"},
+            r"user message, the same as in preprocessing; \n is a line break",
+            {"metavar": "TEXT"},
         ),
         (
             "--instruction-template",
@@ -92,7 +107,7 @@ _GROUPS: dict[str, list[_Flag]] = {
         (
             "--filters",
             f"what answers are dropped for: {', '.join(FILTERS)} (default: all)",
-            {"nargs": "*", "default": list(FILTERS), "metavar": "NAME"},
+            {"nargs": "*", "metavar": "NAME"},
         ),
         ("--max-repetition", "highest share of repeated word 4-grams", {"type": float, "metavar": "SHARE"}),
     ],
@@ -100,8 +115,8 @@ _GROUPS: dict[str, list[_Flag]] = {
         ("--tasks", "parts of the documents", {"dest": "num_tasks"} | _N),
         (
             "--task",
-            "run only this part; by default all, one after another",
-            {"type": int, "default": None, "metavar": "I"},
+            "run only this part (default: all, one after another)",
+            {"type": int, "metavar": "I"},
         ),
         ("--workers", "processes that measure and cut documents", {"dest": "num_workers"} | _N),
         ("--no-progress", "no progress bar", {"dest": "progress", "action": "store_false"}),
@@ -110,26 +125,28 @@ _GROUPS: dict[str, list[_Flag]] = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """A parser whose results are fields of `GenerationSettings`, and ``task``."""
+    """A parser whose results are fields of `GenerationSettings`, and ``task``; only of what is given."""
     parser = argparse.ArgumentParser(
         prog="generate_pairs.py",
         description="Let a model make its own short-to-long preference pairs from long documents.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     for title, flags in _GROUPS.items():
         group = parser.add_argument_group(title)
         for name, help, options in flags:
-            group.add_argument(name, **_with_default(name, help, options))
+            group.add_argument(name, help=help + _default(options.get("dest", _field(name))), **options)
     return parser
 
 
-def _with_default(name: str, help: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The settings' default, also in the help, for a flag that has no default or action of its own."""
-    field = options.get("dest") or name.removeprefix("--").replace("-", "_")
-    default = _DEFAULTS.get(field, dataclasses.MISSING)
-    if default is dataclasses.MISSING or "default" in options or "action" in options:
-        return {"help": help, **options}
-    shown = f" (default: {default})" if default is not None else ""
-    return {"help": help + shown, "default": default, **options}
+def _field(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _default(field: str) -> str:
+    """The settings' default of a number or a text, for the help."""
+    default = _DEFAULTS.get(field)
+    shown = isinstance(default, (int, float, str)) and not isinstance(default, bool)
+    return f" (default: {default})".replace("\n", r"\n") if shown else ""

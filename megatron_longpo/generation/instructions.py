@@ -47,7 +47,7 @@ def _json_items(reply: str) -> list[str]:
         return []
     try:
         value = json.loads(match[0])
-    except ValueError:
+    except (ValueError, RecursionError):  # a model that does not end may open brackets for ever
         return []
     if isinstance(value, dict):
         lists = [entry for entry in value.values() if isinstance(entry, list)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,6 +42,19 @@ HOW_NOT_WHAT = frozenset(
     }
 )
 """Fields that decide how the work is done; a run may go on with others. All the rest decides the content."""
+
+OF_ENGINE = {
+    OPENAI: (
+        "base_url",
+        "long_base_url",
+        "concurrency",
+        "request_timeout_s",
+        "max_retries",
+        "skip_failed_documents",
+    ),
+    TRANSFORMERS: ("long_rotary_base", "dtype", "device", "batch_size", "prefill_tokens"),
+}
+"""Fields that only one engine uses."""
 
 
 @dataclass(frozen=True)
@@ -145,10 +159,10 @@ class GenerationSettings:
     def _check_engine(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"--engine {self.engine} is unknown: choose {' or '.join(ENGINES)}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in defaults}
+        refuse_without_effect(self.engine, {name: x for name, x in values.items() if x != defaults[name]})
         if self.engine == TRANSFORMERS:
-            for flag, value in (("--base-url", self.base_url), ("--long-base-url", self.long_base_url)):
-                if value is not None:
-                    raise ValueError(f"{flag} has no effect with --engine transformers: leave it out")
             return
         if self.base_url is None:
             raise ValueError("--engine openai needs --base-url, such as http://127.0.0.1:8000/v1")
@@ -160,14 +174,6 @@ class GenerationSettings:
                 "--engine openai needs --tokenizer-model DIR, the model's tokenizer: documents and chunks are measured "
                 "in its tokens"
             )
-        if self.long_rotary_base is not None:
-            raise ValueError(
-                "--long-rotary-base needs --engine transformers: a server has one RoPE base for all requests. Start a "
-                "second server with the other base (vllm serve … --hf-overrides '{\"rope_theta\": 1e7}') and give "
-                "its address as --long-base-url"
-            )
-        if self.dtype is not None or self.device is not None:
-            raise ValueError("--dtype and --device have no effect with --engine openai: leave them out")
 
     def _check_ranges(self) -> None:
         at_least = {
@@ -210,6 +216,36 @@ class GenerationSettings:
         ):
             if low_value > high_value:
                 raise ValueError(f"{low_flag} {low_value} is greater than {high_flag} {high_value}: change one of them")
+
+
+def refuse_without_effect(engine: str, given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a field was given that only another engine, or a filter that is off, uses.
+
+    Args:
+        engine: ``--engine``.
+        given: Fields of `GenerationSettings` and their values.
+    """
+    for other, names in OF_ENGINE.items():
+        wrong = [name for name in names if name in given and other != engine]
+        if not wrong:
+            continue
+        # An address may carry a key, and a switch has no value.
+        silent = ("base_url", "long_base_url", "skip_failed_documents")
+        flags = ["--" + name.replace("_", "-") + ("" if name in silent else f" {given[name]}") for name in wrong]
+        hint = "leave it out" if len(flags) == 1 else "leave them out"
+        if "long_rotary_base" in wrong:
+            hint += (
+                ". A server has one RoPE base for all requests: start a second one with the other base (vllm serve … "
+                "--hf-overrides '{\"rope_theta\": 1e7}') and give its address as --long-base-url"
+            )
+        raise ValueError(
+            f"{', '.join(flags)} {'has' if len(flags) == 1 else 'have'} no effect with --engine {engine}, "
+            f"only with --engine {other}: {hint}"
+        )
+    if "max_repetition" in given and "repetition" not in given.get("filters", FILTERS):
+        raise ValueError(
+            f"--max-repetition {given['max_repetition']} has no effect without repetition in --filters: leave it out"
+        )
 
 
 def _check_url(flag: str, url: str) -> None:

@@ -4,8 +4,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
 from megatron_longpo.attention.all_gather import head_chunks
+from megatron_longpo.attention.ring_tiles import ring_plan
 from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.model.flops import attention_flops
 from megatron_longpo.planning.hardware import GPU
 from megatron_longpo.planning.links import all_gather_s, all_to_all_s, neighbour_s
@@ -28,45 +34,96 @@ def attention_s(config: RunConfig, work: Work, gpu: GPU) -> tuple[float, float]:
 def context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated, in_chunks: bool = True) -> float:
     """What is waited for in all layers of a rank, by ``--cp-comm-type``.
 
-    ``all_gather``: K and V of the row in forward and again in backward, their gradients back in fp32. Of the chunks of
-    heads (`attention.all_gather`) one is waited for, the others for what is longer than the attention that hides them;
-    in backward the first gather is ahead of the layer where attention is not computed again.
-    ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2). ``p2p``: K and V of a rank to
-    the next one, cp - 1 times in forward and again in backward, there with their fp32 gradients; what of it is longer
-    than the attention that hides it (arXiv 2310.01889, section 3). ``a2a+p2p``: the first in a group of ranks, then the
-    second in a ring of fewer steps, with as many bytes in each (arXiv 2405.07719).
+    ``all_gather``: `_gather_s`. ``a2a``: Q, K, V and the output, and their gradients (arXiv 2309.14509, section 3.2).
+    ``p2p``: `_ring_s` (arXiv 2310.01889, section 3). ``a2a+p2p``: the first in a group of ranks, then the second in a
+    ring of fewer steps, with as many bytes in each (arXiv 2405.07719).
+    """
+    model, parallel = config.model, config.parallel
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    if cp == 1:
+        return 0.0
+    if parallel.cp_comm_type == "all_gather":
+        return _gather_s(config, work, gpu, again, in_chunks)
+    inner, ring = parallel.hierarchical_context_parallel_sizes or (
+        (cp, 1) if parallel.cp_comm_type == "a2a" else (1, cp)
+    )
+    layers = model.num_layers / parallel.pipeline_model_parallel_size
+    size = element_bytes(config)
+    query, key = model.num_attention_heads * model.kv_channels / tp, kv_width(model) / tp
+    one_way = all_to_all_s(gpu, size * work.layout.padded_tokens / cp * (2 * query + 2 * key), inner, stride=tp)
+    seconds = layers * (2 + again.exchange) * one_way
+    if ring > 1:
+        layout = replace(work.layout.over(ring), window_tokens=model.window_size.num_tokens)
+        hop_s = layers * neighbour_s(gpu, hop_tokens(layout) * 2 * key / inner, stride=tp * inner, group_size=ring)
+        forward_s, backward_s = (
+            [part * share for share in step_shares(layout)] for part in attention_s(config, work, gpu)
+        )
+        seconds += (1 + again.attention) * _ring_s(size * hop_s, forward_s)
+        seconds += _ring_s(size * hop_s, backward_s, 4 * hop_s)
+    return seconds
+
+
+def _gather_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated, in_chunks: bool) -> float:
+    """K and V of the row in forward and again in backward, their gradients back in fp32, whatever the window.
+
+    Of the chunks of heads (`attention.all_gather`) one is waited for, the others for what is longer than the attention
+    that hides them; in backward the first gather is ahead of the layer where attention is not computed again.
     """
     model, parallel = config.model, config.parallel
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
-    tokens, size = work.layout.padded_tokens, element_bytes(config)
-    query, key = model.num_attention_heads * model.kv_channels / tp, kv_width(model) / tp
+    values, size = work.layout.padded_tokens * 2 * kv_width(model) / tp, element_bytes(config)
     forward_s, backward_s = attention_s(config, work, gpu)
-    forward_s *= 1 + again.attention
-    inner, ring = {"a2a": (cp, 1), "p2p": (1, cp)}.get(parallel.cp_comm_type, (1, 1))
-    if parallel.cp_comm_type == "a2a+p2p":
-        assert parallel.hierarchical_context_parallel_sizes is not None
-        inner, ring = parallel.hierarchical_context_parallel_sizes
-    if cp > 1 and inner * ring == cp:
-        one_way = all_to_all_s(gpu, size * tokens / cp * (2 * query + 2 * key), inner, stride=tp)
-        seconds = layers * (2 + again.exchange) * one_way
-        if ring > 1:
-            own = tokens / cp * 2 * key
-            sent = (ring - 1) * own * ((2 + again.attention) * size + 4)
-            sent_s = neighbour_s(gpu, sent, stride=tp * inner, group_size=ring)
-            seconds += max(0.0, layers * sent_s - forward_s - backward_s)
-        return seconds
-    gather = all_gather_s(gpu, size * tokens * 2 * key, cp, stride=tp)
-    scatter = all_gather_s(gpu, 4 * tokens * 2 * key, cp, stride=tp)
-    heads, key_heads = (round(width / model.kv_channels) for width in (query, key))
-    shared = 1 / len(head_chunks(heads, key_heads, round(size * tokens / cp * 2 * key))) if in_chunks else 1.0
+    gather, scatter = (layers * all_gather_s(gpu, each * values, cp, stride=tp) for each in (size, 4))
+    heads, key_heads = model.num_attention_heads // tp, kv_width(model) // model.kv_channels // tp
+    shared = 1 / len(head_chunks(heads, key_heads, round(size * values / cp))) if in_chunks else 1.0
 
     def waited(transfer_s: float, hidden_behind_s: float, ahead_s: float = 0.0) -> float:
         return shared * (transfer_s - ahead_s) + (1 - shared) * max(0.0, transfer_s - hidden_behind_s)
 
-    forward = waited(layers * (1 + again.attention) * gather, forward_s)
-    ahead_s = layers * (1 - again.attention) * gather if in_chunks else 0.0
-    return forward + waited(layers * (gather + scatter), backward_s, ahead_s)
+    ahead_s = (1 - again.attention) * gather if in_chunks else 0.0
+    return (1 + again.attention) * waited(gather, forward_s) + waited(gather + scatter, backward_s, ahead_s)
+
+
+def _ring_s(keys_s: float, steps_s: Sequence[float], gradients_s: float = 0.0) -> float:
+    """What a ring waits for beyond the attention of its steps (`attention.ring`).
+
+    Every step but the last sends keys and values on. In backward every step but the first sends its gradients too, one
+    step behind: those of the last are hidden by nothing. A step waits for what is longer than its own attention.
+
+    Args:
+        keys_s: Seconds of a hop of keys and values.
+        steps_s: Seconds of attention in every step.
+        gradients_s: Seconds of a hop of fp32 gradients, 0 in forward.
+    """
+    last = len(steps_s) - 1
+    sent_s = [keys_s * (step < last) + gradients_s * (step > 1) for step in range(last + 1)]
+    return gradients_s + sum(max(0.0, sent - step) for sent, step in zip(sent_s, steps_s, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def hop_tokens(layout: RowLayout) -> int:
+    """Tokens whose keys make a hop of a ring as long as it is: the most that a rank sends off (`ring_tiles`).
+
+    ``layout`` has the ring's ranks. Without a window these are all tokens of a rank.
+    """
+    if layout.window_tokens is None:
+        return layout.local_tokens
+    return max(ring_plan(layout, rank).num_sent for rank in range(layout.cp_size))
+
+
+@lru_cache(maxsize=1024)
+def step_shares(layout: RowLayout) -> tuple[float, ...]:
+    """The share of a ring's attention that each of its steps has.
+
+    Zigzag chunks make steps alike. Under a window most of what a query sees is on its own rank, so on step 0.
+    """
+    size = layout.cp_size
+    if layout.window_tokens is None:
+        return (1 / size,) * size
+    steps = zip(*(ring_plan(layout, rank).steps for rank in range(size)), strict=True)
+    pairs = [sum(tile.num_pairs for plan in plans for tile in plan.tiles) for plans in steps]
+    return tuple(number / sum(pairs) for number in pairs)
 
 
 def kv_width(model: ModelConfig) -> int:

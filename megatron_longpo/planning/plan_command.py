@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_longpo.config import ConfigError, ModelConfig
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, read_hf_model
+from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.hardware import GPU, gpu_named
 from megatron_longpo.planning.search import Plan, Search, find_plans
@@ -48,13 +49,15 @@ def print_plan(arguments: Namespace) -> None:
     if best.host_gib:
         print("offloading has not been measured on a GPU; --host-mem-gib 0 plans without it")
     print("\n" + cost_line(best.time, arguments.num_documents))
+    if missing := missing_model(arguments):
+        print("\n" + missing)
     print("\n" + command_of(best, gpu))
 
 
 def search_of(arguments: Namespace) -> Search:
     """What the command line asks for."""
     return Search(
-        base=_base(arguments),
+        base=base_words(arguments),
         model=_model(Path(arguments.hf_model)),
         source=f"--hf-model {arguments.hf_model}",
         num_gpus=arguments.num_gpus,
@@ -70,6 +73,28 @@ def command_of(plan: Plan, gpu: GPU) -> str:
     return launch_command(plan.candidate.words, plan.time.num_gpus, gpu.gpus_per_node)
 
 
+def missing_model(arguments: Namespace) -> str | None:
+    """What the printed command will not find in its ``--load-hf`` folder, None where all is there.
+
+    A plan needs no more than the model's shape.
+    """
+    folder = _folder(arguments)
+    try:
+        read_hf_model(folder)
+        HFWeights(folder).release()
+    except ValueError as error:
+        return f"Before it runs, `hf download NAME --local-dir {folder}` has to put the model there: {error}"
+    return None
+
+
+def _folder(arguments: Namespace) -> Path:
+    """The model's folder: that of its config.json, or for one of another name the folder of that name."""
+    path = Path(arguments.hf_model)
+    if not path.is_file():
+        return path
+    return path.parent if path.name == CONFIG_FILE else path.with_suffix("")
+
+
 def _gpu(arguments: Namespace) -> GPU:
     return gpu_named(
         arguments.gpu,
@@ -82,10 +107,10 @@ def _gpu(arguments: Namespace) -> GPU:
     ).with_rates(arguments.matmul_tflops, arguments.attention_tflops)
 
 
-def _base(arguments: Namespace) -> list[str]:
-    path = Path(arguments.hf_model)
-    folder = path.parent if path.is_file() else path
-    words = ["--load-hf", str(folder), "--data-path", arguments.data_path, "--objective", arguments.objective]
+def base_words(arguments: Namespace) -> list[str]:
+    """The flags that all layouts share."""
+    words = ["--load-hf", str(_folder(arguments)), "--data-path", arguments.data_path]
+    words += ["--objective", arguments.objective]
     words += ["--seq-length", str(arguments.seq_length), "--max-position-embeddings", str(arguments.seq_length)]
     if arguments.rotary_base is not None:
         words += ["--rotary-base", arguments.rotary_base]

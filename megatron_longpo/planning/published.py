@@ -7,6 +7,7 @@ No rate is fitted to these results. Where a publication leaves something open, w
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.training import FUSED
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
+from megatron_longpo.help_format import HelpFormatter
 from megatron_longpo.model.flops import attended_pairs, step_flops
 from megatron_longpo.planning.hardware import GPUS, H100
 from megatron_longpo.planning.links import all_gather_s
@@ -202,11 +204,14 @@ def _config(words: str, tokens: int, documents: int) -> RunConfig:
 def comparison_table(comparisons: list[Comparison], unit: str) -> str:
     """Publication beside prediction."""
     lines = [[c.run, f"{c.published:,.0f}", f"{c.predicted:,.0f}", f"{c.ratio:.2f}"] for c in comparisons]
-    return table(["run", f"published {unit}", f"predicted {unit}", "predicted/published"], lines)
+    return table(["run", f"published {unit}", f"predicted {unit}", "ratio"], lines)
 
 
 def main() -> None:
     """Print the tables."""
+    argparse.ArgumentParser(
+        prog="python -m megatron_longpo.planning.published", description=__doc__, formatter_class=HelpFormatter
+    ).parse_args()
     print(comparison_table(longpo_paper(), "tokens/s"))
     for kernel, rates in (("FlashAttention 2", H100.attention_tflops), ("cuDNN", H100.attention_rates(FUSED))):
         print(f"\n\nAttention at the rates of {kernel}: {rates[0]:.0f} forward, {rates[1]:.0f} backward")

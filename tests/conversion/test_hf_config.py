@@ -187,6 +187,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"attention_factor 2.0 is not the one of factor",
     ),
     "broken scaling": (LLAMA31_8B | {"rope_scaling": {"type": "llama3", "factor": 2.0}}, r"config.json"),
+    "no layers": (LLAMA31_8B | {"num_hidden_layers": 0}, r"config\.json: num_hidden_layers is 0; it must be a whole"),
+    "negative heads": (LLAMA31_8B | {"num_key_value_heads": -8}, r"num_key_value_heads is -8; it must be a whole"),
+    "no RoPE base": (MISTRAL_7B | {"rope_theta": None}, r"config\.json: RoPE's rope_theta is None; it must be a num"),
+    "no list": (LLAMA31_8B | {"architectures": {"a": 1}}, r"architectures is \{'a': 1\}; supported"),
     "text for a number": (LLAMA31_8B | {"hidden_size": "wide"}, r"config\.json: transformers cannot read it"),
 }
 

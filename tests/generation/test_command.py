@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_longpo.generation.command import main
+from megatron_longpo.generation.flags import make_parser
+from megatron_longpo.generation.settings import GenerationSettings
 
 OPENAI = ["--engine", "openai", "--model", "m", "--base-url", "http://127.0.0.1:9/v1", "--tokenizer-model", "DIR"]
 EMBEDDED = ["--engine", "transformers", "--model", "m"]
@@ -24,8 +26,15 @@ EMBEDDED = ["--engine", "transformers", "--model", "m"]
             "--base-url carries a user name, password or query: give",
         ),
         ([*OPENAI, "--long-rotary-base", "1e7"], "--long-base-url"),
-        ([*OPENAI, "--dtype", "bf16"], "--dtype and --device have no effect with --engine openai"),
-        ([*EMBEDDED, "--base-url", "http://h/v1"], "--base-url has no effect with --engine transformers: leave it out"),
+        (
+            [*OPENAI, "--batch-size", "4", "--dtype", "bf16"],
+            "--dtype bf16, --batch-size 4 have no effect with --engine openai, only with --engine transformers: leave",
+        ),
+        (
+            [*EMBEDDED, "--base-url", "http://me:secret@h/v1"],
+            "--base-url has no effect with --engine transformers, only with --engine openai: leave it out",
+        ),
+        ([*EMBEDDED, "--max-repetition", "0.4", "--filters", "length"], "--max-repetition 0.4 has no effect without"),
         (
             [*EMBEDDED, "--min-chunk-tokens", "9", "--max-chunk-tokens", "8"],
             "--min-chunk-tokens 9 is greater than --max-",
@@ -36,7 +45,7 @@ EMBEDDED = ["--engine", "transformers", "--model", "m"]
         ([*OPENAI, "--request-timeout-s", "nan"], "--request-timeout-s nan must be greater than 0"),
         ([*EMBEDDED, "--long-rotary-base", "0"], "--long-rotary-base 0.0 must be a number greater than 1"),
         ([*EMBEDDED, "--top-p", "0"], "--top-p 0.0 must be in (0, 1]"),
-        ([*EMBEDDED, "--concurrency", "0"], "--concurrency 0 must be at least 1"),
+        ([*OPENAI, "--concurrency", "0"], "--concurrency 0 must be at least 1"),
         ([*EMBEDDED, "--filters", "refusals"], "--filters refusals: unknown; choose among refusal, repetition, length"),
         ([*EMBEDDED, "--prompt-template", "{document}"], "--prompt-template '{document}' must contain {instruction}"),
         ([*EMBEDDED, "--tasks", "2", "--task", "2"], "--task 2 must be at least 0 and less than --tasks 2"),
@@ -50,6 +59,21 @@ def test_flags_that_cannot_work(flags: list[str], message: str, tmp_path: Path, 
     assert message in stderr
     assert "secret" not in stderr
     assert not output.exists()
+
+
+@pytest.mark.parametrize(("engine", "other"), [(OPENAI, "transformers"), (EMBEDDED, "openai")])
+def test_every_flag_of_another_engine_is_refused_also_with_its_default(
+    engine: list[str], other: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (group,) = (group for group in make_parser()._action_groups if (group.title or "").startswith(f"--engine {other}"))
+    assert len(group._group_actions) > 4
+    for action in group._group_actions:
+        (flag,) = action.option_strings
+        default = getattr(GenerationSettings, action.dest)
+        value = default or (action.choices or ["9"])[0]
+        words = [flag] if action.nargs == 0 else [flag, str(value)]
+        assert main(["--documents", "x.jsonl", "--output", str(tmp_path / "out"), *engine, *words]) == 2
+        assert f" {flag}" in (said := capsys.readouterr().err) and f"only with --engine {other}" in said
 
 
 def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -85,3 +109,4 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().out
     assert "--concurrency N" in text and "(default: 64)" in text
     assert "OPENAI_API_KEY" in text
+    assert r"(default: {document}\n\n{instruction})" in text.replace("\n" + 24 * " ", " ")

@@ -62,7 +62,9 @@ def test_numbers_within_an_instruction_are_no_marks() -> None:
     ]
 
 
-@pytest.mark.parametrize("reply", ["", "I would rather not.", "One line.\nAnother line.", "1.\n2.\n3.", "{'a': 1}"])
+@pytest.mark.parametrize(
+    "reply", ["", "I would rather not.", "One line.\nAnother line.", "1.\n2.\n3.", "{'a': 1}", "[" * 3000 + "]"]
+)
 def test_what_is_no_list_is_empty(reply: str) -> None:
     assert parse_pool(reply) == []
 

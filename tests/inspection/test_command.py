@@ -44,6 +44,8 @@ def test_pairs_report_and_page(generated: Path, tmp_path: Path) -> None:
         (["{pairs}", "--num-pairs", "-1"], "error: --num-pairs -1 must be at least 0"),
         (["{pairs}", "--max-chars", "0"], "error: --max-chars 0 must be at least 1"),
         (["{pairs}", "--id", "document 99"], "error: --id document 99: none of 12 documents has this id; did you mean"),
+        (["{pairs}", "--id", "document 1", "--num-pairs", "5"], "error: --num-pairs 5 has no effect with --id, which"),
+        (["{pairs}", "--id", "document 1", "--seed", "0"], "error: --seed 0 has no effect with --id, which"),
         (["{pairs}", "--html", "{folder}"], "is a folder: give a file's name"),
         (["{pairs}", "--html", "{pairs}/page.html"], "cannot be written"),
         (["{pairs}", "--html", "{pairs}"], "is one of the pairs files"),

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.planning import plan_command
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.plan_command import search_of
@@ -63,6 +66,28 @@ def test_a_shell_hands_the_trainer_every_word_as_it_is(num_gpus: int) -> None:
     ranks = dict(itertools.pairwise(started[:number]))
     assert int(ranks.get("--nnodes", 1)) * int(ranks["--nproc-per-node"]) == num_gpus
     assert num_gpus == 4 or ranks["--rdzv-endpoint"] == f"{socket.gethostname()}:29500"
+
+
+def test_a_command_names_the_folder_of_the_model_and_what_is_not_in_it(model: Path) -> None:
+    other = model / "llama-70b.json"
+    other.write_text((model / "config.json").read_text())
+
+    def planned(path: Path) -> tuple[str, str | None]:
+        arguments = plan_run.parser().parse_args(f"--hf-model {path} --seq-length 16384 --num-gpus 1 --gpu x".split())
+        words = plan_command.base_words(arguments)
+        return words[words.index("--load-hf") + 1], plan_command.missing_model(arguments)
+
+    for path, folder, missing in (
+        (model, model, "holds no weights"),
+        (model / "config.json", model, "holds no weights"),
+        # Beside it lie the config.json and the weights of another model.
+        (other, model / "llama-70b", "config.json is missing"),
+    ):
+        named, said = planned(path)
+        assert named == str(folder)
+        assert said is not None and "\n" not in said and missing in said and f"--local-dir {folder}`" in said
+    save_file({"x": torch.zeros(1)}, model / "model.safetensors")
+    assert planned(model)[1] is None
 
 
 TIED = {"tie_word_embeddings": True, "num_key_value_heads": 2}

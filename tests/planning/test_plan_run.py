@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from tools import plan_run
 def plan(monkeypatch: pytest.MonkeyPatch, model: Path, words: str) -> None:
     start = f"plan_run.py --hf-model {model} --seq-length 1024 --response-tokens 50 --num-plans 1 --num-documents 9 "
     monkeypatch.setattr(sys, "argv", (start + words).split())
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the test process keeps its own
     plan_run.main()
 
 
@@ -41,6 +43,10 @@ def test_the_plan_ends_in_a_command_that_the_trainer_takes(
     shown = capsys.readouterr().out
     for text in ("tokens/s/GPU", "MFU %", "peak GiB", "attention workspace", "fits in h100-80gb", "9 documents: "):
         assert text in shown
+    assert (
+        f"\nBefore it runs, `hf download NAME --local-dir {model}` has to put the model there: {model} holds no"
+        in shown
+    )
     config = with_initial_model(parse_arguments(words_of("torchrun" + shown.partition("torchrun")[2])))
     validate(config, 2)
     assert config.data.seq_length == 1024 and config.training.bf16 and config.model.hidden_size == 128

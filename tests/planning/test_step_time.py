@@ -5,9 +5,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.attention import ring
 from megatron_longpo.config import ConfigError, RunConfig
+from megatron_longpo.data.layout import DocumentLayout, RowLayout
+from megatron_longpo.planning.exchange_time import hop_tokens, step_shares
 from megatron_longpo.planning.hardware import GPU, GPUS, H100, MEASURED_LINK_SHARE, gpu_named, usable_gib
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, ring_bytes_per_s
 from megatron_longpo.planning.published import llama3_pretraining, longpo_paper, nemo_long_sequences, torchtitan
@@ -159,6 +165,70 @@ def test_groups_of_a_ring_take_fewer_steps_of_the_same_bytes() -> None:
     groups = context_s("--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 4 4")
     # K and V 2(n - 1) times in bf16 and n - 1 times their gradients in fp32, 16 and 4 steps.
     assert groups / ring == pytest.approx(3 / 15, rel=0.02)
+
+
+def ring_seconds(words: str, gbs: float) -> float:
+    """What `SHAPE` on a ring of 8 waits for in a micro-batch."""
+    gpu = dataclasses.replace(H100, nvlink_gbs=gbs)
+    return predicted(f"--context-parallel-size 8 --cp-comm-type p2p {words}", gpu=gpu).parts["context parallel"] / 8
+
+
+def test_a_ring_hides_a_hop_behind_the_attention_of_its_step() -> None:
+    config = config_of("--context-parallel-size 8 --cp-comm-type p2p")
+    tokens = work_of(config, made_up_rows(config), 1).layout.local_tokens
+    hop_s = 32 * tokens * 2 * 1024 / 1e9 / MEASURED_LINK_SHARE  # of a byte per value, at 1 GB/s
+    # Fast enough, only the gradients of the last step are waited for: 4 bytes in fp32.
+    assert ring_seconds("", 450) == pytest.approx(4 * hop_s / 450)
+    # Too slow for any, the attention of the steps that send hides something: 7 of 8 forward, all in backward.
+    parts = predicted("--context-parallel-size 8 --cp-comm-type p2p").parts
+    forward = parts["attention"] / 8 / (1 + 2.5 * H100.attention_tflops[0] / H100.attention_tflops[1])
+    hidden_s = parts["attention"] / 8 - forward / 8
+    assert ring_seconds("", 0.01) == pytest.approx(7 * (2 + 2 + 4) * hop_s / 0.01 - hidden_s)
+
+
+@pytest.mark.parametrize("window", ["full", "2047,0"])
+def test_a_ring_s_bytes_are_those_that_the_code_sends(window: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(f"--context-parallel-size 4 --cp-comm-type p2p --window-size {window}")
+    layout = work_of(config, made_up_rows(config), 1).layout
+    layout = dataclasses.replace(layout, window_tokens=config.model.window_size.num_tokens)
+    hops: list[list[int]] = []
+    batched = dist.batch_isend_irecv
+
+    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        hops[-1].append(operations[0].tensor.nbytes)
+        return batched(operations)
+
+    monkeypatch.setattr(dist, "batch_isend_irecv", counted)
+    for computation in ("forward_into", "backward_into"):
+        monkeypatch.setattr(ring, computation, lambda *arguments: None)
+    for rank in range(4):
+        hops.append([])
+        dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+        try:
+            k = torch.zeros(layout.local_tokens, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+            ring.ring_attention(k, k, k, layout, dist.group.WORLD, 1.0).sum().backward()
+        finally:
+            dist.destroy_process_group()
+    # The slowest rank makes a hop as long as it is.
+    sent = sum(max(ranks) for ranks in zip(*hops, strict=True))
+    slow = dataclasses.replace(H100, nvlink_gbs=1e-6)  # nothing hides it
+    seconds = predicted(f"--context-parallel-size 4 --cp-comm-type p2p --window-size {window}", 4, slow)
+    in_code = 8 * 32 * 1024 / 8 * sent / 1e3 / MEASURED_LINK_SHARE  # 8 rows, 32 layers, 1,024 values in place of 8
+    assert seconds.parts["context parallel"] == pytest.approx(in_code, rel=1e-3)
+
+
+def test_a_window_shortens_the_hops_and_leaves_them_less_to_hide_behind() -> None:
+    window = "--window-size 1023,0"
+    layout = RowLayout((DocumentLayout(32768, (512, 512)),), 8)
+    small = dataclasses.replace(layout, window_tokens=1024)
+    # Of both chunks of 2,048 tokens the last 1,023, and the pieces of the branches.
+    assert hop_tokens(layout) == 32768 / 8 + 128 and hop_tokens(small) == 2 * 1023 + 128
+    assert step_shares(layout) == (1 / 8,) * 8
+    shares = step_shares(small)
+    assert sum(shares) == pytest.approx(1) and shares[0] > 0.7 and max(shares[2:7]) < 0.02
+    assert ring_seconds(window, 0.01) < 0.6 * ring_seconds("", 0.01)
+    # Where full attention hides all hops, a window leaves steps that compute next to nothing.
+    assert ring_seconds(window, 450) > 1.5 * ring_seconds("", 450) * hop_tokens(small) / hop_tokens(layout)
 
 
 def test_transfers_to_the_host_hide_behind_computation_until_the_link_is_too_slow() -> None:
