@@ -70,10 +70,11 @@ def test_variants_compute_the_same_loss(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, f"exit code {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     losses = dict(json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("LOSSES"))
-    # Two steps: the second shows that the gradients and the optimizers agree too.
-    assert losses["shared_prefix_dpo"] == pytest.approx(losses["trl"], rel=1e-4)
+    # Two steps: the second shows that the gradients and the optimizers agree too, since a step changes these losses by
+    # 4e-5 and 8e-6. Rounding makes 1e-7, whatever the instruction set, the number of threads or the load.
+    assert losses["shared_prefix_dpo"] == pytest.approx(losses["trl"], rel=1e-6)
     assert abs(losses["trl"][0] - 0.6931) > 0.05, "the loss of equal policy and reference would compare nothing"
-    assert losses["two_sequences_full_logits"] == pytest.approx(losses["shared_prefix"], rel=1e-5)
+    assert losses["two_sequences_full_logits"] == pytest.approx(losses["shared_prefix"], rel=1e-6)
     assert losses["shared_prefix"][1] < losses["shared_prefix"][0]
 
 

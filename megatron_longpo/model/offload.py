@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from megatron_longpo import platform
+from megatron_longpo.model.unchanged import Unchanged
 
 OFFLOAD_FROM_BYTES = 2**20
 """Smaller tensors stay: log-sum-exps of short rows, scalars."""
 
-Packed = torch.Tensor | platform.HostCopy
+Packed = Unchanged | platform.HostCopy
 
 
 class LayerOffload:
@@ -46,11 +47,11 @@ class LayerOffload:
         """What stands for a saved tensor: its copy, or itself if it stays."""
         storage = tensor.untyped_storage()
         if tensor.nbytes < OFFLOAD_FROM_BYTES or storage._cdata in self._resident:
-            return tensor
+            return Unchanged(tensor)
         if tensor.device != platform.device():
-            return tensor
+            return Unchanged(tensor)
         # Several operations save the same tensor, each by an object of its own.
-        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         for owner, known, copy in self._copies:
             found = copy()
             if owner() is storage and known == place and found is not None:
@@ -61,8 +62,8 @@ class LayerOffload:
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """The saved tensor, on the device again."""
-        if isinstance(packed, torch.Tensor):
-            return packed
+        if isinstance(packed, Unchanged):
+            return packed.tensor()
         self.fetch()
         previous = self._previous() if self._previous is not None else None
         if previous is not None:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron_longpo.model.unchanged import Unchanged
+
 Function = Callable[..., torch.Tensor]
 
 
@@ -39,17 +41,18 @@ class Remaking:
     """What a layer's operators made with `remade`, while the layer computes.
 
     Args:
-        pack: Applied to every other saved tensor, and to the inputs of those that are made again.
+        pack: Applied to every other saved tensor, and to the inputs of those that are made again. By default they are
+            kept, and a change in place is an error, as it is without hooks.
         unpack: Its inverse; may be called several times for one packed tensor.
     """
 
     def __init__(
         self,
-        pack: Callable[[torch.Tensor], Any] = lambda tensor: tensor,
-        unpack: Callable[[Any], torch.Tensor] = lambda packed: packed,
+        pack: Callable[[torch.Tensor], Any] = Unchanged,
+        unpack: Callable[[Any], torch.Tensor] = Unchanged.tensor,
     ) -> None:
         self._pack_other, self._unpack_other = pack, unpack
-        self._recipes: dict[int, tuple[weakref.ref[torch.UntypedStorage], Function, tuple[torch.Tensor, ...]]] = {}
+        self._recipes: dict[int, _Recipe] = {}
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -68,15 +71,15 @@ class Remaking:
         key = id(storage)
         # Where nothing saves it, as inside of a checkpoint, its inputs must not live longer than it does.
         owner = weakref.ref(storage, lambda _: self._recipes.pop(key, None))
-        self._recipes[key] = owner, function, tuple(x.detach() for x in inputs)
+        self._recipes[key] = _Recipe(owner, made._version, function, tuple(Unchanged(x.detach()) for x in inputs))
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
-        owner, function, inputs = self._recipes.get(id(storage), (None, None, ()))
-        if owner is None or function is None or owner() is not storage:
+        recipe = self._recipes.get(id(storage))
+        if recipe is None or recipe.owner() is not storage or not recipe.makes(tensor):
             return self._pack_other(tensor)
-        packed = tuple(map(self._pack_other, inputs))
-        return _Again(function, packed, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        packed = tuple(self._pack_other(x.tensor()) for x in recipe.inputs)
+        return _Again(recipe.function, packed, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Again):
@@ -84,6 +87,20 @@ class Remaking:
         with torch.no_grad():
             made = packed.function(*map(self._unpack_other, packed.inputs))
         return made.as_strided(packed.size, packed.stride, packed.offset)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a storage was filled, and at which version of its tensors."""
+
+    owner: weakref.ref[torch.UntypedStorage]
+    version: int
+    function: Function
+    inputs: tuple[Unchanged, ...]
+
+    def makes(self, tensor: torch.Tensor) -> bool:
+        """Whether it still makes this tensor of the storage, which may have been written to, as may the inputs."""
+        return tensor._version == self.version and all(x.is_so for x in self.inputs)
 
 
 @dataclass(frozen=True)

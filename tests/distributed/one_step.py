@@ -1,4 +1,4 @@
-"""What a rank does in the tests of layouts: start from a shared checkpoint, evaluate, run one global batch."""
+"""What a rank does in the tests of layouts: start from a shared checkpoint, evaluate, run one global batch or two."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from megatron.core import parallel_state
 from tests.distributed.harness import fresh_world
 
 
-def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str, float]:
-    """Evaluate and run one global batch from the shared checkpoint; leave its gradients as a checkpoint."""
+def one_step(flags: list[str], data: str, save_to: str) -> dict[str, float]:
+    """Evaluate and run one global batch from the shared checkpoint; leave its gradients as a checkpoint.
+
+    To a folder whose name ends in "step", leave the weights after two steps instead: the gradients of a distributed
+    optimizer lie in shards.
+    """
     from megatron_longpo import platform
     from megatron_longpo.arguments import parse_arguments
     from megatron_longpo.data.dataset import PreferenceDataset
@@ -26,8 +30,7 @@ def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str,
 
     if "sft-rejected" in " ".join(flags):
         flags = [flag for flag in flags if "--beta" not in flag]
-    save = [f"--save={gradients_to}"] if gradients_to else []
-    config = parse_arguments([*flags, f"--data-path={data}", *save])
+    config = parse_arguments([*flags, f"--data-path={data}", f"--save={save_to}"])
     config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
     validate(config, torch.distributed.get_world_size())
     platform.prepare()
@@ -42,30 +45,27 @@ def one_step(flags: list[str], data: str, gradients_to: str | None) -> dict[str,
         micro_batches = MicroBatches(config, dataset, reference)
         with trainer.whole_weights():
             held_out = evaluate(config, trainer.chunks, micro_batches, trainer.eval_numbers)
-        batch = next(training_batches(micro_batches, trainer._sampler()))
-        if config.parallel.use_distributed_optimizer:
-            # Its gradients lie in shards: compare the weights after the step instead.
-            trainer.sampler = trainer._sampler()
-            metrics, bad = trainer._step(batch)
-            assert bad is None
+        trainer.sampler = trainer._sampler()
+        batches = training_batches(micro_batches, trainer.sampler)
+        if save_to.endswith("step"):
+            # Megatron overlaps the reduction of gradients from the second on.
+            for _ in range(2):
+                metrics, bad = trainer._step(next(batches))
+                assert bad is None
         else:
-            metrics, _ = run_global_batch(config, trainer.chunks, batch, forward_only=False)
-            if gradients_to and not gradients_to.endswith("step"):
-                for chunk in trainer.chunks:
-                    for parameter in unwrap(chunk).parameters():
-                        parameter.data.copy_(parameter.main_grad)
-            elif gradients_to:
-                trainer.optimizer.step()
-        if gradients_to:
-            with trainer.whole_weights():
-                Checkpointer(config, trainer.chunks).save(Progress(iteration=1))
+            metrics, _ = run_global_batch(config, trainer.chunks, next(batches), forward_only=False)
+            for chunk in trainer.chunks:
+                for parameter in unwrap(chunk).parameters():
+                    parameter.data.copy_(parameter.main_grad)
+        with trainer.whole_weights():
+            Checkpointer(config, trainer.chunks).save(Progress(iteration=1))
     finally:
         parallel_state.destroy_model_parallel()
     named = {name: value for name, value in metrics.items() if "/" in name or name == "loss"}
     return named | {f"eval/{name}": value for name, value in held_out.items()}
 
 
-def run_all(rank: int, cases: list[tuple[list[str], str, str | None]], folder: str) -> list[dict[str, float]]:
+def run_all(rank: int, cases: list[tuple[list[str], str, str]], folder: str) -> list[dict[str, float]]:
     results = []
     for number, case in enumerate(cases):
         fresh_world(f"{folder}/rendezvous-{len(cases)}-{number}", rank, dist.get_world_size())
@@ -74,7 +74,7 @@ def run_all(rank: int, cases: list[tuple[list[str], str, str | None]], folder: s
 
 
 def save_model_and_run_all(
-    rank: int, cases: list[tuple[list[str], str, str | None]], folder: str, model: list[str]
+    rank: int, cases: list[tuple[list[str], str, str]], folder: str, model: list[str]
 ) -> list[dict[str, float]]:
     """`run_all` in one process, from a new model."""
     save_random_model(rank, cases[0][1], f"{folder}/start", model)

@@ -39,6 +39,28 @@ def test_a_tensor_is_copied_once_and_weights_stay(copies: list[weakref.ref[platf
     assert all(copy() is None for copy in copies), "a copy outlived the graph"
 
 
+def test_each_state_of_a_tensor_has_a_copy_of_its_own(copies: list[weakref.ref[platform.HostCopy]]) -> None:
+    weight = torch.randn(3, requires_grad=True)
+    with OffloadChain().next([]).saving():
+        x = torch.randn(3)
+        out = weight * x
+        out = out + weight * x.mul_(2)
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    assert len(copies) == 2 and torch.equal(grad, x / 2 + x)
+
+
+def test_what_stays_must_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident, small = torch.randn(3), torch.randn(3)
+    for tensor in (resident, small):
+        monkeypatch.setattr(offload, "OFFLOAD_FROM_BYTES", 0 if tensor is resident else 2**20)
+        weight = torch.randn(3, requires_grad=True)
+        with OffloadChain().next([resident]).saving():
+            out = (weight * tensor).sum()
+        tensor.zero_()
+        with pytest.raises(RuntimeError, match="was changed in place"):
+            out.backward()
+
+
 def test_the_layer_before_is_fetched_ahead(copies: list[weakref.ref[platform.HostCopy]]) -> None:
     chain, x = OffloadChain(), torch.randn(4, requires_grad=True)
     links, y = [], x

@@ -118,6 +118,37 @@ def test_inside_of_a_checkpoint_nothing_is_held() -> None:
     assert all(torch.equal(ours, plain) for ours, plain in zip(gradients, expected, strict=True))
 
 
+def test_an_output_that_is_written_to_is_kept_as_it_is() -> None:
+    def gradient(make: Callable[..., torch.Tensor]) -> torch.Tensor:
+        made = make(_SwiGLU.apply, x)
+        with torch.no_grad():
+            made.mul_(2)
+        (grad,) = torch.autograd.grad((made @ weight).sum(), weight)
+        return grad
+
+    x, weight = torch.randn(6, 10, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    with Remaking().saving():
+        ours = gradient(remade)
+    assert torch.equal(ours, gradient(lambda function, *inputs: function(*inputs)))
+
+
+@pytest.mark.parametrize("make", [remade, lambda function, x: function(x).cos()], ids=["an input", "another tensor"])
+def test_a_change_before_the_backward_pass_is_an_error_as_without_hooks(make: Callable[..., torch.Tensor]) -> None:
+    def loss() -> torch.Tensor:
+        x = torch.randn(6, 10, requires_grad=True) * 1.0
+        out = chain(x, weight, make)
+        x.mul_(2)
+        return out
+
+    weight = torch.randn(5, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss().backward()
+    with Remaking().saving():
+        out = loss()
+    with pytest.raises(RuntimeError, match=r"a tensor \(6, 10\) of torch.float32 .* was changed in place"):
+        out.backward()
+
+
 def test_outside_of_a_layer_it_is_the_function() -> None:
     x = torch.randn(6, 10, requires_grad=True)
     assert torch.equal(remade(_SwiGLU.apply, x), plain_swiglu(x))
