@@ -78,13 +78,16 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         recompute_num_layers=training.recompute_num_layers,
         recompute_modules=list(training.recompute_modules) if training.recompute_modules else None,
         fp8=training.fp8_format,
+        fp8_recipe=training.fp8_recipe,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **platform.pipeline_options(parallel.pipeline_model_parallel_size, interleaved),
+        # Between two ranks, batched transfers of the interleaved schedule cross: gloo matches messages by order alone.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
     )
 
 

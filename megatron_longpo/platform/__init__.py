@@ -23,7 +23,7 @@ from megatron_longpo.platform.megatron_core import CHECKED_VERSIONS
 from megatron_longpo.platform.newer_megatron import async_save_options, mlp_submodules
 from megatron_longpo.platform.preparation import prepare
 from megatron_longpo.platform.profiles import around_waits, nsight_range, profiler_activities
-from megatron_longpo.platform.transfers import HostCopy, pipeline_options
+from megatron_longpo.platform.transfers import HostCopy
 
 __all__ = [
     "CHECKED_VERSIONS",
@@ -39,7 +39,6 @@ __all__ = [
     "mlp_submodules",
     "nsight_range",
     "peak_memory_gib",
-    "pipeline_options",
     "prepare",
     "profiler_activities",
     "synchronize",

@@ -1,4 +1,4 @@
-"""Moving tensors: between pipeline ranks, and to host memory and back on streams of their own."""
+"""Moving tensors to host memory and back on streams of their own."""
 
 from __future__ import annotations
 
@@ -6,20 +6,6 @@ import functools
 from typing import Any
 
 import torch
-
-from megatron_longpo.platform.devices import has_cuda
-
-
-def pipeline_options(pipeline_size: int, interleaved: bool) -> dict[str, bool]:
-    """TransformerConfig fields for point-to-point transfers.
-
-    With two pipeline ranks both neighbours are the same rank, and gloo matches messages by order alone: the batched
-    transfers of the interleaved schedule then cross and give silently wrong results. The overlapped form is right.
-    """
-    if not has_cuda() and interleaved and pipeline_size == 2:
-        return {"batch_p2p_comm": False, "overlap_p2p_comm": True}
-    return {"batch_p2p_comm": not interleaved, "overlap_p2p_comm": interleaved}
-
 
 LARGEST_PIECE_BYTES, SMALLEST_PIECE_BYTES = 2**28, 2**20
 
