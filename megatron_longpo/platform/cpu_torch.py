@@ -39,7 +39,7 @@ def install_cpu_torch() -> None:
     for name in _MODULES_THAT_NAME_CUDA:
         # A stand-in whose module moved in a later release has nothing to stand in for.
         with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(f"megatron.core.{name}").torch = _CpuTorch()  # type: ignore[attr-defined]
+            importlib.import_module(f"megatron.core.{name}").torch = CpuTorch()  # type: ignore[attr-defined]
 
 
 class _CpuCuda:
@@ -65,7 +65,7 @@ class _CpuCuda:
     manual_seed = staticmethod(torch.manual_seed)
 
 
-class _CpuTorch(types.ModuleType):
+class CpuTorch(types.ModuleType):
     """``torch``, with tensor factories that put ``device="cuda"`` on the CPU.
 
     Remove when Megatron-Core asks its configuration for the device instead of naming CUDA.

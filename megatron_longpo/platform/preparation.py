@@ -20,6 +20,7 @@ from megatron_longpo.platform.repairs import (
     fix_zero1_resume,
     group_ranks_without_einops,
     let_checkpoints_name_optimizers,
+    let_hybrid_optimizer_resume,
     norm_gradients_without_waiting,
     pin_weights_on_host,
     tie_checkpoint_manager_to_its_rank,
@@ -52,6 +53,7 @@ def prepare(use_cpu: bool = False) -> None:
     group_ranks_without_einops()
     count_missing_te_as_old()
     fix_zero1_resume()
+    let_hybrid_optimizer_resume()
     norm_gradients_without_waiting()
     pin_weights_on_host()
     let_checkpoints_name_optimizers()

@@ -47,7 +47,7 @@ def fix_zero1_resume() -> None:
 
     Upstream asserts on a state without ``step``, misses ``step`` when it copies loaded state, and gives all parameters
     ONE ``step`` tensor, which then advances once per parameter: the resumed run is silently wrong. The hybrid optimizer
-    of ``--optimizer-cpu-offload`` has the first and the last of these, and takes AdamW for a sign of the host.
+    of ``--optimizer-cpu-offload`` has the first and the last of these.
     Remove when a resumed run under torch AdamW equals an uninterrupted one upstream.
     """
     from megatron.core.optimizer import HybridDeviceOptimizer, distrib_optimizer
@@ -96,16 +96,36 @@ def fix_zero1_resume() -> None:
             tensors = {**tensors, "step": own["step"]}
         set_states(self, model_param, tensors)
 
+    upstream.state_dict = fixed_state_dict
+    upstream.load_state_dict = fixed_load_state_dict
+    upstream._set_main_param_and_optimizer_states = fixed_set_states
+
+
+def let_hybrid_optimizer_resume() -> None:
+    """Make ``--optimizer-cpu-offload`` resume exactly, with torch's AdamW or TE's FusedAdam for the weights on the GPU.
+
+    FusedAdam counts steps in its parameter groups. Upstream writes the checkpoint's count into the groups of the whole,
+    and those over FusedAdam's before every step, so that its bias correction stays at that step for ever. And upstream
+    takes an AdamW for a sign of the host when it moves what was loaded.
+    Remove when ``HybridDeviceOptimizer`` leaves ``step`` to who counts it, and moves state to its parameter's device.
+    """
+    from megatron.core.optimizer import HybridDeviceOptimizer
+
+    sync_groups = HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers
+
+    def sync_groups_and_forget_step(self: Any) -> None:
+        sync_groups(self)
+        for group in self.param_groups:
+            group.pop("step", None)
+
     def move_state_to_parameters(self: Any) -> None:
         for optimizer in self.sub_optimizers:
             for param, state in optimizer.state.items():
                 # One dictionary for both optimizers, as upstream has it.
                 state.update({name: v.to(param.device) for name, v in state.items() if isinstance(v, torch.Tensor)})
 
+    HybridDeviceOptimizer._sync_hdo_param_groups_to_sub_optimizers = sync_groups_and_forget_step
     HybridDeviceOptimizer._move_new_state_to_right_device = move_state_to_parameters
-    upstream.state_dict = fixed_state_dict
-    upstream.load_state_dict = fixed_load_state_dict
-    upstream._set_main_param_and_optimizer_states = fixed_set_states
 
 
 def norm_gradients_without_waiting() -> None:
