@@ -28,7 +28,8 @@ MEGATRON_FLAGS = """
 --save-retain-interval --no-load-optim --no-load-rng --no-save-optim --no-save-rng --finetune
 --use-checkpoint-args --log-interval --eval-interval --eval-iters
 --tensorboard-dir --wandb-project --wandb-entity --wandb-exp-name --wandb-save-dir --skip-train --exit-interval
---exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --profile --profile-step-start
+--exit-duration-in-mins --exit-signal-handler --seed --transformer-impl --fp8-format --fp8-recipe --profile
+--profile-step-start
 --profile-step-end --profile-ranks --cpu-offloading-num-layers --hierarchical-context-parallel-sizes
 --optimizer-cpu-offload --optimizer-offload-fraction --overlap-cpu-optimizer-d2h-h2d
 """

@@ -141,11 +141,6 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             1,
             "--recompute-num-layers 9 must be at most the 8 layers",
         ),
-        (
-            "--recompute-granularity selective --recompute-modules layernorm --transformer-impl local",
-            1,
-            "--recompute-modules layernorm needs --transformer-impl transformer_engine",
-        ),
         ("--fp8-format hybrid", 1, "--fp8-format hybrid needs --bf16"),
         ("--use-cpu --transformer-impl transformer_engine", 1, "--transformer-impl transformer_engine needs a GPU"),
         (

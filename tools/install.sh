@@ -58,5 +58,13 @@ say "the other packages, locked by $constraints (about 300 MB, a minute or two)"
 pip_install -c "$constraints" setuptools wheel
 # No build isolation: the setuptools just locked is used, and nothing else is downloaded.
 pip_install -c "$constraints" --no-build-isolation -e '.[dev]'
+# Its Python code, which the tests run without a GPU; compiled it is the extra `gpu`. On no path: where its library is
+# missing, importing it fails, and with it Megatron-Core.
+te_version=$(sed -n 's/^transformer-engine==//p' "$constraints")
+if [ ! -d "$venv/transformer-engine/transformer_engine-$te_version.dist-info" ]; then
+    say "Python code of transformer-engine $te_version, for the tests (1 MB)"
+    rm -rf "$venv/transformer-engine"
+    pip_install --no-deps --target "$venv/transformer-engine" "transformer-engine==$te_version"
+fi
 say "done: $("$venv/bin/python" -c 'import torch; from importlib.metadata import version
 print("torch", torch.__version__, "· megatron-core", version("megatron-core"), "· transformers", version("transformers"))')"

@@ -60,10 +60,16 @@ class TrainingConfig:
     )
     fp8_format: str | None = flag(
         None,
-        "fp8 matrix products: e4m3, or hybrid = e5m2 for gradients",
+        "fp8 matrix products in training steps: e4m3, or hybrid = e5m2 for gradients; evaluation is in bf16",
         choices=("e4m3", "hybrid"),
         needs=equals("transformer_impl", "transformer_engine"),
         default_text="no fp8",
+    )
+    fp8_recipe: str = flag(
+        "delayed",
+        "where fp8's scaling factors come from: largest values of earlier rows, or of the tensor itself (tensorwise)",
+        choices=("delayed", "tensorwise"),
+        needs=given("fp8_format"),
     )
     recompute_granularity: str | None = flag(
         None,
@@ -109,8 +115,8 @@ class TrainingConfig:
     )
     recompute_modules: tuple[str, ...] = flag(
         ("core_attn",),
-        "parts of a layer to recompute; layernorm needs --transformer-impl transformer_engine",
-        choices=("core_attn", "mlp", "layernorm"),
+        "parts of a layer to recompute; what norms make is never kept",
+        choices=("core_attn", "mlp"),
         needs=equals("recompute_granularity", "selective"),
     )
     logits_chunk_tokens: int = flag(

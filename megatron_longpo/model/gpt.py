@@ -149,12 +149,13 @@ class SharedPrefixGPT(GPTModel):
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         if self.inverse_frequencies.device != position_ids.device:
             self.inverse_frequencies = sent(self.inverse_frequencies, position_ids.device)
-        hidden = self.decoder(
-            hidden_states=embedded,
-            # Megatron passes this argument untouched to the core attention, also through recomputation.
-            attention_mask=layout,
-            rotary_pos_emb=rotary_angles(position_ids[0], self.inverse_frequencies),
-        )
+        with self._fp8_for_gradients_only():
+            hidden = self.decoder(
+                hidden_states=embedded,
+                # Megatron passes this argument untouched to the core attention, also through recomputation.
+                attention_mask=layout,
+                rotary_pos_emb=rotary_angles(position_ids[0], self.inverse_frequencies),
+            )
         if not self.post_process:
             return hidden
         tied = self.share_embeddings_and_output_weights
@@ -166,3 +167,18 @@ class SharedPrefixGPT(GPTModel):
             vocab_size=self.model_shape.vocab_size,
             chunk_tokens=self.logits_chunk_tokens,
         )
+
+    @contextlib.contextmanager
+    def _fp8_for_gradients_only(self) -> Iterator[None]:
+        """Evaluate in bf16, the reference above all.
+
+        With delayed scaling the factors come from passes that were differentiated. Before the first of them they are 1,
+        and most weights of a model would be 0 in fp8.
+        """
+        fp8 = self.config.fp8
+        if not torch.is_grad_enabled():
+            self.config.fp8 = None
+        try:
+            yield
+        finally:
+            self.config.fp8 = fp8

@@ -1,6 +1,7 @@
 """The two layer specs behind ``--transformer-impl``, both with shared-prefix attention as their core.
 
-``local``: Megatron-Core's own modules, on CPU and GPU. ``transformer_engine``: TE's linears and norms, on GPU.
+``local``: Megatron-Core's own linears, on CPU and GPU. ``transformer_engine``: TE's, on GPU; fp8 needs them. All else
+is the same, so that a checkpoint of one loads with the other, and a dry run of one tells the memory of both.
 """
 
 from __future__ import annotations
@@ -58,10 +59,9 @@ def block_spec(
     Raises:
         ValueError: ``transformer_engine`` is asked for and not installed.
     """
+    layer = _local_layer(model)
     if transformer_impl == "transformer_engine":
-        layer, norm = _transformer_engine_layer(model)
-    else:
-        layer, norm = _local_layer(model), RMSNorm
+        _use_transformer_engine(layer)
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         SharedPrefixAttention, {"backend": attention_backend}
     )
@@ -69,7 +69,7 @@ def block_spec(
         platform.mlp_submodules(layer.submodules.mlp).activation_func = SwiGLU
     layer.module = FrugalLayer
     layer.params = {**layer.params, "mlp_chunk_tokens": mlp_chunk_tokens}
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=norm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)
 
 
 def _local_layer(model: ModelConfig) -> ModuleSpec:
@@ -81,7 +81,7 @@ def _local_layer(model: ModelConfig) -> ModuleSpec:
     return layer
 
 
-def _transformer_engine_layer(model: ModelConfig) -> tuple[ModuleSpec, type]:
+def _use_transformer_engine(layer: ModuleSpec) -> None:
     from megatron.core.extensions import transformer_engine
 
     # Where it is missing the module is there all the same, with stand-ins for its classes.
@@ -90,7 +90,7 @@ def _transformer_engine_layer(model: ModelConfig) -> tuple[ModuleSpec, type]:
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: use "
             "--transformer-impl local, an NGC image, or install it as docs/gpu.md says"
         )
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
-    return spec, transformer_engine.TENorm
+    attention, mlp = layer.submodules.self_attention.submodules, platform.mlp_submodules(layer.submodules.mlp)
+    # Not those that have the norm inside: they keep its output for the backward pass.
+    attention.linear_qkv = mlp.linear_fc1 = transformer_engine.TEColumnParallelLinear
+    attention.linear_proj = mlp.linear_fc2 = transformer_engine.TERowParallelLinear

@@ -37,8 +37,6 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
         yield from _mlp_chunks(config)
     if training.recompute_keep_attention and training.fp8_format is not None:
         yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
-    if "layernorm" in training.recompute_modules and training.transformer_impl == "local":
-        yield "--recompute-modules layernorm needs --transformer-impl transformer_engine"
     if training.fp8_format is not None and not training.bf16:
         yield f"--fp8-format {training.fp8_format} needs --bf16"
     if training.use_cpu and training.attention_backend != FLASH:
@@ -53,12 +51,8 @@ def _mlp_chunks(config: RunConfig) -> Iterator[str]:
     training, chunk = config.training, config.training.mlp_chunk_tokens
     if training.fp8_format is not None:
         yield f"--mlp-chunk-tokens {chunk} does not know fp8 recomputation: leave it or --fp8-format out"
-    again = {"mlp", "layernorm"} & set(training.recompute_modules)
-    if training.recompute_granularity == "selective" and again:
-        yield (
-            f"--mlp-chunk-tokens {chunk} recomputes norm and MLP already: take {' and '.join(sorted(again))} out of "
-            "--recompute-modules"
-        )
+    if training.recompute_granularity == "selective" and "mlp" in training.recompute_modules:
+        yield f"--mlp-chunk-tokens {chunk} recomputes norm and MLP already: take mlp out of --recompute-modules"
 
 
 def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:
