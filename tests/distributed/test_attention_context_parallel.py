@@ -79,7 +79,7 @@ def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("cp_size", [2, 4])
+@pytest.mark.parametrize("cp_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_equals_dense_twin(cp_size: int) -> None:
     for rank, errors in enumerate(run_ranks(errors_of_rank, cp_size, cp_size)):
         comm_types = FLAT if cp_size == 2 else COMM_TYPES

@@ -80,18 +80,21 @@ DEFAULT: list[Case] = [
     ("longpo", "CP 2 all-to-all"),
     ("longpo", "CP 2 ring + attention kept"),
     ("longpo", "CP 2 x 2 all-to-all and ring"),
-    ("longpo", "TP 2 x PP 2"),
     ("longpo", "PP 2 + attention kept"),
     ("longpo", "TP 2 + sequence parallel + MLP in pieces"),
     ("dpo", "TP 2 x CP 2"),
-    ("window", "CP 2 x 2 all-to-all and ring"),
 ]
 DEFAULT_ZERO = ["DP 4", "TP 2 + sequence parallel"]
 TIED_ACROSS_STAGES: list[Case] = [("longpo", "PP 2"), ("longpo", "interleaved PP 2"), ("longpo", "TP 2 x PP 2")]
 MORE: list[Case] = [("longpo", name) for name in LAYOUTS if ("longpo", name) not in DEFAULT]
 MORE += [("dpo", "PP 2"), ("dpo", "CP 2 all-to-all"), ("constraint", "TP 2 x CP 2"), ("constraint", "PP 2")]
 MORE += [("constraint", "CP 2 all-to-all")]
-MORE += [("sft-rejected", "CP 2 all-gather"), ("window", "CP 4 ring"), ("window", "CP 2 ring + attention kept")]
+MORE += [
+    ("sft-rejected", "CP 2 all-gather"),
+    ("window", "CP 2 x 2 all-to-all and ring"),
+    ("window", "CP 4 ring"),
+    ("window", "CP 2 ring + attention kept"),
+]
 MORE_ZERO = [name for name in ZERO if name not in DEFAULT_ZERO]
 # With the parameters that every tensor-parallel rank has whole, and Qwen's biases.
 MODEL = [*MODEL_FLAGS, "--qk-layernorm", "--add-qkv-bias"]
