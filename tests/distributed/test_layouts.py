@@ -76,8 +76,6 @@ DEFAULT: list[Case] = [
     ("longpo", "DP 2 of two documents a row"),
     ("longpo", "TP 2 + sequence parallel"),
     ("longpo", "interleaved PP 2"),
-    ("longpo", "CP 2 all-gather"),
-    ("longpo", "CP 2 all-to-all"),
     ("longpo", "CP 2 ring + attention kept"),
     ("longpo", "CP 2 x 2 all-to-all and ring"),
     ("longpo", "PP 2 + attention kept"),
