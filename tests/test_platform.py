@@ -25,7 +25,8 @@ def test_installed_megatron_core_was_checked() -> None:
     assert f"{installed.major}.{installed.minor}" in platform.CHECKED_VERSIONS, (
         f"megatron-core {installed} is new here: run the whole suite, then add it to platform.CHECKED_VERSIONS"
     )
-    assert version("megatron-core") == megatron.core.__version__
+    # 0.19 adds the commit of the repository that its folder lies in: with .venv in a clone, that of the clone.
+    assert version("megatron-core") == megatron.core.__version__.partition("+")[0]
 
 
 @cpu_only
