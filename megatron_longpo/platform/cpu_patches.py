@@ -47,9 +47,9 @@ def replace_grad_clipping() -> None:
     from megatron.core.optimizer import clip_grads, optimizer
 
     def clip_grad_by_total_norm_fp32(
-        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+        parameters: Any, max_norm: float, total_norm: float | torch.Tensor, use_decoupled_grad: bool = False
     ) -> None:
-        scale = max_norm / (total_norm + 1.0e-6)
+        scale = max_norm / (float(total_norm) + 1.0e-6)
         if scale < 1.0:
             name = "decoupled_grad" if use_decoupled_grad else "grad"
             parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
