@@ -25,36 +25,24 @@ FILTERS = {
 
 LONGEST_CHUNK_TOKENS = 32768
 
-HOW_NOT_WHAT = frozenset(
-    {
-        "output",
-        "num_workers",
-        "base_url",
-        "long_base_url",
-        "concurrency",
-        "request_timeout_s",
-        "max_retries",
-        "skip_failed_documents",
-        "batch_size",
-        "prefill_tokens",
-        "device",
-        "progress",
-    }
+_ASKING_A_SERVER = (
+    "base_url",
+    "long_base_url",
+    "concurrency",
+    "request_timeout_s",
+    "max_retries",
+    "skip_failed_documents",
 )
-"""Fields that decide how the work is done; a run may go on with others. All the rest decides the content."""
-
 OF_ENGINE = {
-    OPENAI: (
-        "base_url",
-        "long_base_url",
-        "concurrency",
-        "request_timeout_s",
-        "max_retries",
-        "skip_failed_documents",
-    ),
+    OPENAI: _ASKING_A_SERVER,
     TRANSFORMERS: ("long_rotary_base", "dtype", "device", "batch_size", "prefill_tokens"),
 }
 """Fields that only one engine uses."""
+
+HOW_NOT_WHAT = frozenset(
+    {*_ASKING_A_SERVER, "output", "num_workers", "batch_size", "prefill_tokens", "device", "progress"}
+)
+"""Fields that decide how the work is done; a run may go on with others. All the rest decides the content."""
 
 
 @dataclass(frozen=True)
