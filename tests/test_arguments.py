@@ -37,7 +37,7 @@ MEGATRON_FLAGS = """
 OUR_FLAGS = """
 --objective --beta --lambda --nll-weight --turns --turn-reduction --reference-rotary-base --reference-dir
 --metrics-jsonl --logits-chunk-tokens --max-skipped-steps --load-hf --use-cpu --train-epochs --chat-template
---recompute-keep-attention --profile-dir --mlp-chunk-tokens
+--recompute-keep-attention --profile-dir --mlp-chunk-tokens --projection-chunk-tokens
 """
 
 

@@ -162,6 +162,11 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             "--mlp-chunk-tokens 8 does not know fp8 recomputation",
         ),
         (
+            "--projection-chunk-tokens 8 --bf16 --fp8-format hybrid --transformer-impl transformer_engine",
+            1,
+            "--projection-chunk-tokens 8 does not know fp8's scaling factors",
+        ),
+        (
             "--mlp-chunk-tokens 8 --recompute-granularity selective --recompute-modules core_attn mlp",
             1,
             "--mlp-chunk-tokens 8 recomputes norm and MLP already: take mlp out of --recompute-modules",

@@ -113,6 +113,15 @@ class TrainingConfig:
         default_text="the whole row",
         source="ours",
     )
+    projection_chunk_tokens: int | None = flag(
+        None,
+        "tokens whose hidden states go through the norm and the projections of attention at one time; nothing is "
+        "recomputed",
+        unit="tokens",
+        at_least=1,
+        default_text="the whole row",
+        source="ours",
+    )
     recompute_modules: tuple[str, ...] = flag(
         ("core_attn",),
         "parts of a layer to recompute; what norms make is never kept",

@@ -1,9 +1,10 @@
-"""Megatron's transformer layer with an MLP half that works through the row in pieces (``--mlp-chunk-tokens``)."""
+"""Megatron's transformer layer with ways to keep less, and to work through the row in pieces."""
 
 # T=tokens of this rank H=hidden_size F=ffn_hidden_size
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,29 +13,42 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.utils.checkpoint import checkpoint
 
 from megatron_longpo.model.offload import OffloadChain
+from megatron_longpo.model.pieces import in_pieces
 from megatron_longpo.model.remade import Remaking
 
 
 class FrugalLayer(TransformerLayer):
     """A layer with ways to keep less between forward and backward pass. What is `remade` is never kept.
 
+    The tokens of a piece are, with sequence parallel, those of all tensor-parallel ranks. None takes the row as a whole.
+
     Args:
         mlp_chunk_tokens: Norm, MLP and residual of so many tokens at a time, recomputed in the backward pass: their
             inner activations, the widest of the layer, exist for one piece of the row instead of ``[T, 2F]``, and
-            nothing but the half's input ``[T, H]`` is saved. None takes the row as a whole.
+            nothing but the half's input ``[T, H]`` is saved.
+        projection_chunk_tokens: The norm in front of attention and the projections to queries, keys and values and
+            from attention's output, of so many tokens at a time: with sequence parallel the hidden states of all ranks
+            exist for one piece of the row. Nothing is recomputed for it.
         offload: Saved tensors go to the host; None keeps them.
-
-    The pieces are recomputed by a checkpoint that is part of the graph: with Megatron's own, every piece would report
-    the weights' gradients as ready.
     """
 
-    def __init__(self, *args: Any, mlp_chunk_tokens: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        mlp_chunk_tokens: int | None = None,
+        projection_chunk_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.offload: OffloadChain | None = None
         self._piece_tokens = mlp_chunk_tokens
         if mlp_chunk_tokens is not None and self.config.sequence_parallel:
             # The MLP gathers the tokens of all tensor-parallel ranks.
             self._piece_tokens = max(1, mlp_chunk_tokens // self.config.tensor_model_parallel_size)
+        if projection_chunk_tokens is not None:
+            attention, norm = self.self_attention, self.input_layernorm
+            attention.linear_qkv.take_pieces(self.config, projection_chunk_tokens, gathers=True, norm=norm)
+            attention.linear_proj.take_pieces(self.config, projection_chunk_tokens, gathers=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer."""
@@ -53,8 +67,7 @@ class FrugalLayer(TransformerLayer):
 
     def _forward_mlp(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Norm, MLP and residual of ``[T, 1, H]``."""
-        piece = self._piece_tokens
-        if piece is None or len(hidden_states) <= piece:
+        if self._piece_tokens is None or len(hidden_states) <= self._piece_tokens:
             return super()._forward_mlp(hidden_states, *args, **kwargs)
         whole = super()._forward_mlp
 
@@ -65,5 +78,6 @@ class FrugalLayer(TransformerLayer):
                 # Recomputation ends in the middle of it, where Megatron-Core 0.19 still holds the half's input here.
                 self.mlp_norm_manager = None
 
-        pieces = hidden_states.split(piece)
-        return torch.cat([checkpoint(half, x, use_reentrant=False, preserve_rng_state=False) for x in pieces])
+        recomputed = partial(checkpoint, half, use_reentrant=False, preserve_rng_state=False)
+        parameters = [*self.pre_mlp_layernorm.parameters(), *self.mlp.parameters()]
+        return in_pieces(recomputed, hidden_states, parameters, self._piece_tokens)

@@ -28,7 +28,8 @@ def remade(function: Function, *inputs: torch.Tensor) -> torch.Tensor:
 
     Args:
         function: Deterministic, and without state that changes before the backward pass.
-        inputs: Should be saved anyhow, by ``function`` itself as a rule: they are what is kept.
+        inputs: Should be saved anyhow, by ``function`` itself as a rule: they are what is kept, unless they are made
+            again themselves.
     """
     made = function(*inputs)
     remaking = _active.get()
@@ -68,6 +69,8 @@ class Remaking:
     def note(self, made: torch.Tensor, function: Function, inputs: tuple[torch.Tensor, ...]) -> None:
         """Remember how a tensor was made, for as long as it lives."""
         storage = made.untyped_storage()
+        if any(x.untyped_storage() is storage for x in inputs):
+            return  # a view: nothing was made
         key = id(storage)
         # Where nothing saves it, as inside of a checkpoint, its inputs must not live longer than it does.
         owner = weakref.ref(storage, lambda _: self._recipes.pop(key, None))
@@ -78,14 +81,14 @@ class Remaking:
         recipe = self._recipes.get(id(storage))
         if recipe is None or recipe.owner() is not storage or not recipe.makes(tensor):
             return self._pack_other(tensor)
-        packed = tuple(self._pack_other(x.tensor()) for x in recipe.inputs)
+        packed = tuple(self._pack(x.tensor()) for x in recipe.inputs)
         return _Again(recipe.function, packed, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not isinstance(packed, _Again):
             return self._unpack_other(packed)
         with torch.no_grad():
-            made = packed.function(*map(self._unpack_other, packed.inputs))
+            made = packed.function(*map(self._unpack, packed.inputs))
         return made.as_strided(packed.size, packed.stride, packed.offset)
 
 

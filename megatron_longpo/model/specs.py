@@ -20,32 +20,17 @@ from megatron_longpo.attention.core_attention import SharedPrefixAttention
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.model.layer import FrugalLayer
-from megatron_longpo.model.remade import remade
+from megatron_longpo.model.norm import RMSNorm
+from megatron_longpo.model.projections import PieceProjection
 from megatron_longpo.model.swiglu import SwiGLU
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with Megatron's constructor, and with sequence parallel, which Megatron's own wrapper refuses.
-
-    Under sequence parallel every rank normalises other tokens, so the gradient of the weight is a sum over ranks:
-    Megatron all-reduces the gradients of parameters that carry ``sequence_parallel``.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension; the result is not kept for the backward pass of what it goes into."""
-        return remade(super().forward, hidden)
 
 
 def block_spec(
     model: ModelConfig,
     transformer_impl: str,
     num_local_layers: int,
-    mlp_chunk_tokens: int | None = None,
     attention_backend: str = FLASH,
+    **chunk_tokens: int | None,
 ) -> TransformerBlockSubmodules:
     """The submodules of one pipeline stage's transformer block.
 
@@ -53,8 +38,8 @@ def block_spec(
         model: Shape of the model.
         transformer_impl: ``local`` or ``transformer_engine``.
         num_local_layers: Layers that this stage holds.
-        mlp_chunk_tokens: As `FrugalLayer`'s.
         attention_backend: As `SharedPrefixAttention`'s.
+        chunk_tokens: The pieces of the row that `FrugalLayer` takes, by the names of its arguments.
 
     Raises:
         ValueError: ``transformer_engine`` is asked for and not installed.
@@ -62,13 +47,14 @@ def block_spec(
     layer = _local_layer(model)
     if transformer_impl == "transformer_engine":
         _use_transformer_engine(layer)
-    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        SharedPrefixAttention, {"backend": attention_backend}
-    )
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(SharedPrefixAttention, {"backend": attention_backend})
+    attention.linear_qkv = PieceProjection.in_front_of(attention.linear_qkv)
+    attention.linear_proj = PieceProjection.in_front_of(attention.linear_proj)
     if model.swiglu:
         platform.mlp_submodules(layer.submodules.mlp).activation_func = SwiGLU
     layer.module = FrugalLayer
-    layer.params = {**layer.params, "mlp_chunk_tokens": mlp_chunk_tokens}
+    layer.params = {**layer.params, **chunk_tokens}
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)
 
 

@@ -69,7 +69,10 @@ def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> tuple
     inner = size * inner_tokens * model.ffn_hidden_size / tp
     device += one_layer * again + 3 * inner + (3 * inner if training.mlp_chunk_tokens is not None else 0.0)
     keys = size * 2 * work.layout.padded_tokens * model.num_query_groups * model.kv_channels / tp
-    device += keys * 3 + 2 * size * tokens * model.hidden_size
+    # What a layer gets and its gradient, of all tensor-parallel ranks where they are gathered as a whole.
+    own_tokens = tokens / tp if parallel.sequence_parallel else tokens
+    at_once = own_tokens if training.projection_chunk_tokens is not None else tokens
+    device += keys * 3 + 2 * size * at_once * model.hidden_size
     if last:
         logits = training.logits_chunk_tokens * model.padded_vocab_size(tp) / tp
         head = 8 * vocabulary + 6 * logits + 3 * size * tokens * model.hidden_size

@@ -11,11 +11,11 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.planning.recomputation import local_layers
 
-MLP_PIECE_TOKENS = 4096
-"""Of ``--mlp-chunk-tokens``: still large matrix products, and inner activations that are small beside a long row's."""
+PIECE_TOKENS, MOST_PIECES = 4096, 32
+"""Of a row in pieces: still large matrix products, and activations that are small beside a long row's."""
 
-HALF, ALL = "half of the layers", "all layers"
-"""Stand for a number of layers of a (virtual) pipeline stage."""
+HALF, ALL, PIECE = "half of the layers", "all layers", "a piece"
+"""Stand for a number of layers of a (virtual) pipeline stage, and of tokens."""
 
 Changes = Mapping[str, Any]
 """Fields of the training or optimizer configuration, and their values."""
@@ -35,7 +35,11 @@ RECOMPUTED: dict[str, Changes] = {
 }
 """What is recomputed, by its name in the tables; what costs less comes first, here and below."""
 
-PIECES: dict[str, Changes] = {"": {}, "MLP in pieces": {"mlp_chunk_tokens": MLP_PIECE_TOKENS}}
+PIECES: dict[str, Changes] = {
+    "": {},
+    # What a projection gathers is as large as what an MLP gathers: one without the other leaves the peak where it is.
+    "in pieces": {"mlp_chunk_tokens": PIECE, "projection_chunk_tokens": PIECE},
+}
 
 OFFLOADED: dict[str, Changes] = {
     "": {},
@@ -67,9 +71,11 @@ class MemoryOption:
         if self.optimizer and not config.parallel.use_distributed_optimizer:
             return None
         tokens = config.data.seq_length // config.parallel.context_parallel_size
-        if self.training.get("mlp_chunk_tokens", 0) >= tokens or (HALF in self.training.values() and layers == 1):
+        piece = max(PIECE_TOKENS, tokens // MOST_PIECES)
+        asked = self.training.values()
+        if (PIECE in asked and piece >= tokens) or (HALF in asked and layers == 1):
             return None
-        numbers = {HALF: layers // 2, ALL: layers}
+        numbers = {HALF: layers // 2, ALL: layers, PIECE: piece}
         changes: dict[str, Any] = {
             field: numbers.get(value, value) if isinstance(value, str) else value
             for field, value in self.training.items()

@@ -61,8 +61,9 @@ def layout_line(config: RunConfig, num_gpus: int) -> str:
         recompute += f" ({' '.join(training.recompute_modules)})"
     if training.recompute_keep_attention:
         recompute += " but attention"
-    if training.mlp_chunk_tokens is not None:
-        recompute += f", MLP in pieces of {training.mlp_chunk_tokens} tokens"
+    for part, tokens in (("MLP", training.mlp_chunk_tokens), ("projections", training.projection_chunk_tokens)):
+        if tokens is not None:
+            recompute += f", {part} in pieces of {tokens} tokens"
     if training.cpu_offloading_num_layers:
         recompute += f", {training.cpu_offloading_num_layers} layers per stage offloaded"
     sharded = "sharded optimizer" if config.parallel.use_distributed_optimizer else "whole optimizer"

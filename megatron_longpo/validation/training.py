@@ -33,8 +33,7 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
             f"--cpu-offloading-num-layers {training.cpu_offloading_num_layers} must be at most the {local} layers of a "
             "pipeline stage"
         )
-    if training.mlp_chunk_tokens is not None:
-        yield from _mlp_chunks(config)
+    yield from _chunks(config)
     if training.recompute_keep_attention and training.fp8_format is not None:
         yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
     if training.fp8_format is not None and not training.bf16:
@@ -47,12 +46,18 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--distributed-backend nccl needs GPUs: remove it or --use-cpu"
 
 
-def _mlp_chunks(config: RunConfig) -> Iterator[str]:
-    training, chunk = config.training, config.training.mlp_chunk_tokens
+def _chunks(config: RunConfig) -> Iterator[str]:
+    training, mlp = config.training, config.training.mlp_chunk_tokens
     if training.fp8_format is not None:
-        yield f"--mlp-chunk-tokens {chunk} does not know fp8 recomputation: leave it or --fp8-format out"
-    if training.recompute_granularity == "selective" and "mlp" in training.recompute_modules:
-        yield f"--mlp-chunk-tokens {chunk} recomputes norm and MLP already: take mlp out of --recompute-modules"
+        if mlp is not None:
+            yield f"--mlp-chunk-tokens {mlp} does not know fp8 recomputation: leave it or --fp8-format out"
+        if training.projection_chunk_tokens is not None:
+            yield (
+                f"--projection-chunk-tokens {training.projection_chunk_tokens} does not know fp8's scaling factors: "
+                "leave it or --fp8-format out"
+            )
+    if mlp is not None and training.recompute_granularity == "selective" and "mlp" in training.recompute_modules:
+        yield f"--mlp-chunk-tokens {mlp} recomputes norm and MLP already: take mlp out of --recompute-modules"
 
 
 def _optimizer(config: RunConfig, world_size: int) -> Iterator[str]:

@@ -21,6 +21,7 @@ from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 TP, PP, CP = "--tensor-model-parallel-size=2", "--pipeline-model-parallel-size=2", "--context-parallel-size=2"
 FULL = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
 KEPT = [*FULL, "--recompute-keep-attention"]
+PIECES = ["--mlp-chunk-tokens=16", "--projection-chunk-tokens=10"]
 LAYOUTS = {
     "DP 4": [],
     "DP 2 of two documents a row": ["--micro-batch-size=2", TP],
@@ -45,7 +46,7 @@ LAYOUTS = {
     "TP 2 x PP 2": [TP, PP],
     "PP 2 x CP 2": [PP, CP],
     "TP 2 + full recompute": [TP, *FULL],
-    "TP 2 + sequence parallel + MLP in pieces": [TP, "--sequence-parallel", "--mlp-chunk-tokens=16", *KEPT],
+    "TP 2 + sequence parallel + in pieces": [TP, "--sequence-parallel", *PIECES, *KEPT],
     "PP 2 + attention kept": [PP, *KEPT],
     "interleaved PP 2 + attention kept": [PP, "--num-layers-per-virtual-pipeline-stage=1", *KEPT],
     "CP 2 all-gather + attention kept": [CP, *KEPT],
@@ -64,7 +65,7 @@ ZERO = {
     "DP 4": [],
     "TP 2 + sequence parallel": [TP, "--sequence-parallel"],
     "overlapped": OVERLAPPED,
-    "CP 2 + attention kept + MLP in pieces, overlapped": [CP, *KEPT, "--mlp-chunk-tokens=16", *OVERLAPPED],
+    "CP 2 + attention kept + in pieces, overlapped": [CP, *KEPT, *PIECES, *OVERLAPPED],
     "PP 2": [PP],
 }
 ABSOLUTE = 1e-5
@@ -79,7 +80,7 @@ DEFAULT: list[Case] = [
     ("longpo", "CP 2 ring + attention kept"),
     ("longpo", "CP 2 x 2 all-to-all and ring"),
     ("longpo", "PP 2 + attention kept"),
-    ("longpo", "TP 2 + sequence parallel + MLP in pieces"),
+    ("longpo", "TP 2 + sequence parallel + in pieces"),
     ("dpo", "TP 2 x CP 2"),
 ]
 DEFAULT_ZERO = ["DP 4", "TP 2 + sequence parallel"]

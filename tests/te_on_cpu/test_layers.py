@@ -75,8 +75,7 @@ def test_layers_equal_those_of_megatron_core(with_te: None, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_saving_memory_changes_nothing(with_te: None, tmp_path: Path) -> None:
-    # Pieces of the row add up the weights' gradients in bf16.
-    saving = ["--bf16", *KEPT, "--mlp-chunk-tokens=16", "--cpu-offloading-num-layers=2"]
+    saving = ["--bf16", *KEPT, *PIECES, "--cpu-offloading-num-layers=2"]
     both = {"local": saving, "te": [TE, *saving]}
     found = steps(tmp_path, both | {"fp8": [TE, *FP8], "fp8, recomputed": [TE, *FP8, *FULL]}, {})
     assert_equal(found["te"], found["local"])
@@ -85,7 +84,7 @@ def test_saving_memory_changes_nothing(with_te: None, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_layouts_equal_one_process_of_megatron_core(with_te: None, tmp_path: Path) -> None:
-    names = ["TP 2 + sequence parallel", "TP 2 + sequence parallel + MLP in pieces", "TP 2 + full recompute"]
+    names = ["TP 2 + sequence parallel", "TP 2 + sequence parallel + in pieces", "TP 2 + full recompute"]
     names += ["interleaved PP 2 + attention kept", "CP 2 ring + attention kept", "TP 2 x CP 2"]
     sharded = {f"{name} step": [TE, "--use-distributed-optimizer", *ZERO[name]] for name in ("DP 4", "overlapped")}
     sharded["TP 2 step"] = [TE, *LAYOUTS["TP 2 + sequence parallel"]]
