@@ -12,7 +12,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -41,9 +40,7 @@ class LogprobHead(ColumnParallelLinear):
         chunk_tokens: int,
     ) -> torch.Tensor:
         """See `linear_logprobs`; ``weight`` replaces the layer's own where embeddings are tied."""
-        if self.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
-        else:
+        if not self.sequence_parallel:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         return linear_logprobs(
             hidden.squeeze(1),
@@ -53,6 +50,7 @@ class LogprobHead(ColumnParallelLinear):
             vocab_size=vocab_size,
             chunk_tokens=chunk_tokens,
             tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
         )
 
 
@@ -132,8 +130,8 @@ class SharedPrefixGPT(GPTModel):
     ) -> torch.Tensor:
         """Log-probs of the predictions of one row, or the hidden states that the next pipeline stage needs.
 
-        Collectives: those of Megatron's layers; in the LM head an all-gather of the hidden states with sequence
-        parallel (reduce-scatter backward) or none forward (all-reduce backward), and 2 TP all-reduces of ``[K]``.
+        Collectives: those of Megatron's layers; in the LM head those of `linear_logprobs`, and without sequence
+        parallel a TP all-reduce of the hidden states' gradient.
 
         Args:
             input_ids: int64 ``[1, T]``.

@@ -20,7 +20,7 @@ from megatron_longpo.model.remade import Remaking
 class FrugalLayer(TransformerLayer):
     """A layer with ways to keep less between forward and backward pass. What is `remade` is never kept.
 
-    The tokens of a piece are, with sequence parallel, those of all tensor-parallel ranks. None takes the row as a whole.
+    The tokens of a piece are, with sequence parallel, those of all tensor-parallel ranks. None is the row as a whole.
 
     Args:
         mlp_chunk_tokens: Norm, MLP and residual of so many tokens at a time, recomputed in the backward pass: their

@@ -6,11 +6,7 @@ is the same, so that a checkpoint of one loads with the other, and a dry run of 
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules

@@ -2,7 +2,8 @@
 
 The logits of 512K tokens over a vocabulary of 152K take 319 GB in fp32. Here they exist for ``chunk_tokens``
 predictions at a time, in one buffer that every chunk reuses, and backward computes them again: one more matrix product
-on top of the three that a linear layer costs. The vocabulary may be split over tensor-parallel ranks.
+on top of the three that a linear layer costs. The vocabulary may be split over tensor-parallel ranks, and so may the
+row, whose hidden states are then exchanged for one chunk at a time.
 """
 
 # T=tokens of the row H=hidden_size V=vocabulary rows of this rank K=predictions c=predictions of one chunk
@@ -27,18 +28,21 @@ def linear_logprobs(
     vocab_size: int | None = None,
     chunk_tokens: int = 1024,
     tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """``log softmax(hidden[source_index] @ weight.T)[targets]``, computed chunk by chunk.
 
     Logits are fp32 whatever the weights are: a preference is a small difference of large sums of log-probs, which
     logits rounded to bf16 would drown. Nothing here waits for the device.
 
-    Collectives: 2 TP all-reduces forward for the whole row (MAX of ``[K]``, SUM of ``[2, K]``), 0 backward. The
-    gradient of ``hidden`` is this rank's part of a sum over TP: the caller takes ``hidden`` from Megatron's
-    ``copy_to_tensor_model_parallel_region`` or ``gather_from_sequence_parallel_region``, which add it up.
+    Collectives: 2 TP all-reduces forward for the whole row (MAX of ``[K]``, SUM of ``[2, K]``), 0 backward. With
+    ``sequence_parallel`` also one per chunk forward, of its hidden states ``[c, H]``, and two backward, of these and of
+    their gradients, behind the matrix products.
 
     Args:
-        hidden: ``[T, H]``; multiplied in the dtype of the weight.
+        hidden: ``[T, H]``; multiplied in the dtype of the weight. Its gradient is this rank's part of a sum over TP:
+            the caller takes it from Megatron's ``copy_to_tensor_model_parallel_region``, which adds it up. With
+            ``sequence_parallel``: ``[T / tp, H]``, this rank's tokens, and the gradient is the sum.
         weight: ``[V, H]``, this rank's rows of the LM head, fp64, fp32, bf16 or fp16. Its gradient is summed in fp32.
         source_index: int64 ``[K]``, the row of ``hidden`` that makes each prediction. It may repeat: the last token of
             a prefix predicts the first token of every branch.
@@ -47,14 +51,17 @@ def linear_logprobs(
             probability. None: no row is padding.
         chunk_tokens: Predictions whose logits exist at one time.
         tp_group: The ranks that the vocabulary is split over, in rank order. None or one rank: not split.
+        sequence_parallel: The row is split over the same ranks.
 
     Returns:
         ``[K]``, fp32 (fp64 for fp64), the same on every rank of ``tp_group``.
     """
+    assert tp_group is not None or not sequence_parallel
     assert hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1], (hidden.shape, weight.shape)
     assert source_index.shape == targets.shape and targets.dim() == 1, (source_index.shape, targets.shape)
     assert chunk_tokens > 0, chunk_tokens
-    return _LinearLogprobs.apply(hidden, weight, source_index, targets, vocab_size, chunk_tokens, tp_group)
+    tokens = _Tokens(len(hidden), tp_group if sequence_parallel else None)
+    return _LinearLogprobs.apply(hidden, weight, source_index, targets, vocab_size, chunk_tokens, tp_group, tokens)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,56 @@ class _Shard:
         return column.masked_fill(~here, 0), here
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """Which tokens of a row have their hidden states on this rank: all of them, or those of one rank of a group."""
+
+    num_tokens: int
+    group: dist.ProcessGroup | None
+
+    def chunks(
+        self, hidden: torch.Tensor, source_index: torch.Tensor, chunk_tokens: int
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The states ``[c, H]`` of one chunk of predictions after another; those of the next are on their way."""
+        total = len(source_index)
+        rows = [slice(start, min(start + chunk_tokens, total)) for start in range(0, total, chunk_tokens)]
+        ahead = self._fetch(hidden, source_index[rows[0]]) if rows else None
+        for number, chunk in enumerate(rows):
+            assert ahead is not None
+            states, under_way = ahead
+            if number + 1 < len(rows):
+                ahead = self._fetch(hidden, source_index[rows[number + 1]])
+            if under_way is not None:
+                under_way.wait()
+            yield chunk, states
+
+    def _fetch(self, hidden: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, dist.Work | None]:
+        if self.group is None:
+            return hidden.index_select(0, index), None
+        place, elsewhere = self._find(index)
+        # One rank has a state, the others add zeros.
+        states = hidden.index_select(0, place).masked_fill_(elsewhere, 0.0)
+        return states, dist.all_reduce(states, group=self.group, async_op=True)
+
+    def begin_sum(self, states: torch.Tensor) -> dist.Work | None:
+        """Start to add up the ranks' parts of a gradient of states, in place."""
+        return None if self.group is None else dist.all_reduce(states, group=self.group, async_op=True)
+
+    def add_(self, total: torch.Tensor, index: torch.Tensor, states: torch.Tensor) -> None:
+        """Add states to those of the tokens that are here."""
+        if self.group is not None:
+            index, elsewhere = self._find(index)
+            states = states.masked_fill(elsewhere, 0.0)
+        total.index_add_(0, index, states)
+
+    def _find(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the tokens are in this rank's, int64 ``[c]``, and whether they are not, bool ``[c, 1]``."""
+        assert self.group is not None
+        place = index - self.group.rank() * self.num_tokens
+        elsewhere = (place < 0) | (place >= self.num_tokens)
+        return place.masked_fill(elsewhere, 0), elsewhere[:, None]
+
+
 @dataclass
 class _Chunk:
     """The logits of a few predictions. They lie in a buffer that the next chunk overwrites; work on them in place."""
@@ -90,15 +147,18 @@ class _Chunk:
 
 
 def _chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, source_index: torch.Tensor, chunk_tokens: int, shard: _Shard
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    source_index: torch.Tensor,
+    chunk_tokens: int,
+    tokens: _Tokens,
+    shard: _Shard,
 ) -> Iterator[_Chunk]:
     """Logits of one chunk of predictions after another; forward and backward see the same ones, bit by bit."""
-    num_predictions = len(source_index)
     # Fresh memory costs page faults (CPU) or fragmentation (CUDA) for every chunk: one buffer serves them all.
-    buffer = weight.new_empty(min(chunk_tokens, num_predictions), weight.shape[0], dtype=_wide(weight.dtype))
-    for start in range(0, num_predictions, chunk_tokens):
-        rows = slice(start, min(start + chunk_tokens, num_predictions))
-        states = hidden.index_select(0, source_index[rows]).to(weight.dtype)
+    buffer = weight.new_empty(min(chunk_tokens, len(source_index)), weight.shape[0], dtype=_wide(weight.dtype))
+    for rows, states in tokens.chunks(hidden, source_index, chunk_tokens):
+        states = states.to(weight.dtype)
         logits = _product(states, weight.t(), out=buffer[: len(states)])
         logits[:, shard.num_tokens :] = -torch.inf
         yield _Chunk(rows, states, logits)
@@ -117,12 +177,13 @@ class _LinearLogprobs(torch.autograd.Function):
         vocab_size: int | None,
         chunk_tokens: int,
         group: dist.ProcessGroup | None,
+        tokens: _Tokens,
     ) -> torch.Tensor:
         """Log-probs ``[K]``, chunk by chunk; 2 TP all-reduces of ``[K]`` and ``[2, K]`` at the end."""
         shard = _Shard.of(weight, vocab_size, group)
         # Row 0 becomes the log of the sum of exponentials, row 1 the target's logit.
         stats = weight.new_empty(2, len(targets), dtype=_wide(weight.dtype))
-        for chunk in _chunks(hidden, _operand(weight), source_index, chunk_tokens, shard):
+        for chunk in _chunks(hidden, _operand(weight), source_index, chunk_tokens, tokens, shard):
             column, here = shard.find(targets[chunk.rows])
             stats[1, chunk.rows] = chunk.logits.gather(1, column).masked_fill_(~here, 0.0)[:, 0]
             stats[0, chunk.rows] = _logsumexp_(chunk.logits)
@@ -130,21 +191,21 @@ class _LinearLogprobs(torch.autograd.Function):
             _combine_(stats, group)
         log_total, target_logit = stats
         ctx.save_for_backward(hidden, weight, source_index, targets, log_total)
-        ctx.shard, ctx.chunk_tokens = shard, chunk_tokens
+        ctx.tokens, ctx.shard, ctx.chunk_tokens = tokens, shard, chunk_tokens
         outside = (targets < 0) | (targets >= shard.vocab_size)
         return (target_logit - log_total).masked_fill_(outside, -torch.inf)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: torch.Tensor) -> tuple[Any, ...]:
-        """Gradients of hidden ``[T, H]`` and weight ``[V, H]``, of ``grad_logps [K]``; no collectives."""
+        """Gradients of hidden ``[T, H]`` and weight ``[V, H]``, of ``grad_logps [K]``; see `linear_logprobs`."""
         hidden, weight, source_index, targets, log_total = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         multiplied = _operand(weight)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         sum_weight = _ProductSum(weight) if needs_weight else None
-        narrow = None
-        for chunk in _chunks(hidden, multiplied, source_index, ctx.chunk_tokens, ctx.shard):
+        narrow = summing = None
+        for chunk in _chunks(hidden, multiplied, source_index, ctx.chunk_tokens, ctx.tokens, ctx.shard):
             rows = chunk.rows
             # d logp / d logits = onehot - p. Its negative is made in place, and sign and incoming gradient go into the
             # factors [c, H] below, V / H times smaller than the logits.
@@ -157,11 +218,15 @@ class _LinearLogprobs(torch.autograd.Function):
                 error = narrow.copy_(error)
             scale = -grad_logps[rows, None]
             if grad_hidden is not None:
-                product = _product(error, multiplied).mul_(scale)
-                grad_hidden.index_add_(0, source_index[rows], product.to(grad_hidden.dtype))
+                product = _product(error, multiplied).mul_(scale).to(grad_hidden.dtype)
+                summing = ctx.tokens.begin_sum(product)
             if sum_weight is not None:
                 sum_weight.add(error.t(), (chunk.hidden * scale).to(error.dtype))
-        return grad_hidden, None if sum_weight is None else sum_weight.total.to(weight.dtype), *(None,) * 5
+            if grad_hidden is not None:
+                if summing is not None:
+                    summing.wait()
+                ctx.tokens.add_(grad_hidden, source_index[rows], product)
+        return grad_hidden, None if sum_weight is None else sum_weight.total.to(weight.dtype), *(None,) * 6
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ from megatron_longpo.attention import all_gather
 
 @contextlib.contextmanager
 def late_transfers() -> Iterator[None]:
-    """Use the memory of context-parallel transfers as badly as a device may.
+    """Use the memory of the transfers that wait behind computation as badly as a device may.
 
     What is received is NaN until it is waited for, what is sent becomes NaN afterwards, and memory that nothing was
     written to is NaN. What changes between the start of a transfer and its end is an AssertionError: it may be sent
@@ -26,6 +26,7 @@ def late_transfers() -> Iterator[None]:
             patch.setattr(all_gather, name, _late(getattr(all_gather, name)))
         patch.setattr(dist, "all_to_all_single", _late(dist.all_to_all_single))
         patch.setattr(dist, "batch_isend_irecv", _late_batch(dist.batch_isend_irecv))
+        patch.setattr(dist, "all_reduce", _late_in_place(dist.all_reduce))
         # Fresh memory is filled, as is torch's default, where algorithms must be deterministic.
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
@@ -51,6 +52,11 @@ class _LateWork:
         tensor.fill_(torch.nan)
         return self._received[-1][1]
 
+    def changing(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._received.append((tensor, tensor.clone()))
+        tensor.fill_(torch.nan)
+        return self._received[-1][1]
+
     def wait(self) -> None:
         for work in self.works:
             work.wait()
@@ -67,6 +73,15 @@ def _late(collective: Callable[..., Any]) -> Callable[..., Any]:
     def call(output: torch.Tensor, given: torch.Tensor, group: dist.ProcessGroup, async_op: bool = False) -> Any:
         late = _LateWork()
         late.works.append(collective(late.receiving(output), late.sending(given), group=group, async_op=True))
+        return late if async_op else late.wait()
+
+    return call
+
+
+def _late_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
+    def call(tensor: torch.Tensor, *args: Any, async_op: bool = False, **options: Any) -> Any:
+        late = _LateWork()
+        late.works.append(collective(late.changing(tensor), *args, async_op=True, **options))
         return late if async_op else late.wait()
 
     return call

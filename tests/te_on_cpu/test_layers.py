@@ -14,7 +14,7 @@ import torch
 
 from tests.distributed.harness import run_ranks
 from tests.distributed.one_step import run_all, save_model_and_run_all
-from tests.distributed.test_layouts import COMMON, FULL, KEPT, LAYOUTS, MODEL, OBJECTIVES, ZERO, load_tensors
+from tests.distributed.test_layouts import COMMON, FULL, KEPT, LAYOUTS, MODEL, OBJECTIVES, PIECES, ZERO, load_tensors
 from tests.te_on_cpu import FOLDER, environment
 from tests.tiny import write_tiny_dataset
 from tests.training.commands import metrics, stop_at_step, train
