@@ -26,19 +26,21 @@ from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 FULL = ("--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1")
 KEPT = (*FULL, "--recompute-keep-attention")
-OFFLOAD, PIECES = "--cpu-offloading-num-layers={layers}", "--mlp-chunk-tokens=1024"
+OFFLOAD = "--cpu-offloading-num-layers={layers}"
+PIECES = ("--mlp-chunk-tokens=1024", "--projection-chunk-tokens=1024")
 NOTHING_REMADE = "outputs of norms and gates kept"
 """What no flag brings back: every tensor that autograd asks for."""
 VARIANTS: dict[str, tuple[str, ...]] = {
     "no recomputation": (),
     NOTHING_REMADE: (),
-    "MLP in pieces of 1024": (PIECES,),
+    "MLP in pieces of 1024": PIECES[:1],
+    "in pieces of 1024": PIECES,
     "offload": (OFFLOAD,),
     "full recomputation": FULL,
     "attention kept": KEPT,
-    "attention kept, MLP in pieces": (*KEPT, PIECES),
+    "attention kept, in pieces": (*KEPT, *PIECES),
     "attention kept, offload": (*KEPT, OFFLOAD),
-    "attention kept, offload, MLP in pieces": (*KEPT, OFFLOAD, PIECES),
+    "attention kept, offload, in pieces": (*KEPT, OFFLOAD, *PIECES),
 }
 
 

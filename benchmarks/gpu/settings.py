@@ -58,7 +58,7 @@ _KEPT = (
     "--recompute-num-layers=1",
     "--recompute-keep-attention",
 )
-_IN_PIECES = "--mlp-chunk-tokens=16384"
+_IN_PIECES = ("--mlp-chunk-tokens=16384", "--projection-chunk-tokens=16384")
 _QWEN_1_5B = StepCase(
     response_tokens=512,
     num_layers=28,
@@ -83,10 +83,10 @@ _MISTRAL_LAYERS = replace(
 
 REAL = Settings(
     models={
-        "1.5B": Model(_QWEN_1_5B, (*_KEPT, _IN_PIECES)),
-        "7B-layers": Model(_MISTRAL_LAYERS, (*_KEPT, _IN_PIECES)),
+        "1.5B": Model(_QWEN_1_5B, (*_KEPT, *_IN_PIECES)),
+        "7B-layers": Model(_MISTRAL_LAYERS, (*_KEPT, *_IN_PIECES)),
         # The layers' inputs and attention's outputs of 512K tokens are 84 GiB of host memory.
-        "1.5B-offloaded": Model(_QWEN_1_5B, (*_KEPT, _IN_PIECES, "--cpu-offloading-num-layers=28")),
+        "1.5B-offloaded": Model(_QWEN_1_5B, (*_KEPT, *_IN_PIECES, "--cpu-offloading-num-layers=28")),
         # Not for speed: whether the optimizer's offload works at all.
         "optimizer-on-host": Model(
             replace(_QWEN_1_5B, num_layers=2),
@@ -112,7 +112,11 @@ _TINY = StepCase(
     response_tokens=8, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, vocab_size=64
 )
 TINY = Settings(
-    models={"tiny": Model(_TINY, (*_KEPT, "--mlp-chunk-tokens=16", "--cpu-offloading-num-layers=2"))},
+    models={
+        "tiny": Model(
+            _TINY, (*_KEPT, "--mlp-chunk-tokens=16", "--projection-chunk-tokens=16", "--cpu-offloading-num-layers=2")
+        )
+    },
     speed={"tiny": (64, 128)},
     longest=("tiny",),
     first_length=64,

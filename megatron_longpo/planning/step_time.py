@@ -194,7 +194,8 @@ def _tensor_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated)
     tokens = work.layout.padded_tokens / parallel.context_parallel_size
     num_bytes = element_bytes(config) * tokens * model.hidden_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
-    # The embedding and the LM head need about one more in each direction.
+    # The embedding and the LM head need about one more in each direction; what the LM head exchanges again under
+    # sequence parallel is behind its matrix products.
     return (layers * (4 + again.all_reduces) + 2) * all_reduce_s(gpu, num_bytes, tp, stride=1)
 
 

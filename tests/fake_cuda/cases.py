@@ -52,8 +52,8 @@ class Case:
 # A row has 4 tiles: its prefix, both branches on the prefix, each branch.
 QUICK = {
     "everything that saves memory": Case(
-        f"--bf16 --global-batch-size=2 {_KEPT} --mlp-chunk-tokens=16 --cpu-offloading-num-layers=2 "
-        "--use-distributed-optimizer",
+        f"--bf16 --global-batch-size=2 {_KEPT} --mlp-chunk-tokens=16 --projection-chunk-tokens=16 "
+        "--cpu-offloading-num-layers=2 --use-distributed-optimizer",
         kernel_calls=2 * 2 * 4,
         offloaded=2 * 2 * 2,  # of every layer its input and attention's output
     ),

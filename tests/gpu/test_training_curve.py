@@ -43,6 +43,7 @@ def test_gpu_equals_cpu(start: dict[str, Any], tmp_path: Path, dtype: list[str],
 
 FULL = ["--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1"]
 OFFLOAD = ["--cpu-offloading-num-layers=4"]
+PIECES = ["--mlp-chunk-tokens=64", "--projection-chunk-tokens=64"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def plain(start: dict[str, Any]) -> list[float]:
         pytest.param(FULL, id="full recompute"),
         pytest.param([*FULL, "--recompute-keep-attention"], id="attention kept"),
         pytest.param(OFFLOAD, id="offload"),
-        pytest.param([*FULL, "--recompute-keep-attention", *OFFLOAD, "--mlp-chunk-tokens=64"], id="all together"),
+        pytest.param([*FULL, "--recompute-keep-attention", *OFFLOAD, *PIECES], id="all together"),
         pytest.param(["--use-distributed-optimizer", "--optimizer-cpu-offload"], id="optimizer offload"),
     ],
 )

@@ -13,6 +13,7 @@ from megatron_longpo.planning.dry_run_command import print_dry_run
 
 PAGE = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+KEPT = f"{FULL} --recompute-keep-attention"
 MISTRAL_7B = {
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
@@ -29,35 +30,44 @@ MISTRAL_7B = {
 }
 
 
-def rows() -> list[tuple[str, str, str, str]]:
-    """Flags, GiB of device and host, and seconds of every row."""
-    table = PAGE.partition("| flags | peak, GiB | host, GiB | predicted s per step |")[2].partition("\n\n")[0]
-    return re.findall(r"^\| (.*?) \| ([\d.]+) \| ([\d.]+|–) \| ([\d.]+) \|$", table, re.MULTILINE)
+Row = tuple[str, str, str, str, str]
 
 
-def command() -> list[str]:
-    """The flags of the page's command."""
-    (found,) = re.findall(r"pretrain_longpo.py --load-hf models/mistral-7b (.*?--gpu h100-80gb)\n", PAGE, re.DOTALL)
-    return str(found).replace("\\\n", " ").split()
+def rows() -> list[Row]:
+    """The command of a table, and flags, GiB of device and host, and seconds of one of its rows."""
+    commands = re.findall(r"pretrain_longpo.py --load-hf models/mistral-7b (.*?--gpu h100-80gb)\n", PAGE, re.DOTALL)
+    tables = PAGE.split("| flags | peak, GiB | host, GiB | predicted s per step |")[1:]
+    found: list[Row] = []
+    for command, table in zip(commands, tables, strict=True):
+        row = r"^\| (.*?) \| ([\d.]+) \| ([\d.]+|–) \| ([\d.]+) \|$"
+        cells = re.findall(row, table.partition("\n\n")[0], re.MULTILINE)
+        found += [(command.replace("\\\n", " "), *row) for row in cells]
+    return found
 
 
 def test_every_flag_that_saves_memory_has_a_row() -> None:
-    flags = " ".join(row[0] for row in rows())
-    for flag in ("keep-attention", "mlp-chunk-tokens", "cpu-offloading-num-layers", "optimizer-cpu-offload"):
+    flags = " ".join(row[1] for row in rows())
+    for flag in (
+        "keep-attention",
+        "mlp-chunk",
+        "projection-chunk",
+        "cpu-offloading-num-layers",
+        "optimizer-cpu-offload",
+    ):
         assert flag in flags
-    assert rows()[0][0] == "(none)"
+    assert rows()[0][1] == "(none)"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row[0].split()[1]} {row[1]}")
 def test_the_command_prints_the_numbers_of_the_page(
-    row: tuple[str, str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    row: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "config.json").write_text(json.dumps(MISTRAL_7B))
-    flags, device, host, seconds = row
-    words = flags.replace("(none)", "").replace("`full`", FULL).replace("`", "").split()
-    config = parse_arguments(["--load-hf", str(tmp_path), *command(), *words])
+    command, flags, device, host, seconds = row
+    words = flags.replace("(none)", "").replace("`full`", FULL).replace("`kept`", KEPT).replace("`", "").split()
+    config = parse_arguments(["--load-hf", str(tmp_path), *command.split(), *words])
     try:
         print_dry_run(config)
     except ValueError as error:

@@ -30,7 +30,7 @@ from tests.distributed.harness import run_ranks
 from tests.planning.cases import FULL, measure_real_step, rows_of, run_config
 
 SELECTIVE = "--recompute-granularity selective --recompute-modules mlp"
-FRUGAL = "--mlp-chunk-tokens 100 --cpu-offloading-num-layers 3"
+FRUGAL = "--mlp-chunk-tokens 100 --projection-chunk-tokens 90 --cpu-offloading-num-layers 3"
 
 
 def planned(words: str = "", world_size: int = 1) -> list[RankMemory]:
@@ -144,6 +144,10 @@ MORE_LAYOUTS = {
     "gathered context": ("--context-parallel-size 2", 0.01),
     "exchanged context": ("--context-parallel-size 2 --cp-comm-type a2a", 0.01),
     "pipeline": ("--pipeline-model-parallel-size 2", 0.01),
+    "in pieces": (
+        "--tensor-model-parallel-size 2 --sequence-parallel --mlp-chunk-tokens 64 --projection-chunk-tokens 64",
+        0.01,
+    ),
 }
 
 

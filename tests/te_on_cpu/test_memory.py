@@ -45,11 +45,12 @@ def own_peaks(rank: int, cases: list[tuple[str, int]]) -> list[tuple[dict[Part, 
 def test_dry_runs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    kept = f"{FULL} --recompute-keep-attention --mlp-chunk-tokens 64"
+    kept = f"{FULL} --recompute-keep-attention --mlp-chunk-tokens 64 --projection-chunk-tokens 64"
     cases = [
         ("--bf16 --global-batch-size 2", 1),
         (f"--bf16 --global-batch-size 2 {kept}", 1),
         ("--bf16 --global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel", 4),
+        (f"--bf16 --global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel {kept}", 4),
         ("--bf16 --global-batch-size 4 --pipeline-model-parallel-size 2 --context-parallel-size 2", 4),
     ]
     for megatrons, theirs in run_ranks(own_peaks, 1, cases)[0]:
