@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_longpo.config import ConfigError, ModelConfig
+from megatron_longpo.config import ConfigError
+from megatron_longpo.config.flags import show
 from megatron_longpo.config.training import FLASH
-from megatron_longpo.conversion.hf_config import CONFIG_FILE, read_hf_model
+from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel, read_hf_folder, read_hf_model
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.hardware import GPU, gpu_named
@@ -40,8 +42,10 @@ def print_plan(arguments: Namespace) -> None:
     plans = find_plans(search)
     best = plans[0]
     rows = made_up_rows(best.candidate.config, search.num_turns, search.response_tokens)
-    print(f"{search.num_gpus} × {gpu.name}, {arguments.objective}, {rows_line(rows, made_up=True)}\n")
-    print(plans_table(plans, search.num_gpus))
+    print(f"{search.num_gpus} × {gpu.name}, {arguments.objective}, {rows_line(rows, made_up=True)}")
+    if note := best.candidate.config.window_note:
+        print(note)
+    print("\n" + plans_table(plans, search.num_gpus))
     print(f"\nTime of the first, {best.time.seconds:.1f} s per step of {best.time.documents} documents\n")
     print(time_table(best.time))
     print("\nPeak memory of the first\n")
@@ -56,9 +60,12 @@ def print_plan(arguments: Namespace) -> None:
 
 def search_of(arguments: Namespace) -> Search:
     """What the command line asks for."""
+    source = _source(Path(arguments.hf_model))
+    if arguments.window_size is not None:
+        source.family.refuse_window(dataclasses.replace(source.model, window_size=arguments.window_size))
     return Search(
         base=base_words(arguments),
-        model=_model(Path(arguments.hf_model)),
+        model=source.model,
         source=f"--hf-model {arguments.hf_model}",
         num_gpus=arguments.num_gpus,
         gpu=_gpu(arguments),
@@ -114,22 +121,24 @@ def base_words(arguments: Namespace) -> list[str]:
     words += ["--seq-length", str(arguments.seq_length), "--max-position-embeddings", str(arguments.seq_length)]
     if arguments.rotary_base is not None:
         words += ["--rotary-base", arguments.rotary_base]
+    if arguments.window_size is not None:
+        words += ["--window-size", show(arguments.window_size)]
     words += ["--global-batch-size", str(arguments.global_batch_size), "--bf16"]
     if arguments.attention_backend != FLASH:
         words += ["--attention-backend", arguments.attention_backend]
     return [*words, "--save", arguments.save, "--load", arguments.save]
 
 
-def _model(path: Path) -> ModelConfig:
-    """The shape in a Hugging Face folder or in a config.json of any name."""
+def _source(path: Path) -> HFModel:
+    """The model in a Hugging Face folder or in a config.json of any name."""
     if not path.exists():
         raise ConfigError(f"--hf-model {path} does not exist: give a Hugging Face folder or a config.json")
     if path.is_dir() or path.name == CONFIG_FILE:
-        return read_hf_model(path if path.is_dir() else path.parent)
+        return read_hf_folder(path if path.is_dir() else path.parent)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / CONFIG_FILE
         shutil.copy(path, copy)
         try:
-            return read_hf_model(folder)
+            return read_hf_folder(folder)
         except ValueError as error:
             raise ConfigError(str(error).replace(str(copy), str(path))) from error

@@ -20,7 +20,7 @@ from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.plan_command import search_of
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
-from tests.planning.cases import HF_CONFIG, words_of
+from tests.planning.cases import HF_CONFIG, WINDOW, words_of
 from tools import plan_run
 
 
@@ -98,6 +98,8 @@ QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim
     ("changes", "words"),
     [
         ({}, "--num-gpus 1 --gpu a100-80gb"),
+        (WINDOW, "--num-gpus 1 --gpu a100-80gb"),
+        (WINDOW, "--num-gpus 1 --gpu a100-80gb --window-size full"),
         ({}, "--num-gpus 6 --gpu b200-192gb --gpus-per-node 6 --global-batch-size 6 --objective dpo"),
         (TIED, "--num-gpus 16 --gpu h100-80gb --attention-backend fused --seq-length 65536"),
         (QWEN3, "--num-gpus 32 --gpu h200-141gb --objective sft-chosen --rotary-base 1e7 --global-batch-size 4"),
