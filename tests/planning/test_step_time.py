@@ -13,11 +13,11 @@ from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.attention import ring
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
-from megatron_longpo.planning.exchange_time import hop_tokens, step_shares
 from megatron_longpo.planning.hardware import GPU, GPUS, H100, MEASURED_LINK_SHARE, gpu_named, usable_gib
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, ring_bytes_per_s
 from megatron_longpo.planning.published import llama3_pretraining, longpo_paper, nemo_long_sequences, torchtitan
 from megatron_longpo.planning.recomputation import Repeated, repeated
+from megatron_longpo.planning.ring_work import hop_tokens, step_shares
 from megatron_longpo.planning.saved import kept_bytes
 from megatron_longpo.planning.step_time import StepTime, parameters_of_rank, step_time
 from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
