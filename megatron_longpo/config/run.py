@@ -194,10 +194,11 @@ class RunConfig:
         config = dataclasses.replace(self.with_reference_of(model), model=merged)
         config.refuse_flags_without_effect()
         # A changed position embedding leaves the scaling of the checkpoint's own behind.
+        values, undecided = _values(config), config.undecided()
         unused = {
             spec.field: spec.default
-            for key, spec in FLAGS.items()
-            if spec.group == "model" and not config.has_effect(key)
+            for spec in FLAGS.values()
+            if spec.group == "model" and not all(need.holds(values, undecided) for need in spec.info.needs)
         }
         return dataclasses.replace(config, model=dataclasses.replace(merged, **unused))
 
