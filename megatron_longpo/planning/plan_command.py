@@ -8,7 +8,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_longpo.config import ConfigError
+from megatron_longpo.config import ConfigError, ModelConfig
 from megatron_longpo.config.flags import show
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel, read_hf_folder, read_hf_model
@@ -64,7 +64,7 @@ def search_of(arguments: Namespace) -> Search:
     if arguments.window_size is not None:
         source.family.refuse_window(dataclasses.replace(source.model, window_size=arguments.window_size))
     return Search(
-        base=base_words(arguments),
+        base=base_words(arguments, source.model),
         model=source.model,
         source=f"--hf-model {arguments.hf_model}",
         num_gpus=arguments.num_gpus,
@@ -114,11 +114,14 @@ def _gpu(arguments: Namespace) -> GPU:
     ).with_rates(arguments.matmul_tflops, arguments.attention_tflops)
 
 
-def base_words(arguments: Namespace) -> list[str]:
-    """The flags that all layouts share."""
+def base_words(arguments: Namespace, model: ModelConfig) -> list[str]:
+    """The flags that all layouts share, for a model of this shape."""
     words = ["--load-hf", str(_folder(arguments)), "--data-path", arguments.data_path]
     words += ["--objective", arguments.objective]
-    words += ["--seq-length", str(arguments.seq_length), "--max-position-embeddings", str(arguments.seq_length)]
+    words += ["--seq-length", str(arguments.seq_length)]
+    # Rows that are shorter than the model's own length are no reason to export a shorter model.
+    if arguments.seq_length > model.max_position_embeddings:
+        words += ["--max-position-embeddings", str(arguments.seq_length)]
     if arguments.rotary_base is not None:
         words += ["--rotary-base", arguments.rotary_base]
     if arguments.window_size is not None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.config import ModelConfig
 from megatron_longpo.planning import plan_command
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.layouts import candidates
@@ -74,7 +75,7 @@ def test_a_command_names_the_folder_of_the_model_and_what_is_not_in_it(model: Pa
 
     def planned(path: Path) -> tuple[str, str | None]:
         arguments = plan_run.parser().parse_args(f"--hf-model {path} --seq-length 16384 --num-gpus 1 --gpu x".split())
-        words = plan_command.base_words(arguments)
+        words = plan_command.base_words(arguments, ModelConfig())
         return words[words.index("--load-hf") + 1], plan_command.missing_model(arguments)
 
     for path, folder, missing in (
@@ -88,6 +89,17 @@ def test_a_command_names_the_folder_of_the_model_and_what_is_not_in_it(model: Pa
         assert said is not None and "\n" not in said and missing in said and f"--local-dir {folder}`" in said
     save_file({"x": torch.zeros(1)}, model / "model.safetensors")
     assert planned(model)[1] is None
+
+
+def test_a_model_that_can_do_more_than_the_rows_ask_for_stays_as_long_as_it_is(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(HF_CONFIG | {"max_position_embeddings": 131072}))
+
+    def length(seq_length: int) -> int:
+        arguments = f"--hf-model {model} --seq-length {seq_length} --num-gpus 1 --gpu a100-80gb".split()
+        search = search_of(plan_run.parser().parse_args(arguments))
+        return with_initial_model(parse_arguments(search.base)).model.max_position_embeddings
+
+    assert [length(tokens) for tokens in (65536, 131072, 262144)] == [131072, 131072, 262144]
 
 
 TIED = {"tie_word_embeddings": True, "num_key_value_heads": 2}
