@@ -33,7 +33,8 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     assert command.startswith(f"{start}export {memory}\nsrun torchrun")
     assert words_of(command) == words
     assert words_of(launch_command(words, 4, 8)) == words
-    assert max(map(len, launch_command(words, 4, 8).splitlines())) <= 112
+    for num_gpus in (4, 4096):
+        assert max(map(len, launch_command(words, num_gpus, 8).splitlines())) <= 112
     hosted = [*words, "--optimizer-cpu-offload"]
     threads = "OMP_NUM_THREADS=$(($(nproc --all) / {}))"
     assert launch_command(hosted, 4, 8).startswith(f"{memory} {threads.format(4)} \\\ntorchrun")
