@@ -188,8 +188,10 @@ def gpu_named(
     if name in GPUS:
         return dataclasses.replace(GPUS[name], **given)  # type: ignore[arg-type]
     if peak_tflops is None or mem_gib is None or link_gbs is None:
+        meant = [known for known in GPUS if known.startswith(name.lower())]
+        hint = f"; did you mean {meant[0]}?" if meant else nearest(name.lower(), GPUS)
         raise ConfigError(
-            f"--gpu {name} is not known{nearest(name, GPUS)}; known: {', '.join(GPUS)}. For another one give "
+            f"--gpu {name} is not known{hint}; known: {', '.join(GPUS)}. Another one takes tools/plan_run.py with "
             "--peak-tflops (dense bf16), --mem-gib and --link-gbs (GB/s of its network card)"
         )
     # What H100 reaches of its peak, its ratio of memory bandwidth to peak, and its host.
@@ -208,7 +210,7 @@ def gpu_named(
 
 def usable_gib(gpu: GPU) -> float:
     """Memory that tensors can fill, GiB."""
-    return gpu.mem_gib * (1 - FRAGMENTATION_SHARE) - RESERVED_GIB
+    return max(0.0, gpu.mem_gib * (1 - FRAGMENTATION_SHARE) - RESERVED_GIB)
 
 
 def usable_host_gib(gpu: GPU) -> float:

@@ -141,7 +141,10 @@ def base_words(arguments: Namespace, model: ModelConfig) -> list[str]:
 def _source(path: Path) -> HFModel:
     """The model in a Hugging Face folder or in a config.json of any name."""
     if not path.exists():
-        raise ConfigError(f"--hf-model {path} does not exist: give a Hugging Face folder or a config.json")
+        raise ConfigError(
+            f"--hf-model {path} does not exist: give a Hugging Face folder or a config.json; "
+            "`hf download NAME config.json --local-dir FOLDER` makes one that is enough for a plan"
+        )
     if path.is_dir() or path.name == CONFIG_FILE:
         return read_hf_folder(path if path.is_dir() else path.parent)
     with tempfile.TemporaryDirectory() as folder:

@@ -130,7 +130,15 @@ def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--num-gpus 7 --gpu h100-80gb", "--num-gpus 7 has no possible layout.*nearest possible: 8 .TP"),
+        (
+            "--num-gpus 7 --gpu h100-80gb",
+            "7 has no possible layout.* possible: --num-gpus 4 .TP.*, or --num-gpus 8 .TP.*-batch-size 7 or 14 on",
+        ),
+        (
+            # Four GPUs have layouts too, of which none fits.
+            "--num-gpus 7 --gpu mine --peak-tflops 9 --mem-gib 3.164 --link-gbs 1",
+            "7 has no possible layout.* nearest possible: --num-gpus 8 .TP 4 ",
+        ),
         (
             "--num-gpus 1 --gpu mine --peak-tflops 9 --mem-gib 3.18 --link-gbs 1",
             "no layout of 1 × mine fits: the leanest.* nearest possible: --num-gpus 2 .TP",
@@ -170,6 +178,10 @@ def test_numbers_that_are_none_are_said_to_be(
 
 
 def test_a_broken_config_is_named_by_its_own_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        SystemExit, match=r"--hf-model NAME/7b does not exist: .* download NAME config.json --local-dir"
+    ):
+        plan(monkeypatch, Path("NAME/7b"), "--num-gpus 2 --gpu h100-80gb")
     broken = model / "shape.json"
     broken.write_text("{")
     with pytest.raises(SystemExit, match=rf"{broken} is not JSON"):

@@ -270,6 +270,12 @@ def test_attention_takes_as_long_as_its_backend() -> None:
 def test_an_unknown_gpu_is_described_by_three_numbers() -> None:
     with pytest.raises(ConfigError, match=r"--gpu h100 is not known; did you mean h100-80gb.*--peak-tflops.*--mem-gib"):
         gpu_named("h100")
+    for name, meant in {"H100": "h100-80gb", "b200": "b200-192gb", "A100-80GB": "a100-80gb"}.items():
+        with pytest.raises(ConfigError, match=f"--gpu {name} is not known; did you mean {meant}"):
+            gpu_named(name)
+    with pytest.raises(ConfigError, match=r"--gpu l40s-48gb is not known; known: .*takes tools/plan_run.py with"):
+        gpu_named("l40s-48gb")
+    assert usable_gib(gpu_named("h100-80gb", mem_gib=2)) == 0
     with pytest.raises(ConfigError, match="--link-gbs"):
         gpu_named("mine", peak_tflops=500, mem_gib=64)
     mine = gpu_named("mine", peak_tflops=494.5, mem_gib=64, link_gbs=25)
