@@ -31,6 +31,8 @@ def print_dry_run(config: RunConfig) -> None:
     if not is_rank_0():
         return
     gpu = None if config.planning.gpu is None else gpu_named(config.planning.gpu)
+    if gpu is not None:
+        gpu.refuse_backend(config.training.attention_backend)
     num_gpus = config.planning.num_gpus or world_size()
     config, rows = resolved(config, num_gpus)
     print(layout_line(config, num_gpus))

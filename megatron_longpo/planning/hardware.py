@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import ConfigError
 from megatron_longpo.config.flags import nearest
-from megatron_longpo.config.training import FLASH
+from megatron_longpo.config.training import FLASH, FLASH3, FUSED
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class GPU:
         gpus_per_node: GPUs that share NVLink.
         faster_attention_tflops: What the other values of ``--attention-backend`` reach; None where nothing was found,
             and the rates of FlashAttention 2 stand for them.
+        backends: Values of ``--attention-backend`` whose kernels run on it: FlashAttention 3 is for Hopper alone.
     """
 
     name: str
@@ -47,6 +48,13 @@ class GPU:
     host_mem_gbs: float
     gpus_per_node: int = 8
     faster_attention_tflops: tuple[float, float] | None = None
+    backends: tuple[str, ...] = (FLASH, FUSED, FLASH3)
+
+    def refuse_backend(self, backend: str) -> None:
+        """Raise ConfigError where a value of ``--attention-backend`` has no kernel for this GPU."""
+        if backend not in self.backends:
+            able = " or ".join(self.backends)
+            raise ConfigError(f"--attention-backend {backend} is not for {self.name}: give --attention-backend {able}")
 
     def attention_rates(self, backend: str) -> tuple[float, float]:
         """TFLOP/s of attention, forward and backward, by ``--attention-backend``."""
@@ -89,6 +97,7 @@ A100 = GPU(
     network_gbs=25,
     matmul_tflops=267.9,
     attention_tflops=(225, 170),
+    backends=(FLASH, FUSED),
     host_link_gbs=31.5,
     host_gib=256,
     host_mem_gbs=51,
@@ -103,6 +112,7 @@ B200 = GPU(
     matmul_tflops=1745,
     # FlashAttention 2 has no Blackwell code: assumed to be Hopper's with 148/132 times as many multiprocessors.
     attention_tflops=(415, 361),
+    backends=(FLASH, FUSED),
     host_link_gbs=63,
     host_gib=256,
     host_mem_gbs=70,

@@ -6,18 +6,21 @@ import dataclasses
 import shutil
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_longpo.config import ConfigError, ModelConfig
 from megatron_longpo.config.flags import show
-from megatron_longpo.config.training import FLASH
+from megatron_longpo.config.training import FLASH, FUSED
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel, read_hf_folder, read_hf_model
 from megatron_longpo.conversion.hf_weights import HFWeights
+from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.hardware import GPU, gpu_named
 from megatron_longpo.planning.search import HOST_GAIN, Plan, Search, find_plans
+from megatron_longpo.planning.step_time import step_time
 from megatron_longpo.planning.tables import cost_line, memory_table, plans_table, rows_line, time_table
-from megatron_longpo.planning.workload import made_up_rows
+from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
 from megatron_longpo.validation import nearest_multiple
 
 TOKENS_MULTIPLE = 256
@@ -54,6 +57,8 @@ def print_plan(arguments: Namespace) -> None:
     print("\n" + plans_table(plans, search.num_gpus))
     print(f"\nTime of the first, {best.time.seconds:.1f} s per step of {best.time.documents} documents\n")
     print(time_table(best.time))
+    if search.gpu.faster_attention_tflops and best.candidate.config.training.attention_backend == FLASH:
+        print(f"predicted with --attention-backend {FUSED}: {_seconds_with(FUSED, best, search, rows):.1f} s")
     print("\nPeak memory of the first\n")
     print(memory_table(best.memory, gpu))
     if any(plan.host_gib for plan in plans):
@@ -79,6 +84,14 @@ def search_of(arguments: Namespace) -> Search:
         response_tokens=arguments.response_tokens,
         num_plans=arguments.num_plans,
     )
+
+
+def _seconds_with(backend: str, plan: Plan, search: Search, rows: Sequence[TrainingRow]) -> float:
+    """Predicted step of a plan with another attention kernel."""
+    config = plan.candidate.config
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, attention_backend=backend))
+    work = work_of(config, rows, num_predictions(config, rows))
+    return step_time(config, search.num_gpus, work, search.gpu).seconds
 
 
 def command_of(plan: Plan, gpu: GPU) -> str:
@@ -109,7 +122,7 @@ def _folder(arguments: Namespace) -> Path:
 
 
 def _gpu(arguments: Namespace) -> GPU:
-    return gpu_named(
+    gpu = gpu_named(
         arguments.gpu,
         arguments.peak_tflops,
         arguments.mem_gib,
@@ -117,7 +130,9 @@ def _gpu(arguments: Namespace) -> GPU:
         arguments.gpus_per_node,
         arguments.host_link_gbs,
         arguments.host_mem_gib,
-    ).with_rates(arguments.matmul_tflops, arguments.attention_tflops)
+    )
+    gpu.refuse_backend(arguments.attention_backend)
+    return gpu.with_rates(arguments.matmul_tflops, arguments.attention_tflops)
 
 
 def base_words(arguments: Namespace, model: ModelConfig) -> list[str]:

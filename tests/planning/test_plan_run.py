@@ -56,6 +56,7 @@ def test_the_plan_ends_in_a_command_that_the_trainer_takes(
     config = with_initial_model(parse_arguments(words_of("torchrun" + shown.partition("torchrun")[2])))
     validate(config, 2)
     assert config.data.seq_length == 1024 and config.training.bf16 and config.model.hidden_size == 128
+    assert re.search(r"predicted with --attention-backend fused: \d+\.\d s\n", shown)
     assert config.model.window_size == (255, 0) and config.reference_window_size == (127, 0)
     assert config.with_device_defaults("local", "nccl") == found[0].candidate.config
 
@@ -144,6 +145,10 @@ def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None
             "no layout of 1 × mine fits: the leanest.* nearest possible: --num-gpus 2 .TP",
         ),
         ("--num-gpus 12 --gpu h100-80gb", "12 must be a multiple of --gpus-per-node 8, .* nearest possible: 8 or 16"),
+        (
+            "--num-gpus 2 --gpu a100-80gb --attention-backend flash3",
+            "flash3 is not for a100-80gb: give .* flash or fused",
+        ),
         ("--num-gpus 2 --gpu h100", "--gpu h100 is not known; did you mean h100-80gb"),
         ("--num-gpus 2 --gpu h100-80gb --window-size 9,0", "--window-size 9,0: LlamaForCausalLM has no window"),
         ("--num-gpus 2 --gpu h100-80gb --turns-per-document 99", "has no room for a document"),
@@ -240,5 +245,7 @@ def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
     assert "the dataset's longest, tiny-" in real and "fits in h100-80gb" in real
     with pytest.raises(ConfigError, match="--num-query-groups 2 must be a multiple of --tensor-model-parallel-size 4"):
         print_dry_run(parse_arguments([*flags[:-1], "--tensor-model-parallel-size=4"]))
+    with pytest.raises(ConfigError, match="--attention-backend flash3 is not for b200-192gb"):
+        print_dry_run(parse_arguments([*flags, "--gpu=b200-192gb", "--attention-backend=flash3"]))
     with pytest.raises(ConfigError, match="--num-gpus 4 has no effect"):
         parse_arguments([*MODEL_FLAGS, "--num-gpus=4"])
