@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from megatron_longpo.config import ConfigError, RunConfig
@@ -51,12 +52,7 @@ def parse_arguments(argv: Sequence[str]) -> RunConfig:
         ConfigError: Unknown flags or YAML keys, values of a wrong type or range, flags that have no effect.
         HelpRequested: ``--help``, with the page.
     """
-    parser = _Parser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--help", "-h", nargs="?", const="", dest="help", default=None)
-    parser.add_argument("--config", dest="config", default=None)
-    for spec in FLAGS.values():
-        _add(parser, spec)
-    namespace, unknown = parser.parse_known_args(list(argv))
+    namespace, unknown = _parser().parse_known_args(list(argv))
     words = vars(namespace)
     if (topic := words.pop("help")) is not None:
         raise HelpRequested(help_text(topic))
@@ -107,6 +103,17 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError where argparse would print its usage and leave."""
         raise ConfigError(message.removeprefix("argument "))
+
+
+@cache
+def _parser() -> argparse.ArgumentParser:
+    """Made once: a search parses a thousand command lines, and most of the time of one goes into its parser."""
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--help", "-h", nargs="?", const="", dest="help", default=None)
+    parser.add_argument("--config", dest="config", default=None)
+    for spec in FLAGS.values():
+        _add(parser, spec)
+    return parser
 
 
 def _add(parser: argparse.ArgumentParser, spec: FlagSpec) -> None:

@@ -15,6 +15,7 @@ import os
 import sys
 
 from megatron_longpo.config import ConfigError
+from megatron_longpo.config.field import Window
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.help_format import HelpFormatter
@@ -55,6 +56,15 @@ def rotary_base(text: str) -> str:
     return text
 
 
+def window_size(text: str) -> Window:
+    """The trainer's ``--window-size``."""
+    try:
+        window: Window = FLAGS["window_size"].convert(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return window
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
@@ -76,6 +86,12 @@ def parser() -> argparse.ArgumentParser:
     add("--turns-per-document", type=whole_number, default=4, metavar="TURNS", help="questions about each document")
     add("--response-tokens", type=whole_number, default=512, metavar="TOKENS", help="length of every answer")
     add("--rotary-base", type=rotary_base, metavar="X", help="RoPE base to train with (default: the model's)")
+    add(
+        "--window-size",
+        type=window_size,
+        metavar="LEFT,0",
+        help="sliding window to train with, as in the trainer: 4095,0 or full (default: the model's)",
+    )
     add(
         "--num-documents",
         type=whole_number,

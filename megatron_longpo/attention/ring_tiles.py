@@ -9,12 +9,13 @@ and a smaller square for every run of them that a rank holds.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_longpo.attention.tiles import Plan, Run, Span, Tile, complement, disjoint, held_runs, plan
-from megatron_longpo.data.layout import RowLayout
+from megatron_longpo.data.layout import RowLayout, Segment
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class RingPlan:
 def ring_plan(layout: RowLayout, cp_rank: int) -> RingPlan:
     """What a rank of the ring computes and sends, cached as `tiles.plan` is."""
     tiles = plan(layout, cp_rank).tiles
-    sent = _sent(layout)
+    sent = sent_runs(layout)
     stored: list[Span] = []
     steps: list[Plan] = []
     num_keys = [layout.local_tokens]
@@ -69,25 +70,34 @@ def ring_plan(layout: RowLayout, cp_rank: int) -> RingPlan:
 
 
 @lru_cache(maxsize=64)
-def _sent(layout: RowLayout) -> tuple[tuple[Run, ...], ...]:
+def sent_runs(layout: RowLayout) -> tuple[tuple[Run, ...], ...]:
     """Of every rank, the runs of its keys that it sends off."""
     held = tuple(tuple(held_runs(layout, rank)) for rank in range(layout.cp_size))
-    if layout.window_tokens is None:
+    window_tokens = layout.window_tokens
+    if window_tokens is None:
         return held
-    tiles = [plan(layout, rank).tiles for rank in range(layout.cp_size)]
-    sent = []
-    for owner, runs in enumerate(held):
-        of_others = [tile for rank in range(layout.cp_size) if rank != owner for tile in tiles[rank]]
-        sent.append(tuple(seen for run in runs if (seen := _seen(run, of_others))))
-    return tuple(sent)
+    queries: dict[Segment, list[tuple[Run, int]]] = {}
+    for run, rank in sorted(((run, rank) for rank, runs in enumerate(held) for run in runs), key=lambda q: q[0].row):
+        queries.setdefault(run.segment, []).append((run, rank))
 
+    def seen(keys: Run, owner: int) -> Run | None:
+        """A run of keys from the first to the last one that another rank's query sees; None if none is seen."""
+        spans: list[Span] = []
+        for segment in layout.segments_behind(keys.segment):
+            # Runs of a segment follow each other, so of those that see the keys the first sees farthest back.
+            runs = queries[segment]
+            start = bisect_right(runs, keys.position, key=lambda q: q[0].position + q[0].length)
+            stop = bisect_left(runs, keys.position + keys.length + window_tokens - 1, key=lambda q: q[0].position)
+            of_others = [run for run, rank in runs[start:stop] if rank != owner]
+            if of_others:
+                last = of_others[-1]
+                spans.append((of_others[0].position - window_tokens + 1, last.position + last.length))
+        if not spans:
+            return None
+        origin = keys.row - keys.position
+        return keys.overlap(origin + min(first for first, _ in spans), origin + max(stop for _, stop in spans))
 
-def _seen(run: Run, tiles: Iterable[Tile]) -> Run | None:
-    """A run of keys from the first to the last one that tiles need; None if they need none."""
-    parts = [part for tile in tiles if (part := run.overlap(tile.key_start, tile.key_stop))]
-    if not parts:
-        return None
-    return run.overlap(min(part.row for part in parts), max(part.row + part.length for part in parts))
+    return tuple(tuple(sent for keys in runs if (sent := seen(keys, rank))) for rank, runs in enumerate(held))
 
 
 def _side_by_side(runs: Iterable[Run]) -> Iterator[Run]:

@@ -75,6 +75,17 @@ class RunConfig:
         own = self.source_model if self.has_effect("reference_rotary_base") else None
         return dataclasses.replace(own or self.model, rotary_base=self.reference_rotary_base)
 
+    @property
+    def window_note(self) -> str | None:
+        """What a user may not expect of a window, which a checkpoint may have brought; None if it cuts nothing off."""
+        window, length = self.model.window_size, self.data.seq_length
+        if window.num_tokens is None or window.num_tokens >= length:
+            return None
+        return (
+            f"note: a token attends to the last {window.num_tokens} tokens of its --seq-length {length} "
+            f"(--window-size {window}); --window-size full trains with full attention"
+        )
+
     def num_microbatches(self, world_size: int) -> int:
         """Rows that every rank computes for one optimizer step."""
         rows = self.training.micro_batch_size * self.parallel.data_parallel_size(world_size)
@@ -183,10 +194,11 @@ class RunConfig:
         config = dataclasses.replace(self.with_reference_of(model), model=merged)
         config.refuse_flags_without_effect()
         # A changed position embedding leaves the scaling of the checkpoint's own behind.
+        values, undecided = _values(config), config.undecided()
         unused = {
             spec.field: spec.default
-            for key, spec in FLAGS.items()
-            if spec.group == "model" and not config.has_effect(key)
+            for spec in FLAGS.values()
+            if spec.group == "model" and not all(need.holds(values, undecided) for need in spec.info.needs)
         }
         return dataclasses.replace(config, model=dataclasses.replace(merged, **unused))
 

@@ -147,6 +147,10 @@ class RowLayout:
         """The segments of one document, its prefix first."""
         return (s for s in self.segments if s.document == document)
 
+    def segments_behind(self, keys: Segment) -> Iterator[Segment]:
+        """The segments whose tokens may attend to a segment's: itself, and behind a prefix its branches."""
+        return self.of_document(keys.document) if keys.branch == PREFIX else iter((keys,))
+
     def position_ids(self) -> torch.Tensor:
         """Position ids of the padded row: int64 ``[padded_tokens]``. Padding counts on, so it stays in RoPE's range."""
         return torch.cat([torch.arange(s.padded_tokens) + s.first_position for s in self.segments])

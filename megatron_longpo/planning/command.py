@@ -38,15 +38,15 @@ def _environment(words: Sequence[str], ranks_per_node: int) -> list[str]:
 
 
 def _wrapped(torchrun: str, words: Sequence[str]) -> str:
-    """Flags with their values on lines of at most `WIDTH` columns."""
+    """The script and its flags with their values on lines of at most `WIDTH` columns."""
     flags: list[str] = []
     for word in words:
         if word.startswith("--"):
             flags.append(word)
         else:
             flags[-1] += " " + shlex.quote(word)
-    lines = [f"{torchrun} pretrain_longpo.py"]
-    for flag in flags:
+    lines = [torchrun]
+    for flag in ["pretrain_longpo.py", *flags]:
         if len(lines[-1]) + len(flag) + 3 > WIDTH:
             lines.append("   ")
         lines[-1] += " " + flag

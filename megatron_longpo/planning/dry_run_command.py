@@ -31,10 +31,14 @@ def print_dry_run(config: RunConfig) -> None:
     if not is_rank_0():
         return
     gpu = None if config.planning.gpu is None else gpu_named(config.planning.gpu)
+    if gpu is not None:
+        gpu.refuse_backend(config.training.attention_backend)
     num_gpus = config.planning.num_gpus or world_size()
     config, rows = resolved(config, num_gpus)
     print(layout_line(config, num_gpus))
     print(rows_line(rows, made_up=config.data.data_path == NO_DATA), flush=True)
+    if config.window_note is not None:
+        print(config.window_note)
     stages = dry_runs([(config, num_gpus)], rows)[0]
     print("\n" + memory_table(stages, gpu))
     if gpu is not None:

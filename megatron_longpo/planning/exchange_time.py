@@ -6,16 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 from megatron_longpo.attention.all_gather import head_chunks
-from megatron_longpo.attention.ring_tiles import ring_plan
 from megatron_longpo.config import ModelConfig, RunConfig
-from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.model.flops import attention_flops
 from megatron_longpo.planning.hardware import GPU
 from megatron_longpo.planning.links import all_gather_s, all_to_all_s, neighbour_s
 from megatron_longpo.planning.recomputation import Repeated
+from megatron_longpo.planning.ring_work import hop_tokens, step_shares
 from megatron_longpo.planning.saved import element_bytes
 from megatron_longpo.planning.workload import Work
 
@@ -99,31 +97,6 @@ def _ring_s(keys_s: float, steps_s: Sequence[float], gradients_s: float = 0.0) -
     last = len(steps_s) - 1
     sent_s = [keys_s * (step < last) + gradients_s * (step > 1) for step in range(last + 1)]
     return gradients_s + sum(max(0.0, sent - step) for sent, step in zip(sent_s, steps_s, strict=True))
-
-
-@lru_cache(maxsize=1024)
-def hop_tokens(layout: RowLayout) -> int:
-    """Tokens whose keys make a hop of a ring as long as it is: the most that a rank sends off (`ring_tiles`).
-
-    ``layout`` has the ring's ranks. Without a window these are all tokens of a rank.
-    """
-    if layout.window_tokens is None:
-        return layout.local_tokens
-    return max(ring_plan(layout, rank).num_sent for rank in range(layout.cp_size))
-
-
-@lru_cache(maxsize=1024)
-def step_shares(layout: RowLayout) -> tuple[float, ...]:
-    """The share of a ring's attention that each of its steps has.
-
-    Zigzag chunks make steps alike. Under a window most of what a query sees is on its own rank, so on step 0.
-    """
-    size = layout.cp_size
-    if layout.window_tokens is None:
-        return (1 / size,) * size
-    steps = zip(*(ring_plan(layout, rank).steps for rank in range(size)), strict=True)
-    pairs = [sum(tile.num_pairs for plan in plans for tile in plan.tiles) for plans in steps]
-    return tuple(number / sum(pairs) for number in pairs)
 
 
 def kv_width(model: ModelConfig) -> int:

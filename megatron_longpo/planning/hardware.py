@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import ConfigError
 from megatron_longpo.config.flags import nearest
-from megatron_longpo.config.training import FLASH
+from megatron_longpo.config.training import FLASH, FLASH3, FUSED
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class GPU:
         gpus_per_node: GPUs that share NVLink.
         faster_attention_tflops: What the other values of ``--attention-backend`` reach; None where nothing was found,
             and the rates of FlashAttention 2 stand for them.
+        backends: Values of ``--attention-backend`` whose kernels run on it: FlashAttention 3 is for Hopper alone.
     """
 
     name: str
@@ -47,6 +48,13 @@ class GPU:
     host_mem_gbs: float
     gpus_per_node: int = 8
     faster_attention_tflops: tuple[float, float] | None = None
+    backends: tuple[str, ...] = (FLASH, FUSED, FLASH3)
+
+    def refuse_backend(self, backend: str) -> None:
+        """Raise ConfigError where a value of ``--attention-backend`` has no kernel for this GPU."""
+        if backend not in self.backends:
+            able = " or ".join(self.backends)
+            raise ConfigError(f"--attention-backend {backend} is not for {self.name}: give --attention-backend {able}")
 
     def attention_rates(self, backend: str) -> tuple[float, float]:
         """TFLOP/s of attention, forward and backward, by ``--attention-backend``."""
@@ -89,6 +97,7 @@ A100 = GPU(
     network_gbs=25,
     matmul_tflops=267.9,
     attention_tflops=(225, 170),
+    backends=(FLASH, FUSED),
     host_link_gbs=31.5,
     host_gib=256,
     host_mem_gbs=51,
@@ -103,6 +112,7 @@ B200 = GPU(
     matmul_tflops=1745,
     # FlashAttention 2 has no Blackwell code: assumed to be Hopper's with 148/132 times as many multiprocessors.
     attention_tflops=(415, 361),
+    backends=(FLASH, FUSED),
     host_link_gbs=63,
     host_gib=256,
     host_mem_gbs=70,
@@ -188,8 +198,10 @@ def gpu_named(
     if name in GPUS:
         return dataclasses.replace(GPUS[name], **given)  # type: ignore[arg-type]
     if peak_tflops is None or mem_gib is None or link_gbs is None:
+        meant = [known for known in GPUS if known.startswith(name.lower())]
+        hint = f"; did you mean {meant[0]}?" if meant else nearest(name.lower(), GPUS)
         raise ConfigError(
-            f"--gpu {name} is not known{nearest(name, GPUS)}; known: {', '.join(GPUS)}. For another one give "
+            f"--gpu {name} is not known{hint}; known: {', '.join(GPUS)}. Another one takes tools/plan_run.py with "
             "--peak-tflops (dense bf16), --mem-gib and --link-gbs (GB/s of its network card)"
         )
     # What H100 reaches of its peak, its ratio of memory bandwidth to peak, and its host.
@@ -208,7 +220,7 @@ def gpu_named(
 
 def usable_gib(gpu: GPU) -> float:
     """Memory that tensors can fill, GiB."""
-    return gpu.mem_gib * (1 - FRAGMENTATION_SHARE) - RESERVED_GIB
+    return max(0.0, gpu.mem_gib * (1 - FRAGMENTATION_SHARE) - RESERVED_GIB)
 
 
 def usable_host_gib(gpu: GPU) -> float:

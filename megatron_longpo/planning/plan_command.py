@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_longpo.config import ConfigError, ModelConfig
-from megatron_longpo.config.training import FLASH
-from megatron_longpo.conversion.hf_config import CONFIG_FILE, read_hf_model
+from megatron_longpo.config.flags import show
+from megatron_longpo.config.training import FLASH, FUSED
+from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel, read_hf_folder, read_hf_model
 from megatron_longpo.conversion.hf_weights import HFWeights
+from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.hardware import GPU, gpu_named
-from megatron_longpo.planning.search import Plan, Search, find_plans
+from megatron_longpo.planning.search import HOST_GAIN, Plan, Search, find_plans
+from megatron_longpo.planning.step_time import step_time
 from megatron_longpo.planning.tables import cost_line, memory_table, plans_table, rows_line, time_table
-from megatron_longpo.planning.workload import made_up_rows
+from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
 from megatron_longpo.validation import nearest_multiple
 
 TOKENS_MULTIPLE = 256
 """Rows that are no multiple of 2 · 16 CP · 8 TP would leave out most layouts, and say nothing of it."""
+
+
+HOST_NOTE = (
+    "offloading has not been measured on a GPU: what uses the host comes first where it is predicted to be\n"
+    f"{HOST_GAIN:g} times as fast as what does not; --host-mem-gib 0 plans without it"
+)
 
 
 def print_plan(arguments: Namespace) -> None:
@@ -40,14 +51,18 @@ def print_plan(arguments: Namespace) -> None:
     plans = find_plans(search)
     best = plans[0]
     rows = made_up_rows(best.candidate.config, search.num_turns, search.response_tokens)
-    print(f"{search.num_gpus} × {gpu.name}, {arguments.objective}, {rows_line(rows, made_up=True)}\n")
-    print(plans_table(plans, search.num_gpus))
+    print(f"{search.num_gpus} × {gpu.name}, {arguments.objective}, {rows_line(rows, made_up=True)}")
+    if note := best.candidate.config.window_note:
+        print(note)
+    print("\n" + plans_table(plans, search.num_gpus))
     print(f"\nTime of the first, {best.time.seconds:.1f} s per step of {best.time.documents} documents\n")
     print(time_table(best.time))
+    if search.gpu.faster_attention_tflops and best.candidate.config.training.attention_backend == FLASH:
+        print(f"predicted with --attention-backend {FUSED}: {_seconds_with(FUSED, best, search, rows):.1f} s")
     print("\nPeak memory of the first\n")
     print(memory_table(best.memory, gpu))
-    if best.host_gib:
-        print("offloading has not been measured on a GPU; --host-mem-gib 0 plans without it")
+    if any(plan.host_gib for plan in plans):
+        print(HOST_NOTE)
     print("\n" + cost_line(best.time, arguments.num_documents))
     if missing := missing_model(arguments):
         print("\n" + missing)
@@ -56,9 +71,12 @@ def print_plan(arguments: Namespace) -> None:
 
 def search_of(arguments: Namespace) -> Search:
     """What the command line asks for."""
+    source = _source(Path(arguments.hf_model))
+    if arguments.window_size is not None:
+        source.family.refuse_window(dataclasses.replace(source.model, window_size=arguments.window_size))
     return Search(
-        base=base_words(arguments),
-        model=_model(Path(arguments.hf_model)),
+        base=base_words(arguments, source.model),
+        model=source.model,
         source=f"--hf-model {arguments.hf_model}",
         num_gpus=arguments.num_gpus,
         gpu=_gpu(arguments),
@@ -66,6 +84,14 @@ def search_of(arguments: Namespace) -> Search:
         response_tokens=arguments.response_tokens,
         num_plans=arguments.num_plans,
     )
+
+
+def _seconds_with(backend: str, plan: Plan, search: Search, rows: Sequence[TrainingRow]) -> float:
+    """Predicted step of a plan with another attention kernel."""
+    config = plan.candidate.config
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, attention_backend=backend))
+    work = work_of(config, rows, num_predictions(config, rows))
+    return step_time(config, search.num_gpus, work, search.gpu).seconds
 
 
 def command_of(plan: Plan, gpu: GPU) -> str:
@@ -96,7 +122,7 @@ def _folder(arguments: Namespace) -> Path:
 
 
 def _gpu(arguments: Namespace) -> GPU:
-    return gpu_named(
+    gpu = gpu_named(
         arguments.gpu,
         arguments.peak_tflops,
         arguments.mem_gib,
@@ -104,32 +130,42 @@ def _gpu(arguments: Namespace) -> GPU:
         arguments.gpus_per_node,
         arguments.host_link_gbs,
         arguments.host_mem_gib,
-    ).with_rates(arguments.matmul_tflops, arguments.attention_tflops)
+    )
+    gpu.refuse_backend(arguments.attention_backend)
+    return gpu.with_rates(arguments.matmul_tflops, arguments.attention_tflops)
 
 
-def base_words(arguments: Namespace) -> list[str]:
-    """The flags that all layouts share."""
+def base_words(arguments: Namespace, model: ModelConfig) -> list[str]:
+    """The flags that all layouts share, for a model of this shape."""
     words = ["--load-hf", str(_folder(arguments)), "--data-path", arguments.data_path]
     words += ["--objective", arguments.objective]
-    words += ["--seq-length", str(arguments.seq_length), "--max-position-embeddings", str(arguments.seq_length)]
+    words += ["--seq-length", str(arguments.seq_length)]
+    # Rows that are shorter than the model's own length are no reason to export a shorter model.
+    if arguments.seq_length > model.max_position_embeddings:
+        words += ["--max-position-embeddings", str(arguments.seq_length)]
     if arguments.rotary_base is not None:
         words += ["--rotary-base", arguments.rotary_base]
+    if arguments.window_size is not None:
+        words += ["--window-size", show(arguments.window_size)]
     words += ["--global-batch-size", str(arguments.global_batch_size), "--bf16"]
     if arguments.attention_backend != FLASH:
         words += ["--attention-backend", arguments.attention_backend]
     return [*words, "--save", arguments.save, "--load", arguments.save]
 
 
-def _model(path: Path) -> ModelConfig:
-    """The shape in a Hugging Face folder or in a config.json of any name."""
+def _source(path: Path) -> HFModel:
+    """The model in a Hugging Face folder or in a config.json of any name."""
     if not path.exists():
-        raise ConfigError(f"--hf-model {path} does not exist: give a Hugging Face folder or a config.json")
+        raise ConfigError(
+            f"--hf-model {path} does not exist: give a Hugging Face folder or a config.json; "
+            "`hf download NAME config.json --local-dir FOLDER` makes one that is enough for a plan"
+        )
     if path.is_dir() or path.name == CONFIG_FILE:
-        return read_hf_model(path if path.is_dir() else path.parent)
+        return read_hf_folder(path if path.is_dir() else path.parent)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / CONFIG_FILE
         shutil.copy(path, copy)
         try:
-            return read_hf_model(folder)
+            return read_hf_folder(folder)
         except ValueError as error:
             raise ConfigError(str(error).replace(str(copy), str(path))) from error

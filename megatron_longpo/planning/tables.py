@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,10 @@ from megatron_longpo.planning.step_time import StepTime
 
 if TYPE_CHECKING:
     from megatron_longpo.planning.search import Plan
+
+
+WIDTH = 100
+"""Columns of a terminal."""
 
 
 def table(heading: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1, rules: Sequence[int] = ()) -> str:
@@ -116,13 +121,11 @@ def _gib(num_bytes: int) -> str:
 
 
 def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
-    """One line per layout, fastest first."""
+    """Of every layout, in the order of the search, a line of numbers and below it how it saves memory."""
     lines = [
         [
             str(number),
             layout_text(plan.candidate.config, num_gpus),
-            plan.candidate.option.recomputed,
-            plan.candidate.option.on_host,
             f"{plan.time.seconds_per_document:.2f}",
             f"{plan.time.tokens_per_s_per_gpu:,.0f}",
             f"{100 * plan.time.mfu:.1f}",
@@ -130,8 +133,15 @@ def plans_table(plans: Sequence[Plan], num_gpus: int) -> str:
         ]
         for number, plan in enumerate(plans, 1)
     ]
-    heading = ["#", "layout", "recomputed", "on the host", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
-    return table(heading, lines, left=4)
+    heading = ["#", "layout", "s/document", "tokens/s/GPU", "MFU %", "peak GiB"]
+    heading_line, rule, *rows = table(heading, lines, left=2).split("\n")
+    text = [heading_line, rule]
+    for row, plan in zip(rows, plans, strict=True):
+        option, host = plan.candidate.option, f", {plan.host_gib:.1f} GiB" if plan.host_gib else ""
+        saving = f"recomputed: {option.recomputed}; on the host: {option.on_host}{host}"
+        # In columns of their own these would make the table wider than a terminal.
+        text += [row, *textwrap.wrap(saving, WIDTH, initial_indent="   ", subsequent_indent="   ")]
+    return "\n".join(text)
 
 
 def time_table(time: StepTime) -> str:

@@ -35,13 +35,8 @@ def prepared(config: RunConfig) -> RunConfig:
     platform.use_attention_backend(config.training.attention_backend)
     if is_rank_0():
         print(f"configuration of this run:\n{config.to_yaml()}", flush=True)
-        window = config.model.window_size.num_tokens
-        if window is not None and window < config.data.seq_length:
-            print(
-                f"note: a token attends to the last {window} tokens of its --seq-length {config.data.seq_length} "
-                f"(--window-size {config.model.window_size}); --window-size full trains with full attention",
-                flush=True,
-            )
+        if config.window_note is not None:
+            print(config.window_note, flush=True)
     return config
 
 

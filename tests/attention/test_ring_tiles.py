@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_longpo.attention.dense import dense_mask
 from megatron_longpo.attention.ring_tiles import ring_plan
+from megatron_longpo.attention.tiles import held_runs
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from tests.attention.test_tiles import times_covered
 
@@ -63,6 +64,22 @@ def check_steps(layout: RowLayout) -> None:
 @given(layouts)
 def test_steps_cover_every_pair_once(layout: RowLayout) -> None:
     check_steps(layout)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts.filter(lambda layout: layout.window_tokens is not None))
+def test_of_neighbouring_keys_those_between_two_that_another_rank_sees_are_sent(layout: RowLayout) -> None:
+    mask = dense_mask(layout)
+    for rank in range(layout.cp_size):
+        of_others = torch.ones(layout.padded_tokens, dtype=torch.bool)
+        of_others[layout.local_index(rank)] = False
+        seen = mask[of_others].any(0)
+        expected: list[int] = []
+        for run in held_runs(layout, rank):
+            keys = [key for key in range(run.row, run.row + run.length) if seen[key]]
+            expected += range(keys[0], keys[-1] + 1) if keys else []
+        # One key goes around where nobody sees any.
+        assert sent_keys(layout, rank).tolist() == (expected or layout.local_index(rank)[:1].tolist())
 
 
 @settings(max_examples=100, deadline=None)

@@ -34,6 +34,8 @@ HF_CONFIG = {
     "tie_word_embeddings": False,
 }
 """config.json of that model."""
+WINDOW = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
+"""What makes it one with a sliding window."""
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.config import ModelConfig
 from megatron_longpo.planning import plan_command
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.plan_command import search_of
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
-from tests.planning.cases import HF_CONFIG, words_of
+from tests.planning.cases import HF_CONFIG, WINDOW, words_of
 from tools import plan_run
 
 
@@ -32,7 +33,8 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     assert command.startswith(f"{start}export {memory}\nsrun torchrun")
     assert words_of(command) == words
     assert words_of(launch_command(words, 4, 8)) == words
-    assert max(map(len, launch_command(words, 4, 8).splitlines())) <= 112
+    for num_gpus in (4, 4096):
+        assert max(map(len, launch_command(words, num_gpus, 8).splitlines())) <= 112
     hosted = [*words, "--optimizer-cpu-offload"]
     threads = "OMP_NUM_THREADS=$(($(nproc --all) / {}))"
     assert launch_command(hosted, 4, 8).startswith(f"{memory} {threads.format(4)} \\\ntorchrun")
@@ -74,7 +76,7 @@ def test_a_command_names_the_folder_of_the_model_and_what_is_not_in_it(model: Pa
 
     def planned(path: Path) -> tuple[str, str | None]:
         arguments = plan_run.parser().parse_args(f"--hf-model {path} --seq-length 16384 --num-gpus 1 --gpu x".split())
-        words = plan_command.base_words(arguments)
+        words = plan_command.base_words(arguments, ModelConfig())
         return words[words.index("--load-hf") + 1], plan_command.missing_model(arguments)
 
     for path, folder, missing in (
@@ -90,6 +92,17 @@ def test_a_command_names_the_folder_of_the_model_and_what_is_not_in_it(model: Pa
     assert planned(model)[1] is None
 
 
+def test_a_model_that_can_do_more_than_the_rows_ask_for_stays_as_long_as_it_is(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps(HF_CONFIG | {"max_position_embeddings": 131072}))
+
+    def length(seq_length: int) -> int:
+        arguments = f"--hf-model {model} --seq-length {seq_length} --num-gpus 1 --gpu a100-80gb".split()
+        search = search_of(plan_run.parser().parse_args(arguments))
+        return with_initial_model(parse_arguments(search.base)).model.max_position_embeddings
+
+    assert [length(tokens) for tokens in (65536, 131072, 262144)] == [131072, 131072, 262144]
+
+
 TIED = {"tie_word_embeddings": True, "num_key_value_heads": 2}
 QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32, "num_hidden_layers": 6}
 
@@ -98,6 +111,8 @@ QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim
     ("changes", "words"),
     [
         ({}, "--num-gpus 1 --gpu a100-80gb"),
+        (WINDOW, "--num-gpus 1 --gpu a100-80gb"),
+        (WINDOW, "--num-gpus 1 --gpu a100-80gb --window-size full"),
         ({}, "--num-gpus 6 --gpu b200-192gb --gpus-per-node 6 --global-batch-size 6 --objective dpo"),
         (TIED, "--num-gpus 16 --gpu h100-80gb --attention-backend fused --seq-length 65536"),
         (QWEN3, "--num-gpus 32 --gpu h200-141gb --objective sft-chosen --rotary-base 1e7 --global-batch-size 4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ConfigError, ParallelConfig
+from megatron_longpo.planning import plan_command
 from megatron_longpo.planning import search as search_module
 from megatron_longpo.planning.dry_run import RankMemory
 from megatron_longpo.planning.dry_run_command import print_dry_run
@@ -24,7 +26,7 @@ from megatron_longpo.planning.search import Plan, Search, find_plans, timed_layo
 from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
-from tests.planning.cases import MODEL, words_of
+from tests.planning.cases import HF_CONFIG, MODEL, WINDOW, words_of
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 from tools import plan_run
 
@@ -39,8 +41,12 @@ def plan(monkeypatch: pytest.MonkeyPatch, model: Path, words: str) -> None:
 def test_the_plan_ends_in_a_command_that_the_trainer_takes(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan(monkeypatch, model, "--num-gpus 2 --gpu h100-80gb")
+    found: list[Plan] = []
+    monkeypatch.setattr(plan_command, "find_plans", lambda search: found.extend(find_plans(search)) or found)
+    (model / "config.json").write_text(json.dumps(HF_CONFIG | WINDOW))
+    plan(monkeypatch, model, "--num-gpus 2 --gpu h100-80gb --window-size 255,0")
     shown = capsys.readouterr().out
+    assert "\nnote: a token attends to the last 256 tokens of its --seq-length 1024 (--window-size 255,0)" in shown
     for text in ("tokens/s/GPU", "MFU %", "peak GiB", "attention workspace", "fits in h100-80gb", "9 documents: "):
         assert text in shown
     assert (
@@ -50,6 +56,9 @@ def test_the_plan_ends_in_a_command_that_the_trainer_takes(
     config = with_initial_model(parse_arguments(words_of("torchrun" + shown.partition("torchrun")[2])))
     validate(config, 2)
     assert config.data.seq_length == 1024 and config.training.bf16 and config.model.hidden_size == 128
+    assert re.search(r"predicted with --attention-backend fused: \d+\.\d s\n", shown)
+    assert config.model.window_size == (255, 0) and config.reference_window_size == (127, 0)
+    assert config.with_device_defaults("local", "nccl") == found[0].candidate.config
 
 
 def test_every_layout_of_the_search_passes_the_trainer_s_checks() -> None:
@@ -122,13 +131,26 @@ def test_offloading_enters_where_memory_is_short_and_the_host_has_some() -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--num-gpus 7 --gpu h100-80gb", "--num-gpus 7 has no possible layout.*nearest possible: 8 .TP"),
+        (
+            "--num-gpus 7 --gpu h100-80gb",
+            "7 has no possible layout.* possible: --num-gpus 4 .TP.*, or --num-gpus 8 .TP.*-batch-size 7 or 14 on",
+        ),
+        (
+            # Four GPUs have layouts too, of which none fits.
+            "--num-gpus 7 --gpu mine --peak-tflops 9 --mem-gib 3.164 --link-gbs 1",
+            "7 has no possible layout.* nearest possible: --num-gpus 8 .TP 4 ",
+        ),
         (
             "--num-gpus 1 --gpu mine --peak-tflops 9 --mem-gib 3.18 --link-gbs 1",
             "no layout of 1 × mine fits: the leanest.* nearest possible: --num-gpus 2 .TP",
         ),
         ("--num-gpus 12 --gpu h100-80gb", "12 must be a multiple of --gpus-per-node 8, .* nearest possible: 8 or 16"),
+        (
+            "--num-gpus 2 --gpu a100-80gb --attention-backend flash3",
+            "flash3 is not for a100-80gb: give .* flash or fused",
+        ),
         ("--num-gpus 2 --gpu h100", "--gpu h100 is not known; did you mean h100-80gb"),
+        ("--num-gpus 2 --gpu h100-80gb --window-size 9,0", "--window-size 9,0: LlamaForCausalLM has no window"),
         ("--num-gpus 2 --gpu h100-80gb --turns-per-document 99", "has no room for a document"),
         ("--num-gpus 2 --gpu h100-80gb --seq-length 1023", "--seq-length 1023 must be a multiple of 256 .*: 1024"),
     ],
@@ -147,6 +169,7 @@ def test_what_cannot_be_planned_is_refused_with_what_can(
         ("--num-gpus 2 --gpu h100-80gb --seq-length 128K", "--seq-length: 128K must be a whole number: 131072"),
         ("--num-gpus 2 --gpu h100-80gb --link-gbs -1", "--link-gbs: -1 must be a number of at least 0"),
         ("--num-gpus 2 --gpu h100-80gb --rotary-base 1e7x", "--rotary-base: 1e7x must be a number of at least 0"),
+        ("--num-gpus 2 --gpu h100-80gb --window-size 4095", "--window-size: '4095' must be full, or the tokens before"),
         ("--num-gpus 2 --gpu h100-80gb --rotary-base 0", "--rotary-base: 0 must be greater than 1"),
         ("--num-gpus 2 --gpu h100-80gb --link-gbs 0", "--link-gbs: 0 must be greater than 0"),
     ],
@@ -160,6 +183,10 @@ def test_numbers_that_are_none_are_said_to_be(
 
 
 def test_a_broken_config_is_named_by_its_own_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        SystemExit, match=r"--hf-model NAME/7b does not exist: .* download NAME config.json --local-dir"
+    ):
+        plan(monkeypatch, Path("NAME/7b"), "--num-gpus 2 --gpu h100-80gb")
     broken = model / "shape.json"
     broken.write_text("{")
     with pytest.raises(SystemExit, match=rf"{broken} is not JSON"):
@@ -218,5 +245,7 @@ def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
     assert "the dataset's longest, tiny-" in real and "fits in h100-80gb" in real
     with pytest.raises(ConfigError, match="--num-query-groups 2 must be a multiple of --tensor-model-parallel-size 4"):
         print_dry_run(parse_arguments([*flags[:-1], "--tensor-model-parallel-size=4"]))
+    with pytest.raises(ConfigError, match="--attention-backend flash3 is not for b200-192gb"):
+        print_dry_run(parse_arguments([*flags, "--gpu=b200-192gb", "--attention-backend=flash3"]))
     with pytest.raises(ConfigError, match="--num-gpus 4 has no effect"):
         parse_arguments([*MODEL_FLAGS, "--num-gpus=4"])

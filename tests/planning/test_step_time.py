@@ -13,11 +13,11 @@ from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.attention import ring
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
-from megatron_longpo.planning.exchange_time import hop_tokens, step_shares
 from megatron_longpo.planning.hardware import GPU, GPUS, H100, MEASURED_LINK_SHARE, gpu_named, usable_gib
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, ring_bytes_per_s
 from megatron_longpo.planning.published import llama3_pretraining, longpo_paper, nemo_long_sequences, torchtitan
 from megatron_longpo.planning.recomputation import Repeated, repeated
+from megatron_longpo.planning.ring_work import hop_tokens, step_shares
 from megatron_longpo.planning.saved import kept_bytes
 from megatron_longpo.planning.step_time import StepTime, parameters_of_rank, step_time
 from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
@@ -270,6 +270,12 @@ def test_attention_takes_as_long_as_its_backend() -> None:
 def test_an_unknown_gpu_is_described_by_three_numbers() -> None:
     with pytest.raises(ConfigError, match=r"--gpu h100 is not known; did you mean h100-80gb.*--peak-tflops.*--mem-gib"):
         gpu_named("h100")
+    for name, meant in {"H100": "h100-80gb", "b200": "b200-192gb", "A100-80GB": "a100-80gb"}.items():
+        with pytest.raises(ConfigError, match=f"--gpu {name} is not known; did you mean {meant}"):
+            gpu_named(name)
+    with pytest.raises(ConfigError, match=r"--gpu l40s-48gb is not known; known: .*takes tools/plan_run.py with"):
+        gpu_named("l40s-48gb")
+    assert usable_gib(gpu_named("h100-80gb", mem_gib=2)) == 0
     with pytest.raises(ConfigError, match="--link-gbs"):
         gpu_named("mine", peak_tflops=500, mem_gib=64)
     mine = gpu_named("mine", peak_tflops=494.5, mem_gib=64, link_gbs=25)

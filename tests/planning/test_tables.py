@@ -1,0 +1,41 @@
+"""Tables of plans: whatever is in them, a terminal shows them line by line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_longpo.config import ParallelConfig
+from megatron_longpo.planning.dry_run import RankMemory
+from megatron_longpo.planning.layouts import Candidate
+from megatron_longpo.planning.options import MEMORY_OPTIONS
+from megatron_longpo.planning.parts import Part
+from megatron_longpo.planning.search import Plan
+from megatron_longpo.planning.step_time import StepTime
+from megatron_longpo.planning.tables import memory_table, plans_table
+from tests.planning.cases import run_config
+
+EVERY_PART = dict.fromkeys(Part, 2**38)
+MEMORY = RankMemory(0, EVERY_PART, EVERY_PART, {Part.OPTIMIZER: 2**38})
+
+
+def test_a_table_of_the_longest_layouts_and_options_fits_a_terminal() -> None:
+    config = run_config()
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=16,
+        num_layers_per_virtual_pipeline_stage=1,
+        context_parallel_size=128,
+        cp_comm_type="a2a+p2p",
+        hierarchical_context_parallel_sizes=(8, 16),
+    )
+    config = replace(config, parallel=parallel, model=replace(config.model, num_layers=128))
+    time = StepTime({"attention": 99999.0}, 8, 10**7, 1e20, 8 * 16 * 128, 989)
+    plans = [Plan(Candidate((), config, option), time, (MEMORY, MEMORY)) for option in MEMORY_OPTIONS]
+    text = plans_table(plans, 8 * 16 * 128 * 16)
+    assert max(map(len, text.split("\n"))) <= 100
+    assert "TP 8 · PP 16 × 8 · CP 128 a2a+p2p 8×16 · DP 16  " in text
+    joined = " ".join(text.split())
+    for option in MEMORY_OPTIONS:
+        assert f" recomputed: {option.recomputed}; on the host: {option.on_host}, 256.0 GiB" in joined
+    table = memory_table([MEMORY, MEMORY], None).partition("\n(")[0]
+    assert max(map(len, table.split("\n"))) <= 100
