@@ -88,6 +88,8 @@ def read_corpus(settings: GenerationSettings) -> Iterator[CorpusDocument]:
         for where, id, text in _documents(path, settings):
             if settings.max_documents is not None and index >= settings.max_documents:
                 return
+            if not _is_unicode(id):
+                raise ValueError(f"{where}: the id {id!r} is no valid Unicode: give another id, or rename the file")
             key = hash(id)
             if key in seen:
                 raise ValueError(
@@ -115,9 +117,15 @@ def _documents(path: Path, settings: GenerationSettings) -> Iterator[tuple[str, 
             )
         text = row[settings.text_field]
         if not isinstance(text, str):
-            raise ValueError(f"{where}: field {settings.text_field!r} is {kind_of(text)}, not a string")
+            raise ValueError(
+                f"{where}: field {settings.text_field!r} is {kind_of(text)}, not a string: leave the row out"
+            )
         id = row.get(settings.id_field)
-        yield str(where), str(id) if id not in (None, "") else f"{path.name}:{where.line}", text
+        if isinstance(id, (list, dict, np.ndarray)):
+            raise ValueError(
+                f"{where}: field {settings.id_field!r} is {kind_of(id)}, not an id; name another one with --id-field"
+            )
+        yield str(where), str(id) if id is not None and id != "" else f"{path.name}:{where.line}", text
 
 
 def _read_text(path: Path) -> str:

@@ -55,10 +55,7 @@ def prepare_output(settings: GenerationSettings) -> None:
         check_folder_writable(folder / STATE, "--output")
         write_json(file, now)
         return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); give another --output") from error
+    before = _recorded(file, now)
     different = [
         f"--{name.replace('_', '-').replace('num-tasks', 'tasks')} was {before['settings'].get(name)!r}, now {value!r}"
         for name, value in now["settings"].items()
@@ -73,6 +70,21 @@ def prepare_output(settings: GenerationSettings) -> None:
             f"--output {folder} was started with something else: {'; '.join(different)}. Give the same to go on, or "
             "another folder to start anew"
         )
+
+
+def _recorded(file: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run recorded, with entries of the same types as ``now``."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict) or before.get("schema") != SCHEMA:
+            raise ValueError(f"it has no 'schema': {SCHEMA}")
+        if wrong := [name for name, value in now.items() if not isinstance(before.get(name), type(value))]:
+            raise ValueError(f"without a {wrong[0]!r} as this version writes it")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not what tools/generate_pairs.py wrote ({error}): restore it, or give another --output"
+        ) from error
+    return before
 
 
 def _look_through(settings: GenerationSettings) -> None:

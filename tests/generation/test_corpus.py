@@ -73,7 +73,12 @@ def test_other_fields_and_missing_ids(settings: Settings, tmp_path: Path) -> Non
     [
         (b"", r"there is not a single document in it"),
         (b'{"id": "a"}\n', r"bad.jsonl:1: there is no field 'text', the fields are: 'id'; .* --text-field"),
-        (b'{"text": "fine"}\n{"text": 3}\n', r"bad.jsonl:2: field 'text' is a number, not a string"),
+        (b'{"text": "fine"}\n{"text": 3}\n', r"bad.jsonl:2: field 'text' is a number, not a string: leave"),
+        (
+            b'{"id": [1], "text": "x"}\n',
+            r"bad.jsonl:1: field 'id' is a list, not an id; name another one with --id-field",
+        ),
+        (b'{"id": "\\ud800", "text": "x"}\n', r"bad.jsonl:1: the id '.ud800' is no valid Unicode: give another id"),
         (b'{"text": "cut', r"bad.jsonl:1: is not JSON"),
         (b'{"text": "\xff"}\n', r"bad.jsonl:1: is not UTF-8 at byte 10"),
         (
