@@ -16,13 +16,11 @@ from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.pair_formats.counting import count_rows
 from megatron_longpo.pair_formats.fields import kind_of
-from megatron_longpo.pair_formats.raw import GZIP_ERRORS, TABLE_SUFFIXES, raw_rows
-
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", *TABLE_SUFFIXES)
-"""Files with many documents; every other file is one document of plain text."""
+from megatron_longpo.pair_formats.raw import GZIP_ERRORS, ROW_SUFFIXES, raw_rows
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs")
-"""What is taken from a folder; a file that is named itself may end in anything."""
+"""What is taken from a folder beside `ROW_SUFFIXES`. A file named itself may end in anything; each is a document
+of plain text."""
 
 
 @dataclass(frozen=True)
