@@ -131,10 +131,15 @@ def _documents(settings: GenerationSettings, report: GenerationReport, timings: 
         raise ValueError(f"no document gave a pair, so there is no {PAIRS} in --output:\n{report.table()}")
 
 
+def is_finished(settings: GenerationSettings, task: int) -> bool:
+    """Whether a task has come to its end, and its outcomes are there."""
+    work = Path(settings.output, STATE)
+    return finished_mark(work, task).exists() and store_file(work, task).exists()
+
+
 def all_finished(settings: GenerationSettings) -> bool:
     """Whether every task has come to its end."""
-    tasks = range(settings.num_tasks)
-    return all(finished_mark(Path(settings.output, STATE), task).exists() for task in tasks)
+    return all(is_finished(settings, task) for task in range(settings.num_tasks))
 
 
 def _outcomes(settings: GenerationSettings, task: int) -> Iterator[tuple[Outcome, float]]:

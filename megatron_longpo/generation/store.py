@@ -19,8 +19,9 @@ import orjson
 from datatrove.pipeline.inference.checkpointing import RequestCache
 
 from megatron_longpo.generation.rollout import Outcome
+from megatron_longpo.pair_formats.raw import GENERATION_STATE
 
-STATE = "state"
+STATE = GENERATION_STATE
 """Folder inside of ``--output`` with the state of a run."""
 
 _OUTCOMES = """

@@ -19,7 +19,9 @@ ROW_SUFFIXES = (".jsonl", ".jsonl.gz", *TABLE_SUFFIXES)
 GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a damaged or cut .gz file raises."""
 
-GENERATED_PAIRS, GENERATION_REPORT = "pairs.jsonl", "report.json"
+GENERATED_PAIRS, GENERATION_REPORT, GENERATION_STATE = "pairs.jsonl", "report.json", "state"
+"""What an output folder of generation holds."""
+
 _BATCH_ROWS = 16
 
 
@@ -41,6 +43,11 @@ def input_files(paths: Sequence[str | Path]) -> list[Path]:
             # Hugging Face leaves the results of map() beside the data.
             found = [p for p in found if not p.name.startswith("cache-")]
             found = [p for p in found if p.name == GENERATED_PAIRS or not _is_generation(p.parent)]
+            if not found and (path / GENERATION_STATE).is_dir():
+                raise ValueError(
+                    f"--input {path}: a generation that has not come to its end: run tools/generate_pairs.py again, it "
+                    "goes on where it stopped"
+                )
             if not found:
                 raise ValueError(f"--input {path}: the folder has no .jsonl, .jsonl.gz, .parquet or .arrow file")
             files += found

@@ -127,6 +127,17 @@ def test_a_bad_document_is_found_before_anything_is_asked_or_written(settings: S
         prepare_output(settings(documents=(str(path),), output="/proc/pairs"))
 
 
+def test_a_finished_run_needs_no_server_to_write_its_results_again(settings: Settings) -> None:
+    with running(ChatServer()) as url:
+        words = [*command(settings(base_url=url))[2:], "--max-documents", "1", "--max-retries", "0"]
+        assert main(words) == 0
+    pairs = Path(settings().output, "pairs.jsonl")
+    content = pairs.read_bytes()
+    pairs.unlink()
+    assert main(words) == 0
+    assert pairs.read_bytes() == content
+
+
 def test_results_wait_for_every_task(settings: Settings) -> None:
     with running(ChatServer()) as url:
         chosen = settings(base_url=url, num_tasks=2)

@@ -101,6 +101,9 @@ def test_unusable_paths_are_named(tmp_path: Path) -> None:
         input_files(["nowhere.jsonl"])
     with pytest.raises(ValueError, match=r"has no \.jsonl"):
         input_files([tmp_path])
+    (tmp_path / "started" / "state").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"started: a generation that has not come to its end: run tools/generate_p"):
+        input_files([tmp_path / "started"])
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl: the file is empty"):
         input_files([tmp_path / "empty.jsonl"])
