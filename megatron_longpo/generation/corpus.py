@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,10 @@ def read_corpus(settings: GenerationSettings) -> Iterator[CorpusDocument]:
     """
     seen: set[int] = set()
     index = 0
-    for path in corpus_files(settings.documents):
-        for where, id, text in _documents(path, settings):
+    files = corpus_files(settings.documents)
+    names = Counter(path.name for path in files)
+    for path in files:
+        for where, id, text in _documents(path, path.name if names[path.name] == 1 else str(path), settings):
             if settings.max_documents is not None and index >= settings.max_documents:
                 return
             if not _is_unicode(id):
@@ -101,8 +104,8 @@ def read_corpus(settings: GenerationSettings) -> Iterator[CorpusDocument]:
         raise ValueError(f"--documents {' '.join(settings.documents)}: there is not a single document in it")
 
 
-def _documents(path: Path, settings: GenerationSettings) -> Iterator[tuple[str, str, str]]:
-    """``(place, id, text)`` of one file's documents."""
+def _documents(path: Path, name: str, settings: GenerationSettings) -> Iterator[tuple[str, str, str]]:
+    """``(place, id, text)`` of one file's documents; rows without an id are called by ``name`` and line."""
     if not path.name.endswith(ROW_SUFFIXES):
         yield str(path), str(path), _read_text(path)
         return
@@ -123,7 +126,8 @@ def _documents(path: Path, settings: GenerationSettings) -> Iterator[tuple[str, 
             raise ValueError(
                 f"{where}: field {settings.id_field!r} is {kind_of(id)}, not an id; name another one with --id-field"
             )
-        yield str(where), str(id) if id is not None and id != "" else f"{path.name}:{where.line}", text
+        has_id = id is not None and str(id).strip()
+        yield str(where), str(id) if has_id else f"{name}:{where.line}", text
 
 
 def _read_text(path: Path) -> str:

@@ -63,9 +63,13 @@ def test_patterns_are_expanded_in_order_and_files_taken_once(settings: Settings,
 
 
 def test_other_fields_and_missing_ids(settings: Settings, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"body": "first", "key": 7}, {"body": "second"}])
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"body": "first", "key": 7}, {"body": "second", "key": " "}])
     assert read(settings, path, text_field="body", id_field="key") == [("7", "first"), ("rows.jsonl:2", "second")]
     assert read(settings, path, text_field="body", max_documents=1) == [("rows.jsonl:1", "first")]
+    (tmp_path / "more").mkdir()
+    again = write_jsonl(tmp_path / "more" / "rows.jsonl", [{"body": "third"}])
+    ids = [document.id for document in read_corpus(settings(documents=(str(path), str(again)), text_field="body"))]
+    assert ids == [f"{path}:1", f"{path}:2", f"{again}:1"], "names that two files share would give the same id"
 
 
 @pytest.mark.parametrize(
