@@ -196,7 +196,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def tensor_table(rows: Sequence[TensorRow]) -> str:
     """The comparison of tensors as text."""
-    lines = [("tensor", "number", "HF / Megatron", "not equal", "max |difference|")]
+    lines = [("tensor", "count", "type", "differ", "max |Δ|")]
     lines += [(r.name, str(r.num_tensors), r.dtypes, str(r.num_differing), f"{r.largest:.3g}") for r in rows]
     total = sum(r.num_tensors for r in rows), sum(r.num_differing for r in rows)
     lines.append(("all", str(total[0]), "", str(total[1]), f"{max(r.largest for r in rows):.3g}"))
@@ -205,7 +205,7 @@ def tensor_table(rows: Sequence[TensorRow]) -> str:
 
 def logits_table(rows: Sequence[LogitsRow], tolerance: float) -> str:
     """The comparison of logits as text."""
-    lines = [("logits in fp32", "tokens", "max |difference|", "tolerance", "max |logit|", "same argmax")]
+    lines = [("logits in fp32", "tokens", "max |Δ|", "tolerance", "max |logit|", "same argmax")]
     for row in rows:
         numbers = (f"{row.largest:.3g}", f"{tolerance:g}", f"{row.largest_logit:.3g}", f"{row.same_argmax:.1%}")
         lines.append((row.sizes, str(row.num_tokens), *numbers))

@@ -72,17 +72,19 @@ def read_pairs(paths: str | Path | Sequence[str | Path]) -> Iterator[PairsRow]:
 def read_formats(paths: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, PairsRow]]:
     """`read_pairs`, with the name of each row's format before it: a key of `FORMATS`."""
     seen: dict[str, Location] = {}
-    for file in input_files([paths] if isinstance(paths, str | Path) else paths):
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    for file in input_files(paths):
         for where, row in raw_rows(file):
             name = format_of(row, where)
             pair = FORMATS[name](row, where)
             if pair.id in seen:
                 problem = f"is {pair.id!r}, which {seen[pair.id]} already has"
-                raise PairsError(where, "id", problem, "give every document its own id")
+                fix = "give every document its own id; rows without one are called by their file's name and line"
+                raise PairsError(where, "id", problem, fix)
             seen[pair.id] = where
             yield name, pair
     if not seen:
-        raise ValueError(f"--input {paths}: there is not a single pair in it; give at least one")
+        raise ValueError(f"--input {' '.join(map(str, paths))}: there is not a single pair in it; give at least one")
 
 
 def format_of(row: Mapping[str, Any], where: Location) -> str:

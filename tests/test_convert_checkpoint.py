@@ -67,6 +67,7 @@ def test_verify_finds_a_single_bit(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["verify", "--hf-model", hf, "--megatron", megatron, "--torchrun"]) == 0
     equal = capsys.readouterr().out
     assert "model.layers.*.self_attn.k_norm.weight" in equal and equal.endswith("\nequal\n")
+    assert max(map(len, equal.splitlines())) <= 80
 
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     tensors["model.layers.2.self_attn.v_proj.weight"].view(torch.int16)[3, 4] ^= 1

@@ -67,22 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run both and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--num-documents", type=at_least_1, default=OverheadCase.num_documents, metavar="N", help="overhead: documents")
-    add(
-        "--concurrency",
-        type=at_least_1,
-        default=OverheadCase.concurrency,
-        metavar="N",
-        help="overhead: requests in flight",
-    )
+    for flag, default, metavar, what in (
+        ("--num-documents", OverheadCase.num_documents, "N", "overhead: documents"),
+        ("--concurrency", OverheadCase.concurrency, "N", "overhead: requests in flight"),
+        ("--document-tokens", PrefillCase.document_tokens, "TOKENS", "shared prefill: length of the document"),
+    ):
+        add(flag, type=at_least_1, default=default, metavar=metavar, help=what)
     add("--latency-ms", type=float, default=OverheadCase.latency_ms, metavar="MS", help="overhead: time of an answer")
-    add(
-        "--document-tokens",
-        type=at_least_1,
-        default=PrefillCase.document_tokens,
-        metavar="TOKENS",
-        help="shared prefill: length of the document",
-    )
     add("--results", metavar="DIR", help="also write generation.json there")
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -189,21 +189,23 @@ def _number(path: Path, rope: dict[str, Any], name: str) -> float:
 
 def _yarn(path: Path, shape: dict[str, Any], rope: dict[str, Any], original: int) -> ModelConfig:
     # mscale counts only together with mscale_all_dim, and only when neither is 0.
-    scales = (rope.get("mscale"), rope.get("mscale_all_dim"))
-    has_scales = all(scales)
+    has_scales = rope.get("mscale") and rope.get("mscale_all_dim")
+    factor = _number(path, rope, "factor") if rope["factor"] else shape["max_position_embeddings"] / original
     model = ModelConfig(
         **shape,
         position_embedding_type="yarn",
-        yarn_rotary_scaling_factor=float(rope["factor"] or shape["max_position_embeddings"] / original),
+        yarn_rotary_scaling_factor=factor,
         yarn_original_max_position_embeddings=original,
         yarn_beta_fast=float(rope.get("beta_fast") or 32),
         yarn_beta_slow=float(rope.get("beta_slow") or 1),
-        yarn_mscale=float(scales[0]) if has_scales else None,  # type: ignore[arg-type]
-        yarn_mscale_all_dim=float(scales[1]) if has_scales else None,  # type: ignore[arg-type]
+        yarn_mscale=_number(path, rope, "mscale") if has_scales else None,
+        yarn_mscale_all_dim=_number(path, rope, "mscale_all_dim") if has_scales else None,
         yarn_correction_range_round_to_int=bool(rope.get("truncate", True)),
     )
     given = rope.get("attention_factor")
-    if given is not None and not math.isclose(given, attention_factor(model), rel_tol=1e-9):
+    if given is not None and not math.isclose(
+        _number(path, rope, "attention_factor"), attention_factor(model), rel_tol=1e-9
+    ):
         raise ValueError(
             f"{path}: YaRN's attention_factor {given} is not the one of factor, mscale and mscale_all_dim, "
             f"{attention_factor(model)}; a factor of its own is not supported"

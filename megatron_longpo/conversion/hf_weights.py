@@ -121,9 +121,9 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
 def _files_of_index(index: Path) -> dict[Path, list[str] | None]:
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        outside = sorted({place for place in places.values() if Path(place).name != place})
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of weights with a weight_map: {error!r}") from error
-    outside = sorted({place for place in places.values() if Path(place).name != place})
     if outside:
         raise ValueError(f"{index} names files outside its folder: {listed(outside)}")
     files: dict[Path, list[str] | None] = {}

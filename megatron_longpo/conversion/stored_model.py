@@ -92,5 +92,8 @@ def _checkpoint(folder: Path, iteration: int | None) -> Path:
         return chosen
     found = find_checkpoint(folder)
     if found is None:
-        raise ValueError(f"--load {folder} holds no checkpoint: it has no latest_checkpointed_iteration.txt")
+        raise ValueError(
+            f"{folder} holds no checkpoint: it has no latest_checkpointed_iteration.txt; give the folder that a run's "
+            "or hf-to-megatron's --save wrote"
+        )
     return found

@@ -41,7 +41,7 @@ def check_target(folder: str | Path, num_bytes: int, overwrite: bool, sources: M
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise ValueError(
-            f"--save {folder}: the result takes {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free"
+            f"--save {folder}: the result takes {num_bytes / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -128,12 +129,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 def _read_metadata(folder: Path) -> Metadata:
     path = folder / ".metadata"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {folder} is not a complete torch_dist checkpoint")
+    content = io.BytesIO(path.read_bytes())
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {folder} is not a complete torch_dist checkpoint") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        metadata = _MetadataUnpickler(content).load()
+    # What a damaged pickle asks for may fail with an error of any type.
+    except Exception as error:
         raise ValueError(f"{path} is damaged or not checkpoint metadata: {error}") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{path} holds a {type(metadata).__name__}, not checkpoint metadata")

@@ -33,7 +33,7 @@ class TensorRow:
         name: With ``*`` for the layer.
         num_tensors, num_differing: How many there are, and how many are not equal bit for bit.
         largest: Greatest absolute difference, in fp32.
-        dtypes: Types on both sides.
+        dtypes: Type; Hugging Face's and Megatron's where they differ.
     """
 
     name: str
@@ -79,7 +79,7 @@ def compare_tensors(hf_model: str | Path, megatron: str | Path, show_progress: b
 
 def _add(row: TensorRow, theirs: torch.Tensor, ours: torch.Tensor) -> None:
     row.num_tensors += 1
-    row.dtypes = " / ".join(str(tensor.dtype).removeprefix("torch.") for tensor in (theirs, ours))
+    row.dtypes = " / ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in (theirs, ours)))
     same = theirs.dtype == ours.dtype and _bits(theirs).equal(_bits(ours))
     if not same:
         row.num_differing += 1

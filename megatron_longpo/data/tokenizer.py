@@ -147,8 +147,8 @@ class HuggingFaceChatTokenizer:
             template = template.get("default")
         if not template:
             raise ValueError(
-                f"--tokenizer-model {self.path} has no chat template: pass one with --chat-template FILE.jinja (a base "
-                f"model's tokenizer takes that of the instruct model)"
+                f"--tokenizer-model {self.path} has no chat template: pass one with --chat-template FILE.jinja, or put "
+                "it there as chat_template.jinja (a base model's tokenizer takes that of the instruct model)"
             )
         return str(template)
 
@@ -207,7 +207,7 @@ class SentencePieceChatTokenizer:
         if template is None:
             raise ValueError(
                 f"--tokenizer-model {path}: a SentencePiece model has no chat template: pass one with --chat-template "
-                f"FILE.jinja"
+                "FILE.jinja, or where there is no such flag (tools/generate_pairs.py) give a Hugging Face folder"
             )
         self.template = template
         self.vocab_size = int(self._model.piece_size())

@@ -46,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(settings: GenerationSettings, task: int | None) -> int:
     from megatron_longpo.files import LockHeldError
     from megatron_longpo.generation.logs import log_to
-    from megatron_longpo.generation.output import PAIRS, all_finished, prepare_output, write_results
+    from megatron_longpo.generation.output import PAIRS, all_finished, is_finished, prepare_output, write_results
     from megatron_longpo.generation.runner import run_task
     from megatron_longpo.generation.store import STATE
 
     prepare_output(settings)
     for number in range(settings.num_tasks) if task is None else [task]:
+        if is_finished(settings, number):
+            continue  # it needs no model any more, nor a server that answers
         log_to(Path(settings.output, STATE, f"{number:05d}", "log"))
         run_task(settings, number)
     if not all_finished(settings):

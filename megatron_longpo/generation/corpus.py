@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,11 @@ from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.pair_formats.counting import count_rows
 from megatron_longpo.pair_formats.fields import kind_of
-from megatron_longpo.pair_formats.raw import GZIP_ERRORS, TABLE_SUFFIXES, raw_rows
-
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", *TABLE_SUFFIXES)
-"""Files with many documents; every other file is one document of plain text."""
+from megatron_longpo.pair_formats.raw import GZIP_ERRORS, ROW_SUFFIXES, raw_rows
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs")
-"""What is taken from a folder; a file that is named itself may end in anything."""
+"""What is taken from a folder beside `ROW_SUFFIXES`. A file named itself may end in anything; each is a document
+of plain text."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,14 @@ def read_corpus(settings: GenerationSettings) -> Iterator[CorpusDocument]:
     """
     seen: set[int] = set()
     index = 0
-    for path in corpus_files(settings.documents):
-        for where, id, text in _documents(path, settings):
+    files = corpus_files(settings.documents)
+    names = Counter(path.name for path in files)
+    for path in files:
+        for where, id, text in _documents(path, path.name if names[path.name] == 1 else str(path), settings):
             if settings.max_documents is not None and index >= settings.max_documents:
                 return
+            if not _is_unicode(id):
+                raise ValueError(f"{where}: the id {id!r} is no valid Unicode: give another id, or rename the file")
             key = hash(id)
             if key in seen:
                 raise ValueError(
@@ -101,8 +104,8 @@ def read_corpus(settings: GenerationSettings) -> Iterator[CorpusDocument]:
         raise ValueError(f"--documents {' '.join(settings.documents)}: there is not a single document in it")
 
 
-def _documents(path: Path, settings: GenerationSettings) -> Iterator[tuple[str, str, str]]:
-    """``(place, id, text)`` of one file's documents."""
+def _documents(path: Path, name: str, settings: GenerationSettings) -> Iterator[tuple[str, str, str]]:
+    """``(place, id, text)`` of one file's documents; rows without an id are called by ``name`` and line."""
     if not path.name.endswith(ROW_SUFFIXES):
         yield str(path), str(path), _read_text(path)
         return
@@ -115,9 +118,16 @@ def _documents(path: Path, settings: GenerationSettings) -> Iterator[tuple[str, 
             )
         text = row[settings.text_field]
         if not isinstance(text, str):
-            raise ValueError(f"{where}: field {settings.text_field!r} is {kind_of(text)}, not a string")
+            raise ValueError(
+                f"{where}: field {settings.text_field!r} is {kind_of(text)}, not a string: leave the row out"
+            )
         id = row.get(settings.id_field)
-        yield str(where), str(id) if id not in (None, "") else f"{path.name}:{where.line}", text
+        if isinstance(id, (list, dict, np.ndarray)):
+            raise ValueError(
+                f"{where}: field {settings.id_field!r} is {kind_of(id)}, not an id; name another one with --id-field"
+            )
+        has_id = id is not None and str(id).strip()
+        yield str(where), str(id) if has_id else f"{name}:{where.line}", text
 
 
 def _read_text(path: Path) -> str:

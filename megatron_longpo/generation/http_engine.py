@@ -85,15 +85,25 @@ class HttpEngine:
         payload = dict(payload)
         url = f"{self._urls[payload.pop('whole_document', False)]}/chat/completions"
         reply = await self._persistently("POST", url, orjson.dumps(payload))
-        choices = reply.get("choices")
-        if not choices or not isinstance(choices[0].get("message"), dict):
-            raise ServerError(f"{url}: the reply has no choices[0].message; is it an OpenAI-compatible server?")
-        return reply
+        match reply:
+            case {"choices": [{"message": dict() as message} as choice, *_]}:
+                text, usage = message.get("content"), reply.get("usage")
+            case _:
+                raise ServerError(f"{url}: the reply has no choices[0].message; is it an OpenAI-compatible server?")
+        if not isinstance(text, str | None):
+            raise ServerError(f"{url}: choices[0].message.content of the reply is no text, but {str(text)[:100]}")
+        # datatrove wants every field that servers may leave out or fill with null.
+        usage = usage if isinstance(usage, dict) else {}
+        return {
+            "choices": [{"message": {"content": text}, "finish_reason": choice.get("finish_reason")}],
+            "usage": {name: count for name, count in usage.items() if isinstance(count, int)},
+        }
 
     async def _require_model(self, url: str) -> None:
         """Fail early where the server is not there or does not serve the model."""
         reply = await self._persistently("GET", f"{url}/models", None)
-        names = [str(model.get("id")) for model in reply.get("data") or [] if isinstance(model, dict)]
+        models = reply["data"] if isinstance(reply.get("data"), list) else []
+        names = [str(model.get("id")) for model in models if isinstance(model, dict)]
         if names and self._settings.model not in names:
             raise ServerError(f"{url} does not serve --model {self._settings.model}; it serves {', '.join(names)}")
 

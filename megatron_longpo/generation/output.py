@@ -55,10 +55,7 @@ def prepare_output(settings: GenerationSettings) -> None:
         check_folder_writable(folder / STATE, "--output")
         write_json(file, now)
         return
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); give another --output") from error
+    before = _recorded(file, now)
     different = [
         f"--{name.replace('_', '-').replace('num-tasks', 'tasks')} was {before['settings'].get(name)!r}, now {value!r}"
         for name, value in now["settings"].items()
@@ -73,6 +70,21 @@ def prepare_output(settings: GenerationSettings) -> None:
             f"--output {folder} was started with something else: {'; '.join(different)}. Give the same to go on, or "
             "another folder to start anew"
         )
+
+
+def _recorded(file: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run recorded, with entries of the same types as ``now``."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict) or before.get("schema") != SCHEMA:
+            raise ValueError(f"it has no 'schema': {SCHEMA}")
+        if wrong := [name for name, value in now.items() if not isinstance(before.get(name), type(value))]:
+            raise ValueError(f"without a {wrong[0]!r} as this version writes it")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} is not what tools/generate_pairs.py wrote ({error}): restore it, or give another --output"
+        ) from error
+    return before
 
 
 def _look_through(settings: GenerationSettings) -> None:
@@ -119,10 +131,15 @@ def _documents(settings: GenerationSettings, report: GenerationReport, timings: 
         raise ValueError(f"no document gave a pair, so there is no {PAIRS} in --output:\n{report.table()}")
 
 
+def is_finished(settings: GenerationSettings, task: int) -> bool:
+    """Whether a task has come to its end, and its outcomes are there."""
+    work = Path(settings.output, STATE)
+    return finished_mark(work, task).exists() and store_file(work, task).exists()
+
+
 def all_finished(settings: GenerationSettings) -> bool:
     """Whether every task has come to its end."""
-    tasks = range(settings.num_tasks)
-    return all(finished_mark(Path(settings.output, STATE), task).exists() for task in tasks)
+    return all(is_finished(settings, task) for task in range(settings.num_tasks))
 
 
 def _outcomes(settings: GenerationSettings, task: int) -> Iterator[tuple[Outcome, float]]:

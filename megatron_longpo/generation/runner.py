@@ -33,7 +33,7 @@ from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.refusals import document_error
 from megatron_longpo.generation.rollout import DocumentPlan, Outcome, Rollout
 from megatron_longpo.generation.settings import OPENAI, GenerationSettings
-from megatron_longpo.generation.store import STATE, StoredOutcomes, TaskStore, finished_mark
+from megatron_longpo.generation.store import STATE, StoredOutcomes, TaskStore, damage_named, finished_mark, store_file
 
 
 def generation_pipeline(settings: GenerationSettings) -> list[PipelineStep]:
@@ -110,7 +110,8 @@ class PairsRunner(InferenceRunner):
             load_model()
         # What is loaded stays: the collector need not look through it again while requests wait.
         gc.freeze()
-        with exclusive_lock(folder / "lock", complaint), Progress(self.settings, rank) as self._progress:
+        lock = exclusive_lock(folder / "lock", complaint)
+        with lock, damage_named(store_file(folder.parent, rank)), Progress(self.settings, rank) as self._progress:
             try:
                 super().run(data, rank, world_size)
             except ServerError as error:

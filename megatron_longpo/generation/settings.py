@@ -188,8 +188,8 @@ class GenerationSettings:
                 raise ValueError(f"{flag} {value} must be at least {low}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"--top-p {self.top_p} must be in (0, 1]")
-        if not self.request_timeout_s > 0:
-            raise ValueError(f"--request-timeout-s {self.request_timeout_s} must be greater than 0")
+        if not 0 < self.request_timeout_s < math.inf:
+            raise ValueError(f"--request-timeout-s {self.request_timeout_s} must be a number greater than 0")
         if self.long_rotary_base is not None and not 1 < self.long_rotary_base < math.inf:
             raise ValueError(f"--long-rotary-base {self.long_rotary_base} must be a number greater than 1")
         if self.max_chunk_tokens > LONGEST_CHUNK_TOKENS:

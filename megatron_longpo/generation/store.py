@@ -11,7 +11,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import orjson
 from datatrove.pipeline.inference.checkpointing import RequestCache
 
 from megatron_longpo.generation.rollout import Outcome
+from megatron_longpo.pair_formats.raw import GENERATION_STATE
 
-STATE = "state"
+STATE = GENERATION_STATE
 """Folder inside of ``--output`` with the state of a run."""
 
 _OUTCOMES = """
@@ -57,6 +58,13 @@ class TaskStore(RequestCache):
 
     async def initialize(self, rank: int) -> None:
         """Open the database, or make it; `finished` then holds the ids of finished documents."""
+        try:
+            await self._open(rank)
+        except sqlite3.Error:
+            await self.close()  # aiosqlite's thread would keep the process from ending
+            raise
+
+    async def _open(self, rank: int) -> None:
         await super().initialize(rank)
         assert self._conn is not None
         for pragma in _PRAGMAS:
@@ -91,16 +99,19 @@ class TaskStore(RequestCache):
                 operations.append(self._queue.get_nowait())
             is_last = None in operations
             waiting = [data[1] for kind, data in filter(None, operations) if kind == "outcome"]
+            lost: OSError | None = None
             try:
                 await self._write(operations)
             except sqlite3.Error as error:
                 # Answers that are not kept cost time after an interruption. An outcome that is not kept would be lost.
-                for future in waiting:
-                    future.set_exception(OSError(f"{self.db_path} cannot be written: {error}"))
-            else:
-                for future in waiting:
-                    if not future.done():
-                        future.set_result(None)
+                lost = OSError(f"{self.db_path} cannot be written: {error}")
+            for future in waiting:
+                if future.done():  # cancelled by Ctrl-C
+                    continue
+                if lost:
+                    future.set_exception(lost)
+                else:
+                    future.set_result(None)
             for _ in operations:
                 self._queue.task_done()
 
@@ -148,9 +159,26 @@ class StoredOutcomes:
         """Nothing is left to clean up."""
 
 
+@contextmanager
+def damage_named(file: Path) -> Iterator[None]:
+    """Raise ValueError with the database's name and the fix for what SQLite has to say of it in the block."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ValueError(
+            f"{file} cannot be used ({error}): if it is damaged, delete {file.parent}, and the same command asks for "
+            "what was in it again"
+        ) from error
+
+
 def read_outcomes(file: Path) -> Iterator[tuple[Outcome, float]]:
-    """The outcomes of a task by rising index, with the seconds that each took."""
-    with closing(sqlite3.connect(f"file:{file}?mode=rw", uri=True)) as connection:
+    """The outcomes of a task by rising index, with the seconds that each took.
+
+    Raises:
+        ValueError: The database is damaged.
+    """
+    address = f"{file.absolute().as_uri()}?mode=rw"  # so that it is not made where it is missing
+    with damage_named(file), closing(sqlite3.connect(address, uri=True)) as connection:
         connection.execute(f"PRAGMA {_PRAGMAS[0]}")
         for blob, seconds in connection.execute("SELECT outcome, seconds FROM outcomes ORDER BY doc_index"):
             yield Outcome.from_dict(json.loads(blob)), seconds

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_longpo.data.encoding import SharedPrefixEncoder
@@ -86,13 +87,17 @@ class TransformersEngine:
         folder = Path(settings.model)
         if not (folder / "config.json").is_file():
             raise ValueError(f"--model {folder} is no folder of a Hugging Face model: it has no config.json")
+        device = _device(settings.device)
         tokenizer = load_tokenizer(settings.tokenizer_path)
         self._tokenizer = tokenizer
         self._encoder = SharedPrefixEncoder(tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[settings.dtype] if settings.dtype else "auto", local_files_only=True
-        )
-        self._model = model.to(_device(settings.device)).eval()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[settings.dtype] if settings.dtype else "auto", local_files_only=True
+            )
+        except SafetensorError as error:
+            raise ValueError(f"--model {folder}: its weights cannot be read ({error}); download them again") from error
+        self._model = model.to(device).eval()
         stop = model.generation_config.eos_token_id
         self._stop_ids = frozenset([tokenizer.eos_id, *(stop if isinstance(stop, list) else [stop])]) - {None}
         self._rotary = {False: _rotary(self._model), True: _rotary(self._model, settings.long_rotary_base)}
@@ -111,11 +116,15 @@ class TransformersEngine:
 
 
 def _device(name: str | None) -> torch.device:
-    if name is not None:
-        return torch.device(name)
-    from megatron_longpo.platform import device
+    if name is None:
+        from megatron_longpo.platform import device
 
-    return device()
+        return device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}): give another, or leave it out") from error
 
 
 def _rotary(model: PreTrainedModel, base: float | None = None) -> torch.nn.Module:
@@ -124,7 +133,7 @@ def _rotary(model: PreTrainedModel, base: float | None = None) -> torch.nn.Modul
     Raises:
         ValueError: The model has none of the usual form.
     """
-    own = getattr(model.model, "rotary_emb", None)
+    own = getattr(getattr(model, "model", None), "rotary_emb", None)
     if base is None and own is not None:
         return own
     if own is None:

@@ -81,7 +81,8 @@ def inspect(options: InspectOptions, progress: bool = True) -> Inspection:
     ids: list[str] = []
     rows = tqdm(
         read_formats(list(sources.pairs)),
-        total=count_rows(sources.pairs) if progress else None,
+        # Counting reads every file to its end.
+        total=count_rows(sources.pairs) if progress and options.needs_report else None,
         desc="inspect",
         unit="document",
         disable=None if progress else True,  # None: where nobody watches

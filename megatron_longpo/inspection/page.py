@@ -147,7 +147,7 @@ def _generation(report: GenerationReport) -> dict[str, Any]:
         ("pairs kept", f"{report.turns_kept:,}"),
         ("tokens read", short_number(report.prompt_tokens)),
         ("tokens written", short_number(report.completion_tokens)),
-        ("a document, mean", duration(report.seconds / max(report.documents_read, 1))),
+        ("mean time of a document", duration(report.seconds / max(report.documents_read, 1))),
     ]
     dropped = []
     for title, counts in (("Documents dropped", report.documents_dropped), ("Pairs dropped", report.turns_dropped)):

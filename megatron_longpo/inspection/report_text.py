@@ -48,11 +48,11 @@ def _counts(statistics: PairStatistics) -> Iterator[str]:
 def _lengths(statistics: PairStatistics, terminal: Terminal) -> Iterator[str]:
     yield ""
     yield terminal.paint(
-        f"{'lengths':<26}{'count':>10}{'minimum':>11}{'median':>11}{'95 % up to':>12}{'maximum':>11}", "bold"
+        f"{'lengths':<25}{'count':>10}{'minimum':>11}{'median':>11}{'95 % up to':>12}{'maximum':>11}", "bold"
     )
     for what, unit, numbers in statistics.sorted_lengths():
         low, middle, high, top = (f"{number:,.0f}" for number in numbers.quantiles())
-        yield f"{what + ', ' + unit:<26}{len(numbers):>10,}{low:>11}{middle:>11}{high:>12}{top:>11}"
+        yield f"{what + ', ' + unit:<25}{len(numbers):>10,}{low:>11}{middle:>11}{high:>12}{top:>11}"
 
 
 def _turns(statistics: PairStatistics, terminal: Terminal) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _generation(report: GenerationReport, terminal: Terminal) -> Iterator[str]:
         ("pairs kept", f"{report.turns_kept:,}"),
         ("tokens read by the model", f"{report.prompt_tokens:,}"),
         ("tokens written by the model", f"{report.completion_tokens:,}"),
-        ("a document, mean", duration(report.seconds / max(report.documents_read, 1))),
+        ("mean time of a document", duration(report.seconds / max(report.documents_read, 1))),
     ]
     yield from (f"{name:<30}{value}" for name, value in rows)
     for title, dropped in (("documents dropped", report.documents_dropped), ("pairs dropped", report.turns_dropped)):

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Callable
 
+from megatron_longpo.generation.draw import draw
 from megatron_longpo.inspection.view import PairView
-
-
-def draw_key(seed: int, document_id: str, turn: int) -> int:
-    """A 64-bit number that depends on these three and on nothing else."""
-    digest = hashlib.sha256(repr((seed, document_id, turn)).encode())
-    return int.from_bytes(digest.digest()[:8], "big")
 
 
 class Sample:
@@ -33,7 +27,7 @@ class Sample:
     def offer(self, document_id: str, turn: int, make_view: Callable[[], PairView]) -> None:
         """Consider a pair; its view is made only if it is kept, for now."""
         self._num_offered += 1
-        key = draw_key(self._seed, document_id, turn)
+        key = draw(self._seed, document_id, turn)
         if len(self._heap) < self._size:
             heapq.heappush(self._heap, (-key, self._num_offered, make_view()))
         elif self._size and key < -self._heap[0][0]:

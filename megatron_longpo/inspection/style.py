@@ -96,7 +96,8 @@ footer { margin-top: 40px; font-size: 12.5px; color: var(--muted); }
   body { padding: 22px 14px 48px; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .answers { grid-template-columns: 1fr; }
-  th, td { padding-left: 10px; } table { font-size: 12.5px; }
+  .scroll { padding: 10px 12px; } th, td { padding-left: 6px; } table, th { font-size: 11.5px; }
+  th, td:first-child { white-space: normal; vertical-align: bottom; }
   .answers > div + div { border-left: 0; }
   .pair header .end { margin-left: 0; }
 }

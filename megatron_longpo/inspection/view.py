@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from megatron_longpo.data.tokenize import PromptTemplate
 from megatron_longpo.import_pairs.tokenized import NotConvertible, TokenizedConverter
@@ -61,7 +60,6 @@ class PairView:
     context: tuple[Message, ...] = ()
     whole_prompts: bool = False
     note: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 class Viewer:
@@ -87,7 +85,7 @@ class Viewer:
     def _tokens_maker(self, row: TokenizedPair, turn: int) -> Callable[[], PairView]:
         return lambda: self._tokens_view(row, turn)
 
-    def _text_view(self, row: PreferenceDocument, number: int, note: str = "") -> PairView:
+    def _text_view(self, row: PreferenceDocument, number: int) -> PairView:
         turn = row.turns[number]
         span, num_chars = turn.chunk_span, len(row.document)
         instruction = turn.instruction or row.document[-PROMPT_END_CHARS:]
@@ -106,8 +104,6 @@ class Viewer:
             similarity=similarity(words(turn.chosen), words(turn.rejected)),
             context=row.long_context,
             whole_prompts=not row.turns[0].instruction,
-            note=note,
-            provenance={**row.provenance, **turn.provenance},
         )
 
     def _tokens_view(self, row: TokenizedPair, number: int) -> PairView:

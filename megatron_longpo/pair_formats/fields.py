@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from megatron_longpo.pair_formats.document import Location, PairsError, Turn
 
 
@@ -53,5 +55,13 @@ def kind_of(value: Any) -> str:
     """A JSON value's type in words."""
     if value is None:
         return "null"
-    kinds = {bool: "true/false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    kinds = {
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        np.ndarray: "a list",  # of numbers, in a table
+        dict: "an object",
+    }
     return kinds.get(type(value), type(value).__name__)

@@ -13,31 +13,43 @@ from megatron_longpo.pair_formats.document import Location, PairsError
 from megatron_longpo.pair_formats.fields import kind_of
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", *TABLE_SUFFIXES)
+"""Files with one document a line or row."""
+
 GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a damaged or cut .gz file raises."""
 
-GENERATED_PAIRS, GENERATION_REPORT = "pairs.jsonl", "report.json"
+GENERATED_PAIRS, GENERATION_REPORT, GENERATION_STATE = "pairs.jsonl", "report.json", "state"
+"""What an output folder of generation holds."""
+
 _BATCH_ROWS = 16
 
 
 def input_files(paths: Sequence[str | Path]) -> list[Path]:
     """The files behind paths: files as they are, folders replaced by the tables and JSON lines in them, sorted.
 
-    Of an output folder of generation, which holds other JSON lines too, it is `GENERATED_PAIRS` alone.
+    Of an output folder of generation, which holds other JSON lines too, it is `GENERATED_PAIRS` alone; so too where
+    such a folder lies in another.
 
     Raises:
         ValueError: A path does not exist, is empty, or is a folder without such files.
     """
     files: list[Path] = []
     for path in map(Path, paths):
-        if path.is_dir() and all((path / name).is_file() for name in (GENERATED_PAIRS, GENERATION_REPORT)):
+        if _is_generation(path):
             files.append(path / GENERATED_PAIRS)
         elif path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix in (".jsonl", *TABLE_SUFFIXES)]
+            found = [p for p in sorted(path.rglob("*")) if p.name.endswith(ROW_SUFFIXES)]
             # Hugging Face leaves the results of map() beside the data.
             found = [p for p in found if not p.name.startswith("cache-")]
+            found = [p for p in found if p.name == GENERATED_PAIRS or not _is_generation(p.parent)]
+            if not found and (path / GENERATION_STATE).is_dir():
+                raise ValueError(
+                    f"--input {path}: a generation that has not come to its end: run tools/generate_pairs.py again, it "
+                    "goes on where it stopped"
+                )
             if not found:
-                raise ValueError(f"--input {path}: the folder has no .jsonl, .parquet or .arrow file")
+                raise ValueError(f"--input {path}: the folder has no .jsonl, .jsonl.gz, .parquet or .arrow file")
             files += found
         elif path.is_file():
             files.append(path)
@@ -47,6 +59,10 @@ def input_files(paths: Sequence[str | Path]) -> list[Path]:
         if file.stat().st_size == 0:
             raise ValueError(f"--input {file}: the file is empty; give at least one pair")
     return files
+
+
+def _is_generation(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (GENERATED_PAIRS, GENERATION_REPORT))
 
 
 def raw_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:

@@ -186,6 +186,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
         QWEN25_7B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 2.0}},
         r"attention_factor 2.0 is not the one of factor",
     ),
+    "text for a YaRN temperature": (
+        QWEN25_7B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": "high"}},
+        r"config\.json: RoPE's attention_factor is 'high'; it must be a number greater than 0",
+    ),
+    "text for a YaRN factor": (
+        QWEN25_7B | {"rope_scaling": {"type": "yarn", "factor": "four"}},
+        r"config\.json: RoPE's factor is 'four'; it must be a number greater than 0",
+    ),
     "broken scaling": (LLAMA31_8B | {"rope_scaling": {"type": "llama3", "factor": 2.0}}, r"config.json"),
     "no layers": (LLAMA31_8B | {"num_hidden_layers": 0}, r"config\.json: num_hidden_layers is 0; it must be a whole"),
     "negative heads": (LLAMA31_8B | {"num_key_value_heads": -8}, r"num_key_value_heads is -8; it must be a whole"),

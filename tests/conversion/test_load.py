@@ -186,6 +186,14 @@ def test_an_index_that_names_absent_tensors_is_refused(tmp_path: Path) -> None:
         read_and_load(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_what_is_no_index_is_named(content: str, tmp_path: Path) -> None:
+    save_random_model(tmp_path, "llama2")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index.json is not an index of weights with a weight_map"):
+        read_and_load(tmp_path)
+
+
 def _first_shard(folder: Path) -> str:
     return sorted(folder.glob("model-*"))[0].stem.removeprefix("model-")
 

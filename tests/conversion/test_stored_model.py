@@ -19,7 +19,7 @@ def test_iterations(llama: Path, tmp_path: Path) -> None:
     assert to_hf(tmp_path / "run", llama, tmp_path / "chosen", iteration=10).name == "iter_0000010"
     with pytest.raises(ValueError, match=r"--iteration 15: .* is no checkpoint; there are \[10, 20\]"):
         to_hf(tmp_path / "run", llama, tmp_path / "none", iteration=15)
-    with pytest.raises(ValueError, match=r"--load .*llama holds no checkpoint"):
+    with pytest.raises(ValueError, match=r"^/.*llama holds no checkpoint: .*; give the folder that a run's or"):
         to_hf(llama, llama, tmp_path / "none")
 
 

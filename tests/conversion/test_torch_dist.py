@@ -96,6 +96,15 @@ def test_dotted_names_reach_no_imported_module(tmp_path: Path) -> None:
         TensorReader(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80", b"\x80\x04\x8c\x01\xff.", b"\x80\x04](K\x01K\x02R.", b"\x80\x04}]K\x01s."]
+)
+def test_damaged_metadata_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged or not checkpoint metadata: "):
+        TensorReader(tmp_path)
+
+
 def test_other_pickles_are_no_metadata(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ValueError, match=r"holds a dict, not checkpoint metadata"):

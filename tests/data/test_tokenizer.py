@@ -141,6 +141,9 @@ def test_unusable_tokenizers_are_named_with_the_fix(
     (base / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="has no chat template: pass one with --chat-template"):
         load_tokenizer(base)
+    (base / "chat_template.jinja").write_text(INST_TEMPLATE)
+    assert load_tokenizer(base).template == INST_TEMPLATE, "as the message says"
+    (base / "chat_template.jinja").unlink()
     assert load_tokenizer(base, chat_template=INST_TEMPLATE).template == INST_TEMPLATE
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -63,9 +63,13 @@ def test_patterns_are_expanded_in_order_and_files_taken_once(settings: Settings,
 
 
 def test_other_fields_and_missing_ids(settings: Settings, tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"body": "first", "key": 7}, {"body": "second"}])
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"body": "first", "key": 7}, {"body": "second", "key": " "}])
     assert read(settings, path, text_field="body", id_field="key") == [("7", "first"), ("rows.jsonl:2", "second")]
     assert read(settings, path, text_field="body", max_documents=1) == [("rows.jsonl:1", "first")]
+    (tmp_path / "more").mkdir()
+    again = write_jsonl(tmp_path / "more" / "rows.jsonl", [{"body": "third"}])
+    ids = [document.id for document in read_corpus(settings(documents=(str(path), str(again)), text_field="body"))]
+    assert ids == [f"{path}:1", f"{path}:2", f"{again}:1"], "names that two files share would give the same id"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,12 @@ def test_other_fields_and_missing_ids(settings: Settings, tmp_path: Path) -> Non
     [
         (b"", r"there is not a single document in it"),
         (b'{"id": "a"}\n', r"bad.jsonl:1: there is no field 'text', the fields are: 'id'; .* --text-field"),
-        (b'{"text": "fine"}\n{"text": 3}\n', r"bad.jsonl:2: field 'text' is a number, not a string"),
+        (b'{"text": "fine"}\n{"text": 3}\n', r"bad.jsonl:2: field 'text' is a number, not a string: leave"),
+        (
+            b'{"id": [1], "text": "x"}\n',
+            r"bad.jsonl:1: field 'id' is a list, not an id; name another one with --id-field",
+        ),
+        (b'{"id": "\\ud800", "text": "x"}\n', r"bad.jsonl:1: the id '.ud800' is no valid Unicode: give another id"),
         (b'{"text": "cut', r"bad.jsonl:1: is not JSON"),
         (b'{"text": "\xff"}\n', r"bad.jsonl:1: is not UTF-8 at byte 10"),
         (

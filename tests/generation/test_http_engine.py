@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.generation import chat_server
 from benchmarks.generation.chat_server import ChatServer, running
 from megatron_longpo.generation import http_engine
 from megatron_longpo.generation.engine import EngineError
@@ -97,6 +98,38 @@ def test_of_many_that_fail_together_one_speaks(
         run(settings(base_url=url, concurrency=4))
     gc.collect()  # what asyncio has to say of a task comes when it is collected
     assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.parametrize("usage", [{}, {"usage": None}, {"usage": {"prompt_tokens": None}}])
+def test_what_servers_may_leave_out(
+    usage: dict[str, object], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = chat_server._reply
+
+    def short(prompt: str, digest: str) -> dict[str, object]:
+        return {"choices": [{"message": reply(prompt, digest)["choices"][0]["message"]}], **usage}
+
+    monkeypatch.setattr(chat_server, "_reply", short)
+    with running(ChatServer()) as url:
+        chosen = settings(base_url=url, max_documents=1)
+        run(chosen)
+    assert report(chosen)["tokens"] == {"prompt": 0, "completion": 0}
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ([], "the reply has no choices"),
+        (["text"], "the reply has no choices"),
+        ([{"message": {"content": [{"type": "text"}]}}], r"content of the reply is no text, but \[\{'type'"),
+    ],
+)
+def test_replies_of_other_protocols(
+    choices: list[object], message: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_server, "_reply", lambda prompt, digest: {"choices": choices})
+    with running(ChatServer()) as url, pytest.raises(EngineError, match=message):
+        run(settings(base_url=url, max_documents=1))
 
 
 def test_a_model_that_is_not_served(settings: Settings) -> None:

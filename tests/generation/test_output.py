@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from benchmarks.generation.chat_server import ChatServer, running
 from megatron_longpo.files import exclusive_lock
 from megatron_longpo.generation.command import main
 from megatron_longpo.generation.output import prepare_output, write_results
+from megatron_longpo.generation.rollout import Outcome
 from megatron_longpo.generation.runner import run_task
+from megatron_longpo.generation.store import TaskStore
 from tests.generation.conftest import Settings
-from tests.generation.runs import command
+from tests.generation.runs import command, run
 
 
 def test_two_writers_on_one_output_are_refused(settings: Settings) -> None:
@@ -53,6 +57,63 @@ def test_going_on_with_other_flags_or_documents_is_refused(settings: Settings, c
         prepare_output(settings(output=str(tmp_path / "full")))
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "Expecting value"),
+        (b"\xff", "invalid start byte"),
+        (b"[]", "it has no 'schema': 1"),
+        (b'{"schema": 2}', "it has no 'schema': 1"),
+        (b'{"schema": 1, "settings": []}', "without a 'settings' as this version writes it"),
+        (b'{"schema": 1, "settings": {}}', "without a 'prompt_hash' as this version writes it"),
+    ],
+)
+def test_a_damaged_settings_file_is_named(content: bytes, problem: str, settings: Settings) -> None:
+    chosen = settings()
+    file = Path(chosen.output, "state", "settings.json")
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"settings.json is not what .* wrote \(.*{problem}.*\): restore it, or give"):
+        prepare_output(chosen)
+
+
+def test_any_name_of_a_folder_will_do(settings: Settings, tmp_path: Path) -> None:
+    with running(ChatServer()) as url:
+        assert run(settings(base_url=url, output=str(tmp_path / "pairs #1? 50%41 ü"), max_documents=1))
+
+
+def test_a_damaged_state_is_named_and_can_be_deleted(settings: Settings) -> None:
+    with running(ChatServer()) as url:
+        chosen = settings(base_url=url, max_documents=1)
+        pairs = run(chosen)
+        state = Path(chosen.output, "state", "00000")
+        database = state / "replay.sqlite3"
+        database.write_bytes(database.read_bytes()[:3000])
+        for use in (write_results, run_task):
+            with pytest.raises(
+                ValueError, match=rf"replay.sqlite3 cannot be used \(.*\): if it is damaged, delete {state}"
+            ):
+                use(chosen)
+        shutil.rmtree(state)
+        assert run(chosen) == pairs
+
+
+def test_an_outcome_that_nobody_waits_for_does_not_stop_the_writer(tmp_path: Path) -> None:
+    """Ctrl-C on a full disk: the outcome cannot be written, and who asked for it is gone."""
+
+    async def interrupted() -> None:
+        store = TaskStore(tmp_path)
+        await store.initialize(0)
+        assert store._conn is not None
+        await store._conn.execute("DROP TABLE outcomes")
+        waiting = asyncio.create_task(store.store_outcome(Outcome(0, "id"), 0.0))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait_for(store.close(), 5)
+
+    asyncio.run(interrupted())
+
+
 def test_a_bad_document_is_found_before_anything_is_asked_or_written(settings: Settings, tmp_path: Path) -> None:
     path = tmp_path / "documents.jsonl"
     chosen = settings(documents=(str(path),))
@@ -64,6 +125,17 @@ def test_a_bad_document_is_found_before_anything_is_asked_or_written(settings: S
     prepare_output(chosen)
     with pytest.raises(ValueError, match=r"--output /proc/pairs/state cannot be written"):
         prepare_output(settings(documents=(str(path),), output="/proc/pairs"))
+
+
+def test_a_finished_run_needs_no_server_to_write_its_results_again(settings: Settings) -> None:
+    with running(ChatServer()) as url:
+        words = [*command(settings(base_url=url))[2:], "--max-documents", "1", "--max-retries", "0"]
+        assert main(words) == 0
+    pairs = Path(settings().output, "pairs.jsonl")
+    content = pairs.read_bytes()
+    pairs.unlink()
+    assert main(words) == 0
+    assert pairs.read_bytes() == content
 
 
 def test_results_wait_for_every_task(settings: Settings) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from megatron_longpo.data.tokenizer import load_tokenizer
 from megatron_longpo.generation.engine import Answer, Request
@@ -116,6 +118,20 @@ def test_the_pipeline_with_the_embedded_engine(
     turns = [turn for row in rows if isinstance(row, PreferenceDocument) for turn in row.turns]
     assert len(turns) > 8
     assert len({turn.chosen for turn in turns}) > len(turns) // 2
+
+
+def test_what_cannot_be_loaded_is_named(settings: Settings, model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--device gpu cannot be used \(.*\): give another, or leave it out"):
+        run_task(embedded(settings, model_folder, device="gpu"))
+    shutil.copytree(model_folder, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 10_000)
+    with pytest.raises(ValueError, match=r"--model .*cut: its weights cannot be read \(.*\); download them again"):
+        run_task(embedded(settings, tmp_path / "cut"))
+    shutil.copytree(model_folder, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
+    config = GPT2Config(vocab_size=900, n_embd=16, n_layer=1, n_head=1, n_positions=64, eos_token_id=2, bos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ValueError, match=r"does not know the rotary embedding of GPT2LMHeadModel"):
+        run_task(embedded(settings, tmp_path / "gpt2"))
 
 
 def test_no_model(settings: Settings, tmp_path: Path, model_folder: Path) -> None:

@@ -94,6 +94,14 @@ def test_one_document_is_shown_whole_and_a_wrong_id_gets_a_hint(generated: Path)
         look(generated, document_id="~")
 
 
+def test_one_document_is_found_without_reading_on(generated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_longpo.inspection.inspect.count_rows", lambda files: pytest.fail("all was read"))
+    with open(generated / "pairs.jsonl", "a") as file:
+        file.write("no JSON\n")
+    wanted = InspectOptions((str(generated),), document_id="document 3", needs_report=False)
+    assert {view.id for view in inspect(wanted).views} == {"document 3"}
+
+
 def test_reports_of_generation_lie_beside_their_pairs(generated: Path, tmp_path: Path) -> None:
     for path in (generated, generated / "pairs.jsonl"):
         report = look(path).generation

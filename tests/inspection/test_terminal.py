@@ -82,7 +82,9 @@ def test_pairs_stand_side_by_side_where_there_is_room(tmp_path: Path, width: int
 
 def test_the_report_names_every_number(generated: Path) -> None:
     inspection = inspect(InspectOptions((str(generated),)), progress=False)
-    report = "\n".join(report_lines(inspection, Terminal(100)))
+    lines = list(report_lines(inspection, Terminal(80)))
+    assert max(map(num_cells, lines)) <= 80
+    report = "\n".join(lines)
     for line in (
         "documents                     12  (12 schema 1)",
         "pairs                         30",

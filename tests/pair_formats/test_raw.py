@@ -72,7 +72,7 @@ def test_broken_tables_are_named(tmp_path: Path, name: str) -> None:
 
 
 def test_folders_are_searched_in_order_without_caches(tmp_path: Path) -> None:
-    for name in ("b/two.jsonl", "a/one.jsonl", "a/cache-1234.arrow", "a/state.json", "c.parquet"):
+    for name in ("b/two.jsonl", "a/one.jsonl", "a/cache-1234.arrow", "a/state.json", "c.parquet", "d.jsonl.gz"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
@@ -80,15 +80,19 @@ def test_folders_are_searched_in_order_without_caches(tmp_path: Path) -> None:
         "a/one.jsonl",
         "b/two.jsonl",
         "c.parquet",
+        "d.jsonl.gz",
     ]
 
 
 def test_of_a_generation_only_the_pairs_are_pairs(tmp_path: Path) -> None:
+    folder = tmp_path / "generation"
+    folder.mkdir()
     for name in ("pairs.jsonl", "timings.jsonl"):
-        (tmp_path / name).write_text("x")
+        (folder / name).write_text("x")
     # Without the report it is a folder like any other, of which no file may be passed over.
-    assert [path.name for path in input_files([tmp_path])] == ["pairs.jsonl", "timings.jsonl"]
-    (tmp_path / "report.json").write_text("x")
+    assert [path.name for path in input_files([folder])] == ["pairs.jsonl", "timings.jsonl"]
+    (folder / "report.json").write_text("x")
+    assert [path.name for path in input_files([folder])] == ["pairs.jsonl"]
     assert [path.name for path in input_files([tmp_path])] == ["pairs.jsonl"]
 
 
@@ -97,6 +101,9 @@ def test_unusable_paths_are_named(tmp_path: Path) -> None:
         input_files(["nowhere.jsonl"])
     with pytest.raises(ValueError, match=r"has no \.jsonl"):
         input_files([tmp_path])
+    (tmp_path / "started" / "state").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"started: a generation that has not come to its end: run tools/generate_p"):
+        input_files([tmp_path / "started"])
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty\.jsonl: the file is empty"):
         input_files([tmp_path / "empty.jsonl"])
