@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +19,20 @@ from megatron_longpo.model.unchanged import Unchanged
 OFFLOAD_FROM_BYTES = 2**20
 """Smaller tensors stay: log-sum-exps of short rows, scalars."""
 
-Packed = Unchanged | platform.HostCopy
+
+@dataclass(frozen=True)
+class HostView:
+    """A shape of a tensor on the host."""
+
+    copy: platform.HostCopy
+    shape: torch.Size
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor on its device."""
+        return self.copy.tensor().view(self.shape)
+
+
+Packed = Unchanged | HostView
 
 
 class LayerOffload:
@@ -50,15 +64,17 @@ class LayerOffload:
             return Unchanged(tensor)
         if tensor.device != platform.device():
             return Unchanged(tensor)
-        # Several operations save the same tensor, each by an object of its own.
-        place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+        # Several operations save the same tensor, each by an object of its own, and in shapes of their own: attention
+        # its output by heads, the projection behind it the same as one vector per token.
+        size = (tensor.numel(),) if tensor.is_contiguous() else (tensor.shape, tensor.stride())
+        place = (tensor.storage_offset(), *size, tensor.dtype, tensor._version)
         for owner, known, copy in self._copies:
             found = copy()
             if owner() is storage and known == place and found is not None:
-                return found
+                return HostView(found, tensor.shape)
         made = platform.HostCopy(tensor)
         self._copies.append((weakref.ref(storage), place, weakref.ref(made)))
-        return made
+        return HostView(made, tensor.shape)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """The saved tensor, on the device again."""

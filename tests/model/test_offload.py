@@ -39,6 +39,16 @@ def test_a_tensor_is_copied_once_and_weights_stay(copies: list[weakref.ref[platf
     assert all(copy() is None for copy in copies), "a copy outlived the graph"
 
 
+def test_shapes_of_a_tensor_share_a_copy(copies: list[weakref.ref[platform.HostCopy]]) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    with OffloadChain().next([]).saving():
+        out = x * 1
+        y = out.sin().sum() + out.view(12).cos().sum() + out.t().sin().sum()
+    assert len(copies) == 1 + 1, "rows and columns are two copies"
+    (grad,) = torch.autograd.grad(y, x)
+    torch.testing.assert_close(grad, 2 * x.cos() - x.sin())
+
+
 def test_each_state_of_a_tensor_has_a_copy_of_its_own(copies: list[weakref.ref[platform.HostCopy]]) -> None:
     weight = torch.randn(3, requires_grad=True)
     with OffloadChain().next([]).saving():
