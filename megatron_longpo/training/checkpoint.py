@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.files import atomic_writer, sync_folder
+from megatron_longpo.files import atomic_writer, sync_file, sync_folder
 from megatron_longpo.model.build import unwrap
 from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder, iteration_of
 from megatron_longpo.training.distributed import is_rank_0
@@ -80,8 +80,8 @@ class Checkpointer:
         final = iteration_folder(settings.save, progress.iteration)
         partial = final.with_name(f".{final.name}.partial")
         if is_rank_0():
-            # Of runs that were killed, or found the disk full, while they saved.
-            for stale in final.parent.glob(".iter_*.partial"):
+            # Of runs that were killed, or found the disk full, while they saved or removed.
+            for stale in (*final.parent.glob(".iter_*.partial"), *final.parent.glob(".iter_*.removed")):
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
@@ -107,14 +107,9 @@ class Checkpointer:
             )
 
         def publish() -> None:
-            """Give the written folder its name, then name it in the tracker; all ranks call it."""
+            """Make the written folder the newest checkpoint; all ranks call it, with ``--async-save`` steps later."""
             if is_rank_0():
-                self.config.dump_yaml(partial / RUN_FILE)
-                shutil.rmtree(final, ignore_errors=True)
-                os.rename(partial, final)
-                sync_folder(final.parent)
-                with atomic_writer(final.parent / TRACKER) as file:
-                    file.write(str(progress.iteration))
+                self._publish(partial, final)
             dist.barrier()
             if is_rank_0():
                 self._remove(self.newest, final)
@@ -177,17 +172,29 @@ class Checkpointer:
         saved = common.get("progress", {"iteration": common.get("iteration", 0)})
         return Progress(**{name: value for name, value in saved.items() if name in known})
 
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Give a written folder its name, then name it in the tracker: that one names a whole checkpoint at any time."""
+        self.config.dump_yaml(partial / RUN_FILE)
+        for path in partial.iterdir():
+            if path.suffix != ".distcp":  # Megatron syncs those
+                sync_file(path)
+        sync_folder(partial)
+        if final.exists():
+            # The run went on from an earlier step and comes to one that it made before, maybe the tracker's.
+            if self.newest is not None:
+                _track(self.newest)
+            _discard(final)
+        os.rename(partial, final)
+        sync_folder(final.parent)
+        _track(final)
+
     def _remove(self, old: Path | None, new: Path) -> None:
         """Remove the checkpoint before the newest, unless ``--save-retain-interval`` keeps it."""
         interval = self.config.checkpoint.save_retain_interval
         number = iteration_of(old) if old is not None else None
         if interval is None or old is None or number is None or number % interval == 0 or old.name == new.name:
             return
-        # Half a checkpoint must not look like one.
-        hidden = old.with_name(f".{old.name}.removed")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.rename(old, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        _discard(old)
 
     def _chunk_keys(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
@@ -208,6 +215,21 @@ class Checkpointer:
         ]
         if different:
             raise ValueError(f"{checkpoint} is a checkpoint of another model: " + "; ".join(different))
+
+
+def _track(checkpoint: Path) -> None:
+    """Name a checkpoint in the tracker of its folder."""
+    number = iteration_of(checkpoint)
+    with atomic_writer(checkpoint.parent / TRACKER) as file:
+        file.write(checkpoint.name if number is None else str(number))
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint under another name: half of one must not look like one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextlib.contextmanager

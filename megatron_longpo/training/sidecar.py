@@ -120,9 +120,9 @@ class SidecarWriter:
         self.parts = folder / "parts"
         self.pending: dict[int, TurnLogps] = {}
         key_file = self.parts / "key.json"
-        if key_file.exists() and _read_json(key_file) != self._manifest():
-            shutil.rmtree(self.parts)
-        if not key_file.exists():
+        if not (key_file.exists() and _read_json(key_file) == self._manifest()):
+            # Parts without a key are of no known model: a kill stopped their removal.
+            shutil.rmtree(self.parts, ignore_errors=True)
             write_json(key_file, self._manifest())
 
     def finished(self) -> set[int]:

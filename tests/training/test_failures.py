@@ -145,7 +145,7 @@ MISTAKES = {
 def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Every mistake made once, in one process."""
     folder = tmp_path_factory.mktemp("mistakes")
-    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file", "locked")}
+    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file", "locked", "poisoned")}
     places["file"].write_text("mine")
     for name, text in (("half", "7"), ("broken", "ten")):
         places[name].mkdir()
@@ -155,10 +155,11 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     bin_file.write_bytes(bin_file.read_bytes()[:-40])
     data = f"--data-path={write_tiny_dataset(folder / 'tiny', num_documents=4)}"
     foreign = [*MODEL_FLAGS, f"--data-path={poisoned}", "--seed=99"]
+    background = [f"--save={places['poisoned']}", "--save-interval=1", "--async-save"]
     commands = [
         ("pretrain_longpo.py", [*COMMON, *SFT, data, f"--save={places['save']}"]),
         ("tools/compute_reference_logprobs.py", foreign),
-        ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0"]),
+        ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0", *background]),
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
@@ -168,6 +169,9 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     assert results[0][0] == 0, results[0][1]
     assert not list(folder.glob("*reference*/manifest.json"))
     assert places["file"].read_text() == "mine"
+    # The run that stopped at a bad step has finished the checkpoint that it was writing.
+    last = results[2][1].rpartition("saving checkpoint at iteration ")[2].split()[0]
+    assert (places["poisoned"] / "latest_checkpointed_iteration.txt").read_text() == last
     results = [(code, output.replace(str(folder), "FOLDER")) for code, output in results]
     return dict(zip(["saved", "foreign reference", "poisoned", *MISTAKES], results, strict=True))
 

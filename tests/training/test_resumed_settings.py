@@ -35,9 +35,12 @@ def test_optimizer_and_schedule_are_those_of_the_flags(world: None, optimizer: l
         config = parse_arguments([*common, *flags]).with_device_defaults("local", "gloo")
         return Trainer(config, PreferenceDataset(data))
 
-    first = trainer("--lr=1e-3", f"--save={tmp_path / 'save'}", "--train-iters=3")
+    first = trainer("--lr=1e-3", f"--save={tmp_path / 'save'}", "--train-iters=3", "--async-save")
     first._step(next(training_batches(MicroBatches(first.config, first.dataset, None), first._sampler())))
-    first.checkpointer.save(Progress(iteration=1))
+    progress = Progress(iteration=1)
+    first.checkpointer.save(progress)
+    progress.iteration += 1  # training goes on while the checkpoint is written
+    first.checkpointer.finish(blocking=True)
     other = ["--lr=5e-4", "--adam-beta2=0.95", "--adam-eps=1e-6", "--weight-decay=0.3", "--lr-warmup-iters=2"]
     groups = trainer(*other, f"--load={tmp_path / 'save'}", "--train-iters=4").optimizer.param_groups
     assert sorted(group["wd_mult"] for group in groups) == [0.0, 1.0]

@@ -64,6 +64,14 @@ def test_parts_of_another_model_are_not_used(tmp_path: Path) -> None:
     assert SidecarWriter(tmp_path, KEY, len(DOCUMENTS)).finished() == set()
 
 
+def test_parts_whose_removal_was_killed_are_not_used(tmp_path: Path) -> None:
+    first = SidecarWriter(tmp_path, replace(KEY, weights="other"), len(DOCUMENTS))
+    first.add(1, DOCUMENTS[1])
+    first.flush()
+    (tmp_path / "parts" / "key.json").unlink()
+    assert SidecarWriter(tmp_path, KEY, len(DOCUMENTS)).finished() == set()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("dataset", "x"), ("weights", "x"), ("rotary_base", 1e7), ("kind", "long-joint"), ("dtype", "bf16")],
