@@ -173,7 +173,7 @@ class Checkpointer:
         return Progress(**{name: value for name, value in saved.items() if name in known})
 
     def _publish(self, partial: Path, final: Path) -> None:
-        """Give a written folder its name, then name it in the tracker: that one names a whole checkpoint at any time."""
+        """Give a written folder its name, then name it in the tracker, which names a whole one at any time."""
         self.config.dump_yaml(partial / RUN_FILE)
         for path in partial.iterdir():
             if path.suffix != ".distcp":  # Megatron syncs those
