@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -103,3 +105,32 @@ def test_every_state_of_the_folder_has_a_whole_newest_checkpoint(tmp_path: Path)
     versions = [version for _, _, version, *_ in states]
     seen = [version for i, version in enumerate(versions) if i == 0 or versions[i - 1] != version]
     assert seen == [1, 2, 3, 2, 4, 5]
+
+
+def write_for_ever(folder: str) -> None:
+    """Begin a background save whose writers do not come to an end."""
+    platform.prepare()
+    initialize(parse_arguments(MODEL_FLAGS).with_device_defaults("local", "gloo"))
+    saver = checkpointer(Path(folder), "--async-save")
+    os.fsync = lambda descriptor: time.sleep(1000)
+    save_version(saver, 1, version=1)
+
+
+@pytest.mark.slow
+def test_writers_end_with_a_killed_rank(tmp_path: Path) -> None:
+    rank = multiprocessing.get_context("spawn").Process(target=write_for_ever, args=(str(tmp_path),))
+    rank.start()
+    try:
+        deadline = time.monotonic() + 60
+        # The process of the save, those that write for it, and that which carries their results.
+        while not list(tmp_path.glob(".iter_0000001.partial/*.distcp")):
+            assert time.monotonic() < deadline and rank.is_alive()
+            time.sleep(0.05)
+        writers = psutil.Process(rank.pid).children(recursive=True)
+        assert len(writers) > 2
+    finally:
+        rank.kill()
+    _, alive = psutil.wait_procs(writers, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
