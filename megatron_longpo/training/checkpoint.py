@@ -19,13 +19,18 @@ from megatron.core import dist_checkpointing, parallel_state, safe_globals
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
-from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.files import atomic_writer, sync_file, sync_folder
 from megatron_longpo.model.build import unwrap
+from megatron_longpo.training.checkpoint_checks import (
+    check_model,
+    check_optimizer,
+    check_random_states,
+    clear_damage,
+    clear_failure,
+)
 from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder, iteration_of
 from megatron_longpo.training.distributed import is_rank_0
 from megatron_longpo.training.random_state import random_state, set_random_state
@@ -97,7 +102,7 @@ class Checkpointer:
             state["opt_param_scheduler"] = self.scheduler.state_dict()
         if not settings.no_save_rng:
             state["rng_state"] = random_state()
-        with _clear_failure(final):
+        with clear_failure(final):
             request = dist_checkpointing.save(
                 state,
                 str(partial),
@@ -124,7 +129,7 @@ class Checkpointer:
 
     def finish(self, blocking: bool) -> None:
         """Complete background saves whose files are written; with ``blocking`` wait for them. All ranks call it."""
-        with _clear_failure(self.config.checkpoint.save):
+        with clear_failure(self.config.checkpoint.save):
             self.queue.maybe_finalize_async_calls(blocking=blocking)
 
     def load(self, checkpoint: Path, weights_only: bool = False) -> Progress:
@@ -139,21 +144,22 @@ class Checkpointer:
         """
         settings = self.config.checkpoint
         common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-        self._check_shape(checkpoint, common)
+        check_model(checkpoint, common, self.config)
         with_optimizer = self.optimizer is not None and not (weights_only or settings.no_load_optim)
-        if with_optimizer and "optimizer" not in common:
-            raise ValueError(
-                f"{checkpoint} holds no optimizer state: give --no-load-optim to start with a fresh optimizer, or it "
-                "as --pretrained-checkpoint to start from its weights at step 0"
-            )
-        with_rng = not (weights_only or settings.no_load_rng) and common.get("parallel_sizes") == _parallel_sizes()
+        if with_optimizer:
+            check_optimizer(checkpoint, common, self.config)
+        with_rng = not (weights_only or settings.no_load_rng)
+        if with_rng:
+            check_random_states(checkpoint, common)
+        with_rng = with_rng and common.get("parallel_sizes") == _parallel_sizes()
         state = self._model_state()
         if with_optimizer:
             metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
         if with_rng:
             state["rng_state"] = random_state()
-        loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
+        with clear_damage(checkpoint):
+            loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
         if with_optimizer:
@@ -205,17 +211,6 @@ class Checkpointer:
             for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True)
         }
 
-    def _check_shape(self, checkpoint: Path, common: dict[str, Any]) -> None:
-        saved, model = vars(common.get("args", Namespace())), self.config.model
-        different = [
-            f"{spec.flag} is {getattr(model, spec.field)}, the checkpoint's is {saved[key]}"
-            for key, spec in FLAGS.items()
-            if spec.group == "model" and not spec.info.changeable
-            if key in saved and saved[key] != getattr(model, spec.field)
-        ]
-        if different:
-            raise ValueError(f"{checkpoint} is a checkpoint of another model: " + "; ".join(different))
-
 
 def _track(checkpoint: Path) -> None:
     """Name a checkpoint in the tracker of its folder."""
@@ -230,19 +225,6 @@ def _discard(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(checkpoint, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _clear_failure(place: object) -> Iterator[None]:
-    """Say what a failed write means; torch's exception for it is a BaseException, which handlers would not see."""
-    try:
-        yield
-    except CheckpointException as error:
-        causes = sorted({str(cause) for cause, _ in error.failures.values()})
-        raise OSError(
-            f"the checkpoint {place} could not be written: {'; '.join(causes)}. Earlier checkpoints are as they were; "
-            "make room or choose another --save, then resume with --load"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ LENGTH = ["--train-iters=8", "--lr=1e-3"]
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with finished reference log-probs, of which one document's are not a number."""
     prefix = write_tiny_dataset(tmp_path_factory.mktemp("poisoned") / "tiny", num_documents=10)
-    train(f"--data-path={prefix}", *LENGTH)
+    train(f"--data-path={prefix}", *LENGTH, f"--save={prefix.parent / 'save'}")
     sidecar = prefix.parent / "tiny.reference-short"
     lengths, logps = np.load(sidecar / "lengths.npy"), np.load(sidecar / "logps.npy")
     start = lengths[lengths[:, 0] < POISONED, 1:].sum()
@@ -114,6 +116,12 @@ MISTAKES = {
     "length": (1, ["--seq-length=16"], "above --seq-length 16"),
     "unknown flag": (2, ["--learning-rate=1"], "--learning-rate is not a flag"),
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
+    "other optimizer": (
+        1,
+        [*SFT, "--load={save}", "--use-distributed-optimizer"],
+        "another kind of optimizer: --use-distributed-optimizer is True, the checkpoint's is False",
+    ),
+    "damaged weights": (1, [*SFT, "--load={damaged}"], "FOLDER/damaged/iter_0000008 cannot be loaded: "),
     "half a checkpoint": (1, [*SFT, "--load={half}"], "is not a torch_dist checkpoint"),
     "broken tracker": (1, [*SFT, "--load={broken}"], "expected an iteration number or 'release', got 'ten'"),
     "save is a file": (1, [*SFT, "--save={file}"], "--save FOLDER/file is a file: give a folder"),
@@ -145,8 +153,12 @@ MISTAKES = {
 def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Every mistake made once, in one process."""
     folder = tmp_path_factory.mktemp("mistakes")
-    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file", "locked", "poisoned")}
+    names = ("save", "half", "broken", "truncated", "file", "locked", "poisoned", "damaged")
+    places = {name: folder / name for name in names}
     places["file"].write_text("mine")
+    shutil.copytree(poisoned.parent / "save", places["damaged"])
+    for weights in places["damaged"].glob("iter_*/*.distcp"):
+        os.truncate(weights, weights.stat().st_size // 2)
     for name, text in (("half", "7"), ("broken", "ten")):
         places[name].mkdir()
         (places[name] / "latest_checkpointed_iteration.txt").write_text(text)
