@@ -163,6 +163,10 @@ class Checkpointer:
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
         if with_optimizer:
+            if self.config.optimizer.optimizer == "sgd":
+                # Without momentum it has no state, and what is empty is not written.
+                state = loaded["optimizer"].get("optimizer", loaded["optimizer"])
+                state.setdefault("state", {})
             with _settings_kept(self.optimizer):
                 self.optimizer.load_state_dict(loaded["optimizer"])
             self.scheduler.load_state_dict(loaded["opt_param_scheduler"])

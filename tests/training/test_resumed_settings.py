@@ -50,10 +50,10 @@ def test_optimizer_and_schedule_are_those_of_the_flags(world: None, optimizer: l
         assert (tuple(group["betas"]), group["weight_decay"]) == ((0.9, 0.95), 0.3 * group["wd_mult"])
 
 
-@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
-def test_sgd_resumes_exactly(world: None, precision: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--bf16"], ["--sgd-momentum=0"]], ids=["fp32", "bf16", "no momentum"])
+def test_sgd_resumes_exactly(world: None, more: list[str], tmp_path: Path) -> None:
     data = write_tiny_dataset(tmp_path / "tiny", num_documents=12)
-    common = [*FLAGS, *precision, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=3"]
+    common = [*FLAGS, *more, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=3"]
     common += ["--optimizer=sgd", "--lr=1e-2", "--lr-decay-style=constant", "--lr-warmup-fraction=0"]
     save = str(tmp_path / "save")
 
