@@ -6,6 +6,7 @@ documents does not fit the batch: epochs end inside of steps, and the last ones 
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ def run_stages(rank: int, stages: list[list[str]], folder: str, world: int) -> l
         initialize(config)
         with own_outputs(config):
             trainer = Recording(config, dataset)
-            try:
+            with contextlib.suppress(Lost):
                 trainer.train()
-            except Lost:
-                pass
         shut_down()
         results.append([{"trained_on": trainer.train_numbers}, *seen])
     return results
