@@ -133,6 +133,11 @@ MISTAKES = {
         "give --pretrained-checkpoint FOLDER/save/iter_0000001 --load FOLDER/save in place of --load FOLDER/save/iter_",
     ),
     "save of a running one": (1, [*SFT, "--save={locked}"], "--save FOLDER/locked: another run is writing its check"),
+    "reference of a running one": (
+        1,
+        ["--reference-dir={locked}"],
+        "FOLDER/locked/tiny.reference-short: another run is computing reference log-probs there",
+    ),
     "metrics over a file": (
         1,
         [*SFT, "--metrics-jsonl={file}"],
@@ -175,8 +180,9 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
-    places["locked"].mkdir()
-    with folder_lock(places["locked"], ""):
+    sidecar = places["locked"] / "tiny.reference-short"
+    sidecar.mkdir(parents=True)
+    with folder_lock(places["locked"], ""), folder_lock(sidecar, ""):
         results = run_in_one_process(commands)
     assert results[0][0] == 0, results[0][1]
     assert not list(folder.glob("*reference*/manifest.json"))

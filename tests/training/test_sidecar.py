@@ -80,6 +80,8 @@ def test_another_key_is_refused(tmp_path: Path, field: str, value: object) -> No
     write_all(tmp_path)
     with pytest.raises(ValueError, match=rf"made from something else: {field} .*--reference-dir"):
         ReferenceLogprobs(tmp_path, replace(KEY, **{field: value}))
+    with pytest.raises(ValueError, match="made from something else"):
+        SidecarWriter(tmp_path, replace(KEY, **{field: value}), len(DOCUMENTS))
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
