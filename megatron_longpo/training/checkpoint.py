@@ -71,6 +71,8 @@ class Checkpointer:
         self.queue = AsyncCallsQueue()
         self.newest: Path | None = None
         """The newest checkpoint of this run in ``--save``: the one that it goes on from, then those that it wrote."""
+        self.replaced: Path | None = None
+        """What the one that it goes on from replaced; still there if a kill came between the two."""
         safe_globals.register_safe_globals()
 
     def save(self, progress: Progress) -> Path:
@@ -96,6 +98,7 @@ class Checkpointer:
             "iteration": progress.iteration,
             "progress": dataclasses.asdict(progress),
             "parallel_sizes": _parallel_sizes(),
+            "replaces": None if self.newest is None else self.newest.name,
         } | self._model_state()
         if self.optimizer is not None and not settings.no_save_optim:
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=False, metadata=_format())
@@ -117,8 +120,9 @@ class Checkpointer:
                 self._publish(partial, final)
             dist.barrier()
             if is_rank_0():
+                self._remove(self.replaced, final)
                 self._remove(self.newest, final)
-            self.newest = final
+            self.newest, self.replaced = final, None
 
         if request is None:
             publish()
@@ -178,6 +182,7 @@ class Checkpointer:
             return Progress()
         if settings.save is not None and checkpoint.parent.resolve() == Path(settings.save).resolve():
             self.newest = checkpoint
+            self.replaced = checkpoint.with_name(common["replaces"]) if common.get("replaces") else None
         known = {field.name for field in dataclasses.fields(Progress)}
         saved = common.get("progress", {"iteration": common.get("iteration", 0)})
         return Progress(**{name: value for name, value in saved.items() if name in known})
@@ -199,12 +204,13 @@ class Checkpointer:
         _track(final)
 
     def _remove(self, old: Path | None, new: Path) -> None:
-        """Remove the checkpoint before the newest, unless ``--save-retain-interval`` keeps it."""
+        """Remove an earlier checkpoint, unless ``--save-retain-interval`` keeps it."""
         interval = self.config.checkpoint.save_retain_interval
         number = iteration_of(old) if old is not None else None
         if interval is None or old is None or number is None or number % interval == 0 or old.name == new.name:
             return
-        _discard(old)
+        if old.exists():
+            _discard(old)
 
     def _chunk_keys(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]

@@ -81,6 +81,12 @@ def every_state(rank: int, folder: str) -> list[tuple[str, int, int, float, floa
     background = checkpointer(save, *retain, "--async-save")
     background[0].load(save / "iter_0000006")
     save_version(background, 8, version=5)
+    background[0]._remove = lambda *_: None  # type: ignore[method-assign]  # killed before it
+    save_version(background, 10, version=6)
+    save_version(background, 14, version=7)
+    last = checkpointer(save, *retain)
+    last[0].load(save / "iter_0000014")
+    save_version(last, 18, version=8)
     copying = True
     states = []
     for place in [*sorted(copies.iterdir()), save]:
@@ -90,7 +96,7 @@ def every_state(rank: int, folder: str) -> list[tuple[str, int, int, float, floa
         weights = torch.cat([parameter.detach().flatten() for parameter in unwrap(again[1][0]).parameters()])
         limits = weights.min().item(), weights.max().item()
         states.append((found.name, loaded.iteration, loaded.consumed_samples, *limits))
-    assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000004", "iter_0000008"]
+    assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000004", "iter_0000008", "iter_0000018"]
     shut_down()
     return states
 
@@ -104,7 +110,7 @@ def test_every_state_of_the_folder_has_a_whole_newest_checkpoint(tmp_path: Path)
     # Going on from an earlier step replaces a later checkpoint: for a moment the earlier one is the newest.
     versions = [version for _, _, version, *_ in states]
     seen = [version for i, version in enumerate(versions) if i == 0 or versions[i - 1] != version]
-    assert seen == [1, 2, 3, 2, 4, 5]
+    assert seen == [1, 2, 3, 2, 4, 5, 6, 7, 8]
 
 
 def write_for_ever(folder: str) -> None:
