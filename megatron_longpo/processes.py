@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ def die_with_parent(how: signal.Signals = signal.SIGTERM) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, how)
+        parent = multiprocessing.parent_process()
+        if parent is not None and parent.pid != os.getppid():  # it has ended already
+            signal.raise_signal(how)
 
 
 def outlive_sigterm() -> None:

@@ -24,6 +24,7 @@ from megatron_longpo.platform.repairs import (
     norm_gradients_without_waiting,
     pin_weights_on_host,
     tie_checkpoint_manager_to_its_rank,
+    tie_checkpoint_writers_to_their_rank,
 )
 
 _prepared = False
@@ -58,6 +59,7 @@ def prepare(use_cpu: bool = False) -> None:
     pin_weights_on_host()
     let_checkpoints_name_optimizers()
     tie_checkpoint_manager_to_its_rank()
+    tie_checkpoint_writers_to_their_rank()
     let_blocks_recompute_themselves()
     name_the_cause_of_failed_writes()
     match_groups_without_rates()

@@ -19,13 +19,18 @@ from megatron.core import dist_checkpointing, parallel_state, safe_globals
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
-from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.files import atomic_writer, sync_folder
+from megatron_longpo.files import atomic_writer, sync_file, sync_folder
 from megatron_longpo.model.build import unwrap
+from megatron_longpo.training.checkpoint_checks import (
+    check_model,
+    check_optimizer,
+    check_random_states,
+    clear_damage,
+    clear_failure,
+)
 from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder, iteration_of
 from megatron_longpo.training.distributed import is_rank_0
 from megatron_longpo.training.random_state import random_state, set_random_state
@@ -66,6 +71,8 @@ class Checkpointer:
         self.queue = AsyncCallsQueue()
         self.newest: Path | None = None
         """The newest checkpoint of this run in ``--save``: the one that it goes on from, then those that it wrote."""
+        self.replaced: Path | None = None
+        """What the one that it goes on from replaced; still there if a kill came between the two."""
         safe_globals.register_safe_globals()
 
     def save(self, progress: Progress) -> Path:
@@ -80,8 +87,8 @@ class Checkpointer:
         final = iteration_folder(settings.save, progress.iteration)
         partial = final.with_name(f".{final.name}.partial")
         if is_rank_0():
-            # Of runs that were killed, or found the disk full, while they saved.
-            for stale in final.parent.glob(".iter_*.partial"):
+            # Of runs that were killed, or found the disk full, while they saved or removed.
+            for stale in (*final.parent.glob(".iter_*.partial"), *final.parent.glob(".iter_*.removed")):
                 shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
@@ -91,13 +98,14 @@ class Checkpointer:
             "iteration": progress.iteration,
             "progress": dataclasses.asdict(progress),
             "parallel_sizes": _parallel_sizes(),
+            "replaces": None if self.newest is None else self.newest.name,
         } | self._model_state()
         if self.optimizer is not None and not settings.no_save_optim:
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=False, metadata=_format())
             state["opt_param_scheduler"] = self.scheduler.state_dict()
         if not settings.no_save_rng:
             state["rng_state"] = random_state()
-        with _clear_failure(final):
+        with clear_failure(final):
             request = dist_checkpointing.save(
                 state,
                 str(partial),
@@ -107,18 +115,14 @@ class Checkpointer:
             )
 
         def publish() -> None:
-            """Give the written folder its name, then name it in the tracker; all ranks call it."""
+            """Make the written folder the newest checkpoint; all ranks call it, with ``--async-save`` steps later."""
             if is_rank_0():
-                self.config.dump_yaml(partial / RUN_FILE)
-                shutil.rmtree(final, ignore_errors=True)
-                os.rename(partial, final)
-                sync_folder(final.parent)
-                with atomic_writer(final.parent / TRACKER) as file:
-                    file.write(str(progress.iteration))
+                self._publish(partial, final)
             dist.barrier()
             if is_rank_0():
+                self._remove(self.replaced, final)
                 self._remove(self.newest, final)
-            self.newest = final
+            self.newest, self.replaced = final, None
 
         if request is None:
             publish()
@@ -129,7 +133,7 @@ class Checkpointer:
 
     def finish(self, blocking: bool) -> None:
         """Complete background saves whose files are written; with ``blocking`` wait for them. All ranks call it."""
-        with _clear_failure(self.config.checkpoint.save):
+        with clear_failure(self.config.checkpoint.save):
             self.queue.maybe_finalize_async_calls(blocking=blocking)
 
     def load(self, checkpoint: Path, weights_only: bool = False) -> Progress:
@@ -144,24 +148,29 @@ class Checkpointer:
         """
         settings = self.config.checkpoint
         common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-        self._check_shape(checkpoint, common)
+        check_model(checkpoint, common, self.config)
         with_optimizer = self.optimizer is not None and not (weights_only or settings.no_load_optim)
-        if with_optimizer and "optimizer" not in common:
-            raise ValueError(
-                f"{checkpoint} holds no optimizer state: give --no-load-optim to start with a fresh optimizer, or it "
-                "as --pretrained-checkpoint to start from its weights at step 0"
-            )
-        with_rng = not (weights_only or settings.no_load_rng) and common.get("parallel_sizes") == _parallel_sizes()
+        if with_optimizer:
+            check_optimizer(checkpoint, common, self.config)
+        with_rng = not (weights_only or settings.no_load_rng)
+        if with_rng:
+            check_random_states(checkpoint, common)
+        with_rng = with_rng and common.get("parallel_sizes") == _parallel_sizes()
         state = self._model_state()
         if with_optimizer:
             metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
         if with_rng:
             state["rng_state"] = random_state()
-        loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
+        with clear_damage(checkpoint):
+            loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
         if with_optimizer:
+            if self.config.optimizer.optimizer == "sgd":
+                # Without momentum it has no state, and what is empty is not written.
+                state = loaded["optimizer"].get("optimizer", loaded["optimizer"])
+                state.setdefault("state", {})
             with _settings_kept(self.optimizer):
                 self.optimizer.load_state_dict(loaded["optimizer"])
             self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
@@ -173,21 +182,35 @@ class Checkpointer:
             return Progress()
         if settings.save is not None and checkpoint.parent.resolve() == Path(settings.save).resolve():
             self.newest = checkpoint
+            self.replaced = checkpoint.with_name(common["replaces"]) if common.get("replaces") else None
         known = {field.name for field in dataclasses.fields(Progress)}
         saved = common.get("progress", {"iteration": common.get("iteration", 0)})
         return Progress(**{name: value for name, value in saved.items() if name in known})
 
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Give a written folder its name, then name it in the tracker, which names a whole one at any time."""
+        self.config.dump_yaml(partial / RUN_FILE)
+        for path in partial.iterdir():
+            if path.suffix != ".distcp":  # Megatron syncs those
+                sync_file(path)
+        sync_folder(partial)
+        if final.exists():
+            # The run went on from an earlier step and comes to one that it made before, maybe the tracker's.
+            if self.newest is not None:
+                _track(self.newest)
+            _discard(final)
+        os.rename(partial, final)
+        sync_folder(final.parent)
+        _track(final)
+
     def _remove(self, old: Path | None, new: Path) -> None:
-        """Remove the checkpoint before the newest, unless ``--save-retain-interval`` keeps it."""
+        """Remove an earlier checkpoint, unless ``--save-retain-interval`` keeps it."""
         interval = self.config.checkpoint.save_retain_interval
         number = iteration_of(old) if old is not None else None
         if interval is None or old is None or number is None or number % interval == 0 or old.name == new.name:
             return
-        # Half a checkpoint must not look like one.
-        hidden = old.with_name(f".{old.name}.removed")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.rename(old, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+        if old.exists():
+            _discard(old)
 
     def _chunk_keys(self) -> list[str]:
         return ["model"] if len(self.chunks) == 1 else [f"model{i}" for i in range(len(self.chunks))]
@@ -198,29 +221,20 @@ class Checkpointer:
             for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True)
         }
 
-    def _check_shape(self, checkpoint: Path, common: dict[str, Any]) -> None:
-        saved, model = vars(common.get("args", Namespace())), self.config.model
-        different = [
-            f"{spec.flag} is {getattr(model, spec.field)}, the checkpoint's is {saved[key]}"
-            for key, spec in FLAGS.items()
-            if spec.group == "model" and not spec.info.changeable
-            if key in saved and saved[key] != getattr(model, spec.field)
-        ]
-        if different:
-            raise ValueError(f"{checkpoint} is a checkpoint of another model: " + "; ".join(different))
+
+def _track(checkpoint: Path) -> None:
+    """Name a checkpoint in the tracker of its folder."""
+    number = iteration_of(checkpoint)
+    with atomic_writer(checkpoint.parent / TRACKER) as file:
+        file.write(checkpoint.name if number is None else str(number))
 
 
-@contextlib.contextmanager
-def _clear_failure(place: object) -> Iterator[None]:
-    """Say what a failed write means; torch's exception for it is a BaseException, which handlers would not see."""
-    try:
-        yield
-    except CheckpointException as error:
-        causes = sorted({str(cause) for cause, _ in error.failures.values()})
-        raise OSError(
-            f"the checkpoint {place} could not be written: {'; '.join(causes)}. Earlier checkpoints are as they were; "
-            "make room or choose another --save, then resume with --load"
-        ) from error
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint under another name: half of one must not look like one."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -110,6 +110,7 @@ class Trainer:
                 skipped_in_a_row = skipped_in_a_row + 1 if bad is not None else 0
                 self._report(reporter, metrics, bad)
                 if skipped_in_a_row > config.training.max_skipped_steps:
+                    self.checkpointer.finish(blocking=True)  # what is being written is of an earlier, good step
                     raise FloatingPointError(
                         f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
                         f"(--max-skipped-steps {config.training.max_skipped_steps}); samples of the last one: "

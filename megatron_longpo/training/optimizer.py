@@ -45,11 +45,22 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
             ),
             chunks,
         )
+    if settings.optimizer == "sgd":
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.init_state_fn = _start_momentum
     if settings.optimizer_cpu_offload:
         # Megatron makes the hybrid optimizer of all weights, then that of the rank's shard. The first is a cycle of
         # references that holds all weights on the host in fp32.
         gc.collect()
     return optimizer
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+    """The state that a checkpoint is loaded into; Megatron has a function for that for Adam only."""
+    for group in optimizer.param_groups:
+        if group["momentum"]:
+            for param in group["params"]:
+                optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
 
 
 def refuse_offload_without_gpu() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.batch import Batch, collate
 from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.files import folder_lock
 from megatron_longpo.model.build import unwrap
 from megatron_longpo.training.distributed import is_rank_0
 from megatron_longpo.training.fingerprint import rope_scaling_mark, weights_fingerprint
@@ -62,7 +64,8 @@ def reference_logprobs(
         The log-probs, and the fingerprint of the reference weights.
 
     Raises:
-        ValueError: Those on disk were made from something else, or there are none and the weights have moved on.
+        ValueError: Those on disk were made from something else, or there are none and the weights have moved on, or
+            another run is computing them.
     """
     kind = reference_kind(config)
     folder = sidecar_folder(config.data.data_path, kind, config.objective.reference_dir)
@@ -80,9 +83,17 @@ def reference_logprobs(
                 "model: run tools/compute_reference_logprobs.py with the flags of this run and the initial weights in "
                 "--load or --load-hf"
             )
-        compute_reference_logprobs(config, dataset, chunks, key, SidecarWriterOnRank0(folder, key, len(dataset)))
+        with _alone_in(folder) if is_rank_0() else contextlib.nullcontext():
+            compute_reference_logprobs(config, dataset, chunks, key, SidecarWriterOnRank0(folder, key, len(dataset)))
         dist.barrier()
     return ReferenceLogprobs(folder, key), fingerprint
+
+
+def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other passes out: one of other weights would remove this one's parts, and replace what it wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    complaint = "another run is computing reference log-probs there; start again when it is done, to use them"
+    return folder_lock(folder, f"{folder}: {complaint}, or give another --reference-dir")
 
 
 class SidecarWriterOnRank0:

@@ -113,16 +113,21 @@ class SidecarWriter:
         folder: What `sidecar_folder` gives.
         key: What they are made from; parts of an earlier, interrupted pass are used if theirs is the same.
         num_documents: Documents of the dataset.
+
+    Raises:
+        ValueError: The folder holds finished log-probs that were made from something else.
     """
 
     def __init__(self, folder: Path, key: ReferenceKey, num_documents: int) -> None:
         self.folder, self.key, self.num_documents = folder, key, num_documents
         self.parts = folder / "parts"
         self.pending: dict[int, TurnLogps] = {}
+        if (folder / "manifest.json").exists():
+            key.check(_read_json(folder / "manifest.json"), folder)  # of a pass that ended just now
         key_file = self.parts / "key.json"
-        if key_file.exists() and _read_json(key_file) != self._manifest():
-            shutil.rmtree(self.parts)
-        if not key_file.exists():
+        if not (key_file.exists() and _read_json(key_file) == self._manifest()):
+            # Parts without a key are of no known model: a kill stopped their removal.
+            shutil.rmtree(self.parts, ignore_errors=True)
             write_json(key_file, self._manifest())
 
     def finished(self) -> set[int]:

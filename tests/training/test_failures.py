@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ LENGTH = ["--train-iters=8", "--lr=1e-3"]
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with finished reference log-probs, of which one document's are not a number."""
     prefix = write_tiny_dataset(tmp_path_factory.mktemp("poisoned") / "tiny", num_documents=10)
-    train(f"--data-path={prefix}", *LENGTH)
+    train(f"--data-path={prefix}", *LENGTH, f"--save={prefix.parent / 'save'}")
     sidecar = prefix.parent / "tiny.reference-short"
     lengths, logps = np.load(sidecar / "lengths.npy"), np.load(sidecar / "logps.npy")
     start = lengths[lengths[:, 0] < POISONED, 1:].sum()
@@ -114,6 +116,12 @@ MISTAKES = {
     "length": (1, ["--seq-length=16"], "above --seq-length 16"),
     "unknown flag": (2, ["--learning-rate=1"], "--learning-rate is not a flag"),
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
+    "other optimizer": (
+        1,
+        [*SFT, "--load={save}", "--use-distributed-optimizer"],
+        "another kind of optimizer: --use-distributed-optimizer is True, the checkpoint's is False",
+    ),
+    "damaged weights": (1, [*SFT, "--load={damaged}"], "FOLDER/damaged/iter_0000008 cannot be loaded: "),
     "half a checkpoint": (1, [*SFT, "--load={half}"], "is not a torch_dist checkpoint"),
     "broken tracker": (1, [*SFT, "--load={broken}"], "expected an iteration number or 'release', got 'ten'"),
     "save is a file": (1, [*SFT, "--save={file}"], "--save FOLDER/file is a file: give a folder"),
@@ -125,6 +133,11 @@ MISTAKES = {
         "give --pretrained-checkpoint FOLDER/save/iter_0000001 --load FOLDER/save in place of --load FOLDER/save/iter_",
     ),
     "save of a running one": (1, [*SFT, "--save={locked}"], "--save FOLDER/locked: another run is writing its check"),
+    "reference of a running one": (
+        1,
+        ["--reference-dir={locked}"],
+        "FOLDER/locked/tiny.reference-short: another run is computing reference log-probs there",
+    ),
     "metrics over a file": (
         1,
         [*SFT, "--metrics-jsonl={file}"],
@@ -145,8 +158,12 @@ MISTAKES = {
 def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """Every mistake made once, in one process."""
     folder = tmp_path_factory.mktemp("mistakes")
-    places = {name: folder / name for name in ("save", "half", "broken", "truncated", "file", "locked")}
+    names = ("save", "half", "broken", "truncated", "file", "locked", "poisoned", "damaged")
+    places = {name: folder / name for name in names}
     places["file"].write_text("mine")
+    shutil.copytree(poisoned.parent / "save", places["damaged"])
+    for weights in places["damaged"].glob("iter_*/*.distcp"):
+        os.truncate(weights, weights.stat().st_size // 2)
     for name, text in (("half", "7"), ("broken", "ten")):
         places[name].mkdir()
         (places[name] / "latest_checkpointed_iteration.txt").write_text(text)
@@ -155,19 +172,24 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     bin_file.write_bytes(bin_file.read_bytes()[:-40])
     data = f"--data-path={write_tiny_dataset(folder / 'tiny', num_documents=4)}"
     foreign = [*MODEL_FLAGS, f"--data-path={poisoned}", "--seed=99"]
+    background = [f"--save={places['poisoned']}", "--save-interval=1", "--async-save"]
     commands = [
         ("pretrain_longpo.py", [*COMMON, *SFT, data, f"--save={places['save']}"]),
         ("tools/compute_reference_logprobs.py", foreign),
-        ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0"]),
+        ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0", *background]),
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
-    places["locked"].mkdir()
-    with folder_lock(places["locked"], ""):
+    sidecar = places["locked"] / "tiny.reference-short"
+    sidecar.mkdir(parents=True)
+    with folder_lock(places["locked"], ""), folder_lock(sidecar, ""):
         results = run_in_one_process(commands)
     assert results[0][0] == 0, results[0][1]
     assert not list(folder.glob("*reference*/manifest.json"))
     assert places["file"].read_text() == "mine"
+    # The run that stopped at a bad step has finished the checkpoint that it was writing.
+    last = results[2][1].rpartition("saving checkpoint at iteration ")[2].split()[0]
+    assert (places["poisoned"] / "latest_checkpointed_iteration.txt").read_text() == last
     results = [(code, output.replace(str(folder), "FOLDER")) for code, output in results]
     return dict(zip(["saved", "foreign reference", "poisoned", *MISTAKES], results, strict=True))
 

@@ -64,6 +64,14 @@ def test_parts_of_another_model_are_not_used(tmp_path: Path) -> None:
     assert SidecarWriter(tmp_path, KEY, len(DOCUMENTS)).finished() == set()
 
 
+def test_parts_whose_removal_was_killed_are_not_used(tmp_path: Path) -> None:
+    first = SidecarWriter(tmp_path, replace(KEY, weights="other"), len(DOCUMENTS))
+    first.add(1, DOCUMENTS[1])
+    first.flush()
+    (tmp_path / "parts" / "key.json").unlink()
+    assert SidecarWriter(tmp_path, KEY, len(DOCUMENTS)).finished() == set()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("dataset", "x"), ("weights", "x"), ("rotary_base", 1e7), ("kind", "long-joint"), ("dtype", "bf16")],
@@ -72,6 +80,8 @@ def test_another_key_is_refused(tmp_path: Path, field: str, value: object) -> No
     write_all(tmp_path)
     with pytest.raises(ValueError, match=rf"made from something else: {field} .*--reference-dir"):
         ReferenceLogprobs(tmp_path, replace(KEY, **{field: value}))
+    with pytest.raises(ValueError, match="made from something else"):
+        SidecarWriter(tmp_path, replace(KEY, **{field: value}), len(DOCUMENTS))
 
 
 def test_damage_is_found(tmp_path: Path) -> None:
