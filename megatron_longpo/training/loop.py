@@ -72,6 +72,7 @@ class Trainer:
         with one_voice_on_ctrl_c(self._say_interrupted):
             reference = None
             if config.objective.needs_reference:
+                self._require_reference_weights()
                 with self.whole_weights():
                     reference, progress.reference_fingerprint = reference_logprobs(
                         config, self.dataset, self.chunks, progress.reference_fingerprint
@@ -89,6 +90,16 @@ class Trainer:
             finally:
                 reporter.close()
         return progress
+
+    def _require_reference_weights(self) -> None:
+        """Refuse weights that were trained without a reference model to take themselves for it."""
+        progress, objective = self.progress, self.config.objective.objective
+        if progress.iteration > 0 and progress.reference_fingerprint is None:
+            raise ValueError(
+                f"the run in --load {self.config.checkpoint.load} is at iteration {progress.iteration} of an objective "
+                f"without a reference model, and --objective {objective} has one, the model before training. Give the "
+                "run's checkpoint as --pretrained-checkpoint, with another --save, to train from it and compare with it"
+            )
 
     def _train(self, reporter: Reporter, micro_batches: MicroBatches) -> None:
         config, progress = self.config, self.progress

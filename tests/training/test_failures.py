@@ -121,6 +121,11 @@ MISTAKES = {
         [*SFT, "--load={save}", "--use-distributed-optimizer"],
         "another kind of optimizer: --use-distributed-optimizer is True, the checkpoint's is False",
     ),
+    "a reference in mid-run": (
+        1,
+        ["--load={save}", "--save={save}"],
+        "at iteration 1 of an objective without a reference model, and --objective longpo has one",
+    ),
     "damaged weights": (1, [*SFT, "--load={damaged}"], "FOLDER/damaged/iter_0000008 cannot be loaded: "),
     "half a checkpoint": (1, [*SFT, "--load={half}"], "is not a torch_dist checkpoint"),
     "broken tracker": (1, [*SFT, "--load={broken}"], "expected an iteration number or 'release', got 'ten'"),
