@@ -135,7 +135,8 @@ def test_groups_of_a2a_and_p2p_leave_no_fake_tensors_behind() -> None:
 
 HIERARCHICAL = "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2"
 LAYOUTS = {
-    "tensor and sequence": ("--tensor-model-parallel-size 2 --sequence-parallel", 0.01),
+    # gloo's threads hold the LM head's chunks for a moment longer than they need.
+    "tensor and sequence": ("--tensor-model-parallel-size 2 --sequence-parallel", 0.03),
     # gloo copies what a reduce-scatter adds up; NCCL does not, nor does the fake process group.
     "sharded optimizer": (f"--context-parallel-size 2 --use-distributed-optimizer --bf16 {FULL}", 0.07),
     "interleaved": ("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1", 0.01),
@@ -146,7 +147,7 @@ MORE_LAYOUTS = {
     "pipeline": ("--pipeline-model-parallel-size 2", 0.01),
     "in pieces": (
         "--tensor-model-parallel-size 2 --sequence-parallel --mlp-chunk-tokens 64 --projection-chunk-tokens 64",
-        0.01,
+        0.03,
     ),
 }
 
