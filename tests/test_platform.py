@@ -1,10 +1,11 @@
 """The CPU adapters: scoped to Megatron's modules, and tied to the versions they were checked on."""
 
 import re
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import megatron.core
 import pytest
 import torch
 from packaging.version import Version
@@ -21,6 +22,8 @@ cpu_only = pytest.mark.skipif(platform.has_cuda(), reason="the adapters are for 
 
 
 def test_installed_megatron_core_was_checked() -> None:
+    import megatron.core
+
     installed = Version(megatron.core.__version__)
     assert f"{installed.major}.{installed.minor}" in platform.CHECKED_VERSIONS, (
         f"megatron-core {installed} is new here: run the whole suite, then add it to platform.CHECKED_VERSIONS"
@@ -31,9 +34,20 @@ def test_installed_megatron_core_was_checked() -> None:
 
 @cpu_only
 def test_unchecked_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(megatron.core, "__version__", "0.99.0")
+    monkeypatch.setattr("megatron.core.__version__", "0.99.0")
     with pytest.raises(RuntimeError, match=r"megatron-core 0\.99\.0 was not checked on a CPU.*0\.16"):
         require_checked_version()
+
+
+def test_megatron_core_is_imported_without_triton() -> None:
+    import megatron.core
+
+    if not Path(megatron.core.__file__).with_name("transformer").joinpath("moe/ops/paged_stash.py").exists():
+        pytest.skip("this Megatron-Core does not ask for it")
+    without = "import sys; sys.modules['triton'] = None; "
+    lines = f"{without} import megatron_longpo.platform; from megatron.core.models.gpt import GPTModel"
+    done = subprocess.run([sys.executable, "-c", lines], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @cpu_only

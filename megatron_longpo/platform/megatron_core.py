@@ -9,6 +9,7 @@ import torch
 from packaging.version import Version
 
 from megatron_longpo.platform.devices import has_cuda
+from megatron_longpo.platform.newer_megatron import do_without_triton
 
 
 @contextlib.contextmanager
@@ -25,6 +26,7 @@ def _without_compiler() -> Iterator[None]:
         torch.compile = compiler
 
 
+do_without_triton()
 # Modules that import Megatron-Core import this package first.
 with contextlib.nullcontext() if torch.cuda.is_available() else _without_compiler():
     import megatron.core

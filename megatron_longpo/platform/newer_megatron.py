@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import sys
+import types
 from typing import Any
+
+
+def do_without_triton() -> None:
+    """Let Megatron-Core be imported where torch has no triton, as in its CPU build. Call before Megatron is imported.
+
+    From 0.19 on every import of it ends in two kernels of mixtures of experts that import triton unasked. They are left
+    out, as nothing here calls them; whatever else of Megatron-Core uses triton looks for it first.
+    Remove when ``moe/ops/paged_stash.py`` does so too.
+    """
+    if sys.modules.get("triton") is None and importlib.util.find_spec("triton") is None:
+        kernels = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
+        vars(kernels).update(GLOBAL_BLOCK_SIZE=0, paged_stash_copy_kernel=None, paged_stash_pop_kernel=None)
+        sys.modules[kernels.__name__] = kernels
 
 
 def let_blocks_recompute_themselves() -> None:

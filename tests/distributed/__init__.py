@@ -1,0 +1,1 @@
+import megatron_longpo.platform  # noqa: F401  before anything of Megatron-Core

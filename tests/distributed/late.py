@@ -80,9 +80,11 @@ def _late(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 def _late_in_place(collective: Callable[..., Any]) -> Callable[..., Any]:
     def call(tensor: torch.Tensor, *args: Any, async_op: bool = False, **options: Any) -> Any:
+        if not async_op:  # Nothing can come before its end, and Megatron's may be one of several made one by torch.
+            return collective(tensor, *args, **options)
         late = _LateWork()
         late.works.append(collective(late.changing(tensor), *args, async_op=True, **options))
-        return late if async_op else late.wait()
+        return late
 
     return call
 
