@@ -59,8 +59,10 @@ def every_state(rank: int, folder: str) -> list[tuple[str, int, int, float, floa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
         save_version(first, 2, version=1)
-    # The writers of weights are processes of their own and sync what they write.
-    assert {"common.pt", "metadata.json", ".metadata", "run.yaml", ".iter_0000002.partial"} <= synced
+    # The writers of weights, which may be processes of their own, sync what they write. common.pt is not in 0.19's.
+    others = {path.name for path in (save / "iter_0000002").iterdir() if path.suffix != ".distcp"}
+    assert {"metadata.json", ".metadata", "run.yaml"} <= others
+    assert others | {".iter_0000002.partial"} <= synced
     copying = False
 
     def copy(event: str, args: tuple[Any, ...]) -> None:
@@ -128,12 +130,12 @@ def test_writers_end_with_a_killed_rank(tmp_path: Path) -> None:
     rank.start()
     try:
         deadline = time.monotonic() + 60
-        # The process of the save, those that write for it, and that which carries their results.
+        # The process of the save, those that write for it (threads from 0.19 on), and that which carries their results.
         while not list(tmp_path.glob(".iter_0000001.partial/*.distcp")):
             assert time.monotonic() < deadline and rank.is_alive()
             time.sleep(0.05)
         writers = psutil.Process(rank.pid).children(recursive=True)
-        assert len(writers) > 2
+        assert len(writers) > 1
     finally:
         rank.kill()
     _, alive = psutil.wait_procs(writers, timeout=10)
