@@ -12,18 +12,23 @@ from megatron_longpo.model.pieces import in_pieces
 from megatron_longpo.model.remade import Remaking, remade
 
 
+def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same numbers in any dtype."""
+    return torch.randn(shape, dtype=torch.float32).bfloat16().to(dtype)
+
+
 def weights(dtype: torch.dtype) -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((6, 8), (8, 5))]
+    return [torch.nn.Parameter(normal(*shape, dtype=dtype)) for shape in ((6, 8), (8, 5))]
 
 
 def gradients(dtype: torch.dtype, piece: int, tokens: int = 37) -> list[torch.Tensor]:
     """Of the row and of two weights, one of them unused; the result comes first."""
     used, unused = weights(dtype)
     torch.manual_seed(1)
-    row = torch.randn(tokens, 1, 6, dtype=dtype, requires_grad=True)
+    row = normal(tokens, 1, 6, dtype=dtype).requires_grad_()
     out = in_pieces(lambda x: torch.tanh(x @ used), row * 1, [used, unused], piece)
-    out.backward(torch.randn(tokens, 1, 8, dtype=dtype))
+    out.backward(normal(tokens, 1, 8, dtype=dtype))
     assert unused.grad is None
     return [out.detach(), row.grad, used.grad]  # type: ignore[list-item]
 
@@ -34,15 +39,15 @@ def test_pieces_give_what_the_row_gives(piece: int) -> None:
         torch.testing.assert_close(ours, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_weights_gradients_are_rounded_once() -> None:
+def test_weights_gradients_are_summed_in_fp32() -> None:
     exact = gradients(torch.float64, 4096, tokens=4096)[2]
 
     def error(piece: int) -> float:
         rounded = gradients(torch.bfloat16, piece, tokens=4096)[2].double()
         return float((rounded - exact).norm() / exact.norm())
 
-    # Summed in bf16, 256 pieces would be off by several times as much as the whole row.
-    assert error(16) < 1.1 * error(4096)
+    # Summed in bf16, 256 pieces would be off by 5 times as much as the whole row.
+    assert error(16) < 1.5 * error(4096)
 
 
 @pytest.mark.parametrize(("ranks_in", "ranks_out"), [(1, 2), (2, 1), (2, 2)])
