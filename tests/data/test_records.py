@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import megatron_longpo.platform  # noqa: F401  before Megatron-Core  # isort: skip
 import numpy as np
 import pytest
 from hypothesis import given, settings

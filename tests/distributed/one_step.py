@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import megatron_longpo.platform  # noqa: F401  before Megatron-Core  # isort: skip
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import megatron_longpo.platform  # noqa: F401  before Megatron-Core  # isort: skip
 import pytest
 import torch
 from megatron.core import parallel_state
