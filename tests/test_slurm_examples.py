@@ -53,7 +53,7 @@ def test_two_elements_of_the_array_make_the_pairs(corpus: Path, huggingface_fold
     }
 
     def start(element: int) -> subprocess.Popen[str]:
-        values = environment | {"SLURM_ARRAY_TASK_ID": str(element)}
+        values = environment | {"SLURM_ARRAY_TASK_ID": str(element), "SLURM_JOB_ID": str(element + 2)}
         return subprocess.Popen(
             [SCRIPTS / "generate_pairs.sbatch"], cwd=REPOSITORY, env=values, stdout=subprocess.PIPE, text=True
         )
