@@ -11,10 +11,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, window_size
 
 if TYPE_CHECKING:
-    from megatron_longpo.config import Window
     from megatron_longpo.conversion.verify import LogitsRow, TensorRow
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -40,16 +39,6 @@ def parse_size(text: str) -> int:
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 5GB or 500MB")
     return int(float(match[1]) * unit)
-
-
-def _window(text: str) -> Window:
-    from megatron_longpo.config.flags import FLAGS
-
-    try:
-        window: Window = FLAGS["window_size"].convert(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return window
 
 
 def _positive(kind: type, above: float) -> Any:
@@ -93,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--window-size",
-        type=_window,
+        type=window_size,
         metavar="LEFT,0",
         help="sliding window to record instead of the model's; full: none",
     )

@@ -1,10 +1,14 @@
-"""How argparse's help screens look: as wide as the terminal, with the defaults; and a type of its numbers."""
+"""How argparse's help screens look: as wide as the terminal, with the defaults; and types of its values."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_longpo.config.field import Window
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -31,3 +35,14 @@ def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def window_size(text: str) -> Window:
+    """The trainer's ``--window-size``, as an argparse type."""
+    from megatron_longpo.config.flags import FLAGS  # a help screen needs none of them
+
+    try:
+        window: Window = FLAGS["window_size"].convert(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return window

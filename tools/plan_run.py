@@ -15,10 +15,9 @@ import os
 import sys
 
 from megatron_longpo.config import ConfigError
-from megatron_longpo.config.field import Window
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.config.training import FLASH
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, window_size
 from megatron_longpo.processes import plain_ending
 
 
@@ -54,15 +53,6 @@ def rotary_base(text: str) -> str:
     if size(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be greater than 1")
     return text
-
-
-def window_size(text: str) -> Window:
-    """The trainer's ``--window-size``."""
-    try:
-        window: Window = FLAGS["window_size"].convert(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return window
 
 
 def parser() -> argparse.ArgumentParser:
