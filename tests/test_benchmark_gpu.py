@@ -12,16 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks.gpu import parts, processes
+from benchmarks.gpu import parts
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.processes import Measurements, OutOfTime, failure
+from benchmarks.gpu.processes import Measurements, OutOfTime, failure, workers
 from benchmarks.gpu.results import StoredResults
 from benchmarks.gpu.settings import REAL, TINY
 from benchmarks.gpu.summary import summary, table
 from benchmarks.step.case import StepCase
-from benchmarks.step.run import run_variant
 from megatron_longpo.arguments import parse_arguments
 from tests.training.commands import REPOSITORY, environment
 
@@ -45,44 +45,45 @@ def test_the_longest_document_is_found_by_doubling_and_halving() -> None:
     settings = dataclasses.replace(TINY, first_length=64, length_limit=4096)
     asked: list[int] = []
 
-    def measure(_: str, __: str, length: str, steps: str, backend: str) -> dict[str, Any]:
+    def measure(kind: str, shape: str, saving: str, length: str, backend: str) -> dict[str, Any]:
+        assert (kind, shape, saving, backend) == ("fits", "tiny", "kept", "flash")
         asked.append(int(length))
         return {} if int(length) <= 300 else OUT_OF_MEMORY
 
     parts.longest(settings, Answers(measure))
     assert asked == [64, 128, 256, 512, 384, 320]
-    measured = {f"speed tiny {n} 1 flash": {} if n <= 300 else OUT_OF_MEMORY for n in asked}
-    assert summary(settings, measured, 1.0)["longest"]["tiny"] == {"fits_tokens": 256, "fails_tokens": 320}
+    measured = {f"fits tiny kept {n} flash": {} if n <= 300 else OUT_OF_MEMORY for n in asked}
+    (found,) = summary(settings, measured, 1.0)["longest"]
+    assert (found["fits_tokens"], found["fails_tokens"]) == (256, 320)
 
 
-def test_what_does_not_fit_ends_a_model_and_not_the_part() -> None:
-    settings = dataclasses.replace(TINY, speed={"a": (1, 2, 3), "b": (4, 5)})
-    asked: list[str] = []
+def test_a_rival_that_does_not_fit_is_not_tried_on_longer_documents() -> None:
+    settings = dataclasses.replace(TINY, rival_lengths=(64, 128, 256))
+    asked: list[tuple[str, str]] = []
 
-    def measure(*words: str) -> dict[str, Any]:
-        asked.append(" ".join(words))
-        return OUT_OF_MEMORY if words[:3] == ("speed", "a", "2") else {}
+    def measure(_: str, variant: str, length: str, *rest: str) -> dict[str, Any]:
+        asked.append((variant, length))
+        return OUT_OF_MEMORY if (variant, length) == ("trl", "128") else {}
 
-    parts.speed(settings, Answers(measure))
-    assert [name for name in asked if name.startswith("speed")] == [
-        f"speed {name} {length} 3 flash" for name, length in (("a", 1), ("a", 2), ("b", 4), ("b", 5))
-    ]
+    parts.rivals(settings, Answers(measure))
+    assert [length for variant, length in asked if variant == "trl"] == ["64", "128"]
+    assert [length for variant, length in asked if variant == "shared_prefix"] == ["64", "128", "256"]
 
 
 def test_measurements_are_stored_one_by_one_and_only_mistakes_are_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     answers: dict[str, dict[str, Any]] = {"good": {"x": 1}, "large": OUT_OF_MEMORY, "broken": BROKEN}
     asked: list[str] = []
 
-    def in_process(flags: list[str], timeout_s: float | None) -> dict[str, Any]:
-        asked.append(flags[-1])
-        return answers[flags[-1]]
+    def answer(words: tuple[str, ...], timeout_s: float | None) -> dict[str, Any]:
+        asked.extend(words)
+        return answers[words[0]]
 
-    monkeypatch.setattr(processes, "in_process", in_process)
     path = tmp_path / "results" / "gpu.json"
     for number in range(2):
-        measure = Measurements([], StoredResults(path, {**AROUND, "commit": f"commit {number}"}))
+        results = StoredResults(path, {**AROUND, "commit": f"commit {number}"})
+        measure = Measurements(SimpleNamespace(measure=answer), results)
         for name in answers:
             measure(name)
             assert name in json.loads(path.read_text())["measured"]
@@ -95,20 +96,15 @@ def test_measurements_are_stored_one_by_one_and_only_mistakes_are_repeated(
 
 
 def test_a_limit_of_time_ends_what_runs_and_stores_nothing_of_it(tmp_path: Path) -> None:
-    measure = Measurements(["--device=cpu", "--tiny"], StoredResults(tmp_path / "gpu.json", AROUND), minutes=0.5 / 60)
     began = time.monotonic()
-    with pytest.raises(OutOfTime):
-        measure("matmul")
+    with workers(["--device=cpu", "--tiny"], tmp_path, 1) as processes:
+        measure = Measurements(processes, StoredResults(tmp_path / "gpu.json", AROUND), minutes=0.5 / 60)
+        for _ in range(2):
+            with pytest.raises(OutOfTime):
+                measure("matmul")
     assert time.monotonic() - began < 10
-    with pytest.raises(OutOfTime):
-        measure("matmul")
     assert not (tmp_path / "gpu.json").exists()
-
-
-def test_a_rival_that_takes_too_long_is_ended(tmp_path: Path) -> None:
-    case = StepCase(prefix_tokens=8, num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4)
-    with pytest.raises(TimeoutError, match=r"shared_prefix took longer than 0 s"):
-        run_variant(case, "shared_prefix", tmp_path, 1, 1, timeout_s=0.2)
+    assert not psutil.Process().children()
 
 
 @pytest.mark.parametrize(
@@ -139,20 +135,21 @@ def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None
         **{f"errors bfloat16 {name}": {"relative_error": 1e-3} for name in parts.BACKENDS},
         "attention flash": {"both": 60.0},
         "attention fused": {"both": 100.0},
-        "speed tiny 64 3 fused": {**good, "tokens_per_s": 640.0},
-        "memory tiny 64": {"peak_memory_gib": 2.0},
-        "speed tiny 128 3 fused": BROKEN,
+        "speed tiny none 64 fused": {**good, "tokens_per_s": 640.0, "pinned_memory_gib": 0.5},
+        "memory tiny none 64": {"peak_memory_gib": 2.0},
+        "speed tiny kept+pieces+offload 128 fused": BROKEN,
     }
     found = summary(TINY, measured, peak_tflops=1000.0)
-    first, second = found["speed"]["tiny"]
+    second, first = found["speed"]
     assert (first["mfu"], first["time_over_possible"]) == pytest.approx((0.1, 1.25))
     assert first["memory_over_dry_run"] == 1.5
-    assert second == {"prefix_tokens": 128, **BROKEN}
+    assert second == {"shape": "tiny", "saving": "kept+pieces+offload", "prefix_tokens": 128, **BROKEN}
     text = table(AROUND, found)
-    assert "| tiny | 64 | 640 | 10.0% | 1.25x | 3.0 | 1.50x |" in text and "| tiny | 128 | failed |" in text
-    assert "`--attention-backend fused`" in text
+    assert "| tiny | none | 64 | 640 | 10.0% | 1.25x | 3.0 | 1.50x | 0.5 |" in text
+    assert "| tiny | kept+pieces+offload | 128 | failed |" in text
+    assert "`--attention-backend fused`, the fastest that was exact. Rates: matrix products 200 TFLOP/s" in text
     del measured["matmul"]
-    assert "time_over_possible" not in summary(TINY, measured, 1000.0)["speed"]["tiny"][0]
+    assert "time_over_possible" not in summary(TINY, measured, 1000.0)["speed"][1]
 
 
 def test_the_fastest_kernel_that_is_exact_trains() -> None:
@@ -164,10 +161,12 @@ def test_the_fastest_kernel_that_is_exact_trains() -> None:
 
 
 def test_the_real_settings_are_flags_that_the_trainer_takes() -> None:
-    for name, model in REAL.models.items():
-        assert parse_arguments(list(model.flags)).training.recompute_keep_attention, name
-        model.case.check()
-    assert set(REAL.speed) == set(REAL.models) and set(REAL.longest) <= set(REAL.models)
+    for case in REAL.shapes.values():
+        case.check()
+    for flags in REAL.savings.values():
+        parse_arguments(list(flags))
+    asked = {(shape, saving) for shape, saving, _ in parts.timed_steps(REAL)} | set(REAL.longest)
+    assert {shape for shape, _ in asked} == set(REAL.shapes) and {saving for _, saving in asked} == set(REAL.savings)
 
 
 @pytest.mark.parametrize(
@@ -207,10 +206,10 @@ def test_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert before and before.items() <= result["measured"].items()
     assert not [entry for entry in result["measured"].values() if "error" in entry]
-    assert [entry["prefix_tokens"] for entry in result["speed"]["tiny"]] == list(TINY.speed["tiny"])
-    for entry in result["speed"]["tiny"]:
+    assert [entry["prefix_tokens"] for entry in result["speed"]] == [64, 128, 64]
+    for entry in result["speed"]:
         assert entry["mfu"] > 0 and entry["time_over_possible"] > 0 and entry["memory_over_dry_run"] > 0
-    assert result["longest"]["tiny"]["fits_tokens"] == TINY.length_limit
+    assert result["longest"][0]["fits_tokens"] == TINY.length_limit
     (case,) = result["rivals"]
     assert set(case["variants"]) == set(parts.variants_of(StepCase(**case["case"])))
     elsewhere = tmp_path / "elsewhere"

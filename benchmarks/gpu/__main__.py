@@ -1,14 +1,16 @@
 """Everything that is to be known about one GPU: python -m benchmarks.gpu
 
     rates      exactness of the attention kernels; rates of them and of matmuls
-    speed      tokens/s and MFU over document length, against what those rates
-               allow; memory against a dry run's
+    speed      tokens/s, MFU and memory over document length and over what
+               saves memory, against what those rates allow
     rivals     the suite of `benchmarks.suite`, as far as each variant survives
     longest    the longest document that fits
+    memory     what a dry run says of the memory of `speed`; uses no GPU
 
-Every measurement is a process of its own and is stored in benchmarks/results/gpu.json as soon as it is made, so a run
-may be ended at any time: the same command goes on. `--minutes 9` ends it in order, with exit code 3 while something is
-left. What fails is noted, is tried again by the next run unless it was for want of memory, and stops nothing else.
+Every measurement is a process of its own, which imports what it needs while another one measures, and is stored in
+benchmarks/results/gpu.json as soon as it is made, so a run may be ended at any time: the same command goes on.
+`--minutes 9` ends it in order, with exit code 3 while something is left. What fails is noted, is tried again by the
+next run unless it was for want of memory, and stops nothing else.
 
 `--device cpu --tiny` runs all of it in a minute on tiny sizes: it shows that the script works, and its numbers say
 nothing.
@@ -20,18 +22,19 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.processes import RESULT, Measurements, OutOfTime, in_process
+from benchmarks.gpu.processes import RESULT, Measurements, OutOfTime, workers
 from benchmarks.gpu.results import StoredResults
 from benchmarks.gpu.settings import PEAK_TFLOPS, REAL, TINY, Settings
 from benchmarks.step.summary import circumstances
 from benchmarks.suite import DOCS, RESULTS
 from megatron_longpo.help_format import HelpFormatter
 
-_PARTS = ("rates", "speed", "rivals", "longest")
+_PARTS = ("rates", "speed", "rivals", "longest", "memory")
 _LEFT = 3
 """Exit code of a run that is to go on."""
 
@@ -40,11 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts that the command line asks for; returns the exit code."""
     arguments = _parser().parse_args(argv)
     settings = TINY if arguments.tiny else REAL
-    if arguments.measure:
-        from benchmarks.gpu.measurements import measure
-
-        print(RESULT + json.dumps(measure(settings, arguments.measure)), flush=True)
-        return 0
+    if arguments.work:
+        return _work(settings, arguments.work)
     try:
         return _tabulate(arguments) if arguments.tabulate else _run(arguments, settings)
     except (ValueError, OSError, RuntimeError) as error:
@@ -66,33 +66,46 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
     from benchmarks.gpu import parts
 
     flags = [f"--device={arguments.device}", *(["--tiny"] if arguments.tiny else [])]
-    on_cpu = arguments.device == "cpu"
-    device = {"name": platform.device_name()} if on_cpu else in_process([*flags, "--measure", "device"], None)
-    if "error" in device:
-        raise RuntimeError(f"the device does not answer: {device['error']}")
-    name = device["name"]
-    peak = arguments.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
-    if peak is None:
-        raise ValueError(f"the peak of {name!r} is not known: give --peak-tflops (dense, in the training dtype)")
-    around = {**circumstances(parts.num_threads(), by_cpu_time=False), "device": device}
-    folder = arguments.results or RESULTS
-    stored = StoredResults(folder / "gpu.json", around, arguments.again)
-    measure = Measurements(flags, stored, arguments.minutes)
-    code = 0
-    try:
-        for part in arguments.parts:
-            getattr(parts, part)(settings, measure)
-    except OutOfTime:
-        print("the time is over; the same command goes on where this one stopped", flush=True)
-        code = _LEFT
-    finally:
-        _write(settings, stored, around, peak, DOCS if arguments.results is None and not arguments.tiny else None)
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-gpu-") as work,
+        workers(flags, Path(work), parts.num_threads()) as processes,
+    ):
+        on_cpu = arguments.device == "cpu"
+        device = {"name": platform.device_name()} if on_cpu else processes.measure(["device"], None)
+        if "error" in device:
+            raise RuntimeError(f"the device does not answer: {device['error']}")
+        name = device["name"]
+        peak = arguments.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+        if peak is None:
+            raise ValueError(f"the peak of {name!r} is not known: give --peak-tflops (dense, in the training dtype)")
+        around = {**circumstances(parts.num_threads(), by_cpu_time=False), "device": device}
+        folder = arguments.results or RESULTS
+        stored = StoredResults(folder / "gpu.json", around, arguments.again)
+        measure = Measurements(processes, stored, arguments.minutes)
+        code = 0
+        try:
+            for part in arguments.parts:
+                getattr(parts, part)(settings, measure)
+        except OutOfTime:
+            print("the time is over; the same command goes on where this one stopped", flush=True)
+            code = _LEFT
+        finally:
+            _write(settings, stored, around, peak, DOCS if arguments.results is None and not arguments.tiny else None)
     failed = {name: entry for name, entry in stored.measured.items() if "error" in entry}
     for name, entry in failed.items():
         print(f"failed: {name}: {entry['error']}", flush=True)
     if code == 0 and any(not entry["out_of_memory"] for entry in failed.values()):
         code = 1
     return code
+
+
+def _work(settings: Settings, folder: Path) -> int:
+    """Import everything, wait for the words of a measurement on stdin, make it."""
+    from benchmarks.gpu.measurements import measure
+
+    words = sys.stdin.read().split()
+    print(RESULT + json.dumps(measure(settings, words, folder)), flush=True)
+    return 0
 
 
 def _write(
@@ -143,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tabulate", type=Path, metavar="GPU.json", help="measure nothing: picture and docs of a file from elsewhere"
     )
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser
 
 

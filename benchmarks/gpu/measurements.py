@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu import rates, training
 from benchmarks.gpu.settings import Settings
+from benchmarks.step.case import WEIGHTS, write_document, write_weights
+from benchmarks.step.measure import measure as measure_step
 from megatron_longpo import platform
 
+_RIVAL_STEPS = 2
+"""A warm-up and the one that counts."""
 
-def measure(settings: Settings, words: Sequence[str]) -> dict[str, Any]:
+
+def measure(settings: Settings, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """The measurement that the words name.
 
     Args:
         settings: Sizes.
-        words: ``device``; ``errors DTYPE BACKEND``; ``matmul``; ``attention BACKEND``; ``speed MODEL TOKENS STEPS
-            BACKEND``; ``memory MODEL TOKENS``. A backend is a value of ``--attention-backend``.
+        words: ``device``; ``errors DTYPE BACKEND``; ``matmul``; ``attention BACKEND``; ``speed SHAPE SAVING TOKENS
+            BACKEND``; ``fits SHAPE SAVING TOKENS BACKEND``; ``memory SHAPE SAVING TOKENS``; ``rival VARIANT TOKENS
+            RESPONSE_TOKENS TURNS``. A backend is a value of ``--attention-backend``.
+        folder: For datasets, and for the weights that all rivals share.
     """
     kind, *rest = words
     if kind == "device":
         return _device()
     if kind == "errors":
-        from benchmarks.gpu.rates import kernel_error
+        return {"relative_error": rates.kernel_error(getattr(torch, rest[0]), rest[1])}
+    if kind == "matmul":
+        return {"tflops": rates.matmul_tflops(settings)}
+    if kind == "attention":
+        return rates.attention_tflops(settings, *rest)
+    if kind == "rival":
+        return _rival(settings, rest[0], [int(word) for word in rest[1:]], folder)
+    shape, saving, tokens, *backend = rest
+    case = dataclasses.replace(settings.shapes[shape], prefix_tokens=int(tokens))
+    flags = settings.savings[saving]
+    if kind == "memory":
+        return training.predicted_memory(case, flags, folder)
+    if kind == "fits":
+        return training.longest_step(case, flags, folder, backend[0], settings.window_tokens)
+    return training.speed(case, flags, folder, backend[0])
 
-        return {"relative_error": kernel_error(getattr(torch, rest[0]), rest[1])}
-    if kind in ("matmul", "attention"):
-        from benchmarks.gpu import rates
 
-        return (
-            {"tflops": rates.matmul_tflops(settings)} if kind == "matmul" else rates.attention_tflops(settings, *rest)
-        )
-    from benchmarks.gpu import training
-
-    with tempfile.TemporaryDirectory(prefix="benchmark-gpu-") as folder:
-        if kind == "memory":
-            return training.predicted_memory(settings.models[rest[0]], int(rest[1]), Path(folder))
-        return training.speed(settings.models[rest[0]], int(rest[1]), int(rest[2]), Path(folder), rest[3])
+def _rival(settings: Settings, variant: str, sizes: Sequence[int], folder: Path) -> dict[str, Any]:
+    prefix_tokens, response_tokens, turns = sizes
+    case = dataclasses.replace(
+        settings.rivals, prefix_tokens=prefix_tokens, response_tokens=response_tokens, turns=turns
+    )
+    if not (folder / WEIGHTS).exists():
+        write_weights(dataclasses.replace(case, prefix_tokens=max(settings.rival_lengths)), folder)
+    write_document(case, folder)
+    return dataclasses.asdict(measure_step(variant, folder, _RIVAL_STEPS, case, lambda step: None))
 
 
 def _device() -> dict[str, Any]:

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.results import StoredResults
@@ -15,6 +18,8 @@ from benchmarks.step.summary import PYTHONPATH, ROOT
 
 RESULT = "RESULT "
 """Begins the line of a process's output that holds what it measured."""
+_NUM_WAITING = 2
+"""Processes that import everything while another one measures: a GPU's time is dear, and imports take seconds."""
 _MEMORY_SIGNS = ("out of memory", "OutOfMemoryError", "not enough memory")
 _KILLED = -9  # by Linux, for want of host memory
 
@@ -23,17 +28,90 @@ class OutOfTime(Exception):
     """The limit is reached; what was measured until now is stored."""
 
 
-class Measurements:
-    """Measures each thing once, in a process of its own, and stores it.
+class Workers:
+    """Processes of ``python -m benchmarks.gpu``, each for one measurement.
 
     Args:
         flags: Of every process.
+        folder: Where they write.
+        num_threads: Of PyTorch in each.
+    """
+
+    def __init__(self, flags: Sequence[str], folder: Path, num_threads: int) -> None:
+        self._command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *flags, f"--work={folder}"]
+        self._environment = os.environ | {
+            "PYTHONPATH": PYTHONPATH,
+            "OMP_NUM_THREADS": str(num_threads),
+            # torch renamed the variable; an old name is still read.
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            "HF_HOME": str(folder / "huggingface"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        self._waiting = deque(self._start() for _ in range(_NUM_WAITING))
+
+    def measure(self, words: Sequence[str], timeout_s: float | None) -> dict[str, Any]:
+        """What a process finds of the name that the words are, or an ``error``.
+
+        Raises:
+            OutOfTime: It took longer than ``timeout_s``.
+        """
+        process = self._waiting.popleft()
+        self._waiting.append(self._start())
+        try:
+            stdout, stderr = process.communicate(" ".join(words), timeout=timeout_s)
+        except BaseException as error:
+            _end(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OutOfTime from error
+            raise
+        for line in stdout.splitlines():
+            if line.startswith(RESULT):
+                return json.loads(line.removeprefix(RESULT))
+        return failure(stderr, process.returncode)
+
+    def close(self) -> None:
+        """End those that wait."""
+        for process in self._waiting:
+            _end(process)
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self._command,
+            cwd=ROOT,
+            env=self._environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+@contextmanager
+def workers(flags: Sequence[str], folder: Path, num_threads: int) -> Iterator[Workers]:
+    """`Workers` that leave no process behind."""
+    opened = Workers(flags, folder, num_threads)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+class Measurements:
+    """Measures each thing once and stores it.
+
+    Args:
+        workers: Who measures.
         results: Where measurements are kept.
         minutes: Limit of all of them together; None is none.
     """
 
-    def __init__(self, flags: Sequence[str], results: StoredResults, minutes: float | None = None) -> None:
-        self.flags, self.results = list(flags), results
+    def __init__(self, workers: Workers, results: StoredResults, minutes: float | None = None) -> None:
+        self.workers, self.results = workers, results
         self._ends_s = None if minutes is None else time.monotonic() + 60 * minutes
 
     def __call__(self, *words: str) -> dict[str, Any]:
@@ -48,17 +126,13 @@ class Measurements:
         stored = self.results.get(name)
         if stored is not None:
             return stored
-        entry = in_process([*self.flags, "--measure", *words], self.seconds_left())
+        began = time.monotonic()
+        entry = self.workers.measure(words, self._seconds_left())
         self.results.put(name, entry)
-        print(f"{name}: {json.dumps(entry)}", flush=True)
+        print(f"{name} ({time.monotonic() - began:.0f} s): {_brief(entry)}", flush=True)
         return self.results.measured[name]
 
-    def seconds_left(self) -> float | None:
-        """Time until the limit, or None.
-
-        Raises:
-            OutOfTime: There is none.
-        """
+    def _seconds_left(self) -> float | None:
         if self._ends_s is None:
             return None
         left = self._ends_s - time.monotonic()
@@ -67,30 +141,8 @@ class Measurements:
         return left
 
 
-def in_process(flags: Sequence[str], timeout_s: float | None) -> dict[str, Any]:
-    """Run ``python -m benchmarks.gpu`` once more and return what it measured, or an ``error``.
-
-    Raises:
-        OutOfTime: It took longer than ``timeout_s``.
-    """
-    # torch renamed the variable; an old name is still read.
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu", *flags],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise OutOfTime from error
-    for line in done.stdout.splitlines():
-        if line.startswith(RESULT):
-            return json.loads(line.removeprefix(RESULT))
-    return failure(done.stderr, done.returncode)
+def _brief(entry: dict[str, Any]) -> str:
+    return json.dumps({name: value for name, value in entry.items() if name != "stderr"})
 
 
 def failure(text: str, code: int) -> dict[str, Any]:

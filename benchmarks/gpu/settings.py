@@ -11,16 +11,18 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 
 
 @dataclass(frozen=True)
-class Model:
-    """A shape to train, and the flags that let it fit.
+class Runs:
+    """Steps of one shape with one way to save memory.
 
     Args:
-        case: Sizes; the document is replaced.
-        flags: Of the trainer, at every length.
+        shape: A name of `Settings.shapes`.
+        saving: A name of `Settings.savings`.
+        lengths: Document tokens.
     """
 
-    case: StepCase
-    flags: tuple[str, ...]
+    shape: str
+    saving: str
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,12 @@ class Settings:
     """Sizes of every part.
 
     Args:
-        models: By name.
-        speed: Document tokens at which speed is measured, by model.
-        longest: The models whose longest document is looked for.
-        first_length: Where the search for the longest document begins.
+        shapes: Models by name; their documents are replaced.
+        savings: Flags of the trainer by name: what saves memory, or the optimizer that fits.
+        speed: Steps that are timed, most wanted first.
+        longest: The shape and the way to save memory whose longest document is looked for, most wanted first.
+        window_tokens: Sliding window of that search, so that a step takes seconds.
+        first_length: Where the search begins.
         length_limit: Where it ends, if everything fits.
         matmul_size: Rows and columns of square matrices.
         attention_tokens: Length of the row whose attention is timed.
@@ -40,9 +44,11 @@ class Settings:
         more_rival_lengths: Those of four turns and of longer responses.
     """
 
-    models: dict[str, Model]
-    speed: dict[str, tuple[int, ...]]
-    longest: tuple[str, ...]
+    shapes: dict[str, StepCase]
+    savings: dict[str, tuple[str, ...]]
+    speed: tuple[Runs, ...]
+    longest: tuple[tuple[str, str], ...]
+    window_tokens: int
     first_length: int
     length_limit: int
     matmul_size: int
@@ -52,13 +58,8 @@ class Settings:
     more_rival_lengths: tuple[int, ...]
 
 
-_KEPT = (
-    "--recompute-granularity=full",
-    "--recompute-method=uniform",
-    "--recompute-num-layers=1",
-    "--recompute-keep-attention",
-)
-_IN_PIECES = ("--mlp-chunk-tokens=16384", "--projection-chunk-tokens=16384")
+_FULL = ("--recompute-granularity=full", "--recompute-method=uniform", "--recompute-num-layers=1")
+_KEPT = (*_FULL, "--recompute-keep-attention")
 _QWEN_1_5B = StepCase(
     response_tokens=512,
     num_layers=28,
@@ -70,10 +71,9 @@ _QWEN_1_5B = StepCase(
     device="cuda",
     bf16=True,
 )
-# Layers as wide as Mistral 7B's, but 8 of its 32: weights, gradients, masters and Adam's state of 7B are 120 GiB.
-_MISTRAL_LAYERS = replace(
+_MISTRAL_7B = replace(
     _QWEN_1_5B,
-    num_layers=8,
+    num_layers=32,
     hidden_size=4096,
     ffn_hidden_size=14336,
     num_attention_heads=32,
@@ -81,44 +81,62 @@ _MISTRAL_LAYERS = replace(
     vocab_size=32768,
 )
 
-REAL = Settings(
-    models={
-        "1.5B": Model(_QWEN_1_5B, (*_KEPT, *_IN_PIECES)),
-        "7B-layers": Model(_MISTRAL_LAYERS, (*_KEPT, *_IN_PIECES)),
-        # The layers' inputs and attention's outputs of 512K tokens are 84 GiB of host memory.
-        "1.5B-offloaded": Model(_QWEN_1_5B, (*_KEPT, *_IN_PIECES, "--cpu-offloading-num-layers=28")),
-        # Not for speed: whether the optimizer's offload works at all.
-        "optimizer-on-host": Model(
-            replace(_QWEN_1_5B, num_layers=2),
-            (*_KEPT, "--use-distributed-optimizer", "--optimizer-cpu-offload", "--overlap-cpu-optimizer-d2h-h2d"),
+
+def _savings(num_layers: int, piece_tokens: int) -> dict[str, tuple[str, ...]]:
+    pieces = (f"--mlp-chunk-tokens={piece_tokens}", f"--projection-chunk-tokens={piece_tokens}")
+    on_host = f"--cpu-offloading-num-layers={num_layers}"
+    return {
+        "none": (),
+        "recompute": _FULL,
+        "kept": _KEPT,
+        "kept+pieces": (*_KEPT, *pieces),
+        "kept+pieces+offload": (*_KEPT, *pieces, on_host),
+        "optimizer-offload": (
+            "--use-distributed-optimizer",
+            "--optimizer-cpu-offload",
+            "--overlap-cpu-optimizer-d2h-h2d",
         ),
-    },
-    speed={
-        "1.5B": (8192, 32768, 131072),
-        "7B-layers": (8192, 32768, 131072),
-        "1.5B-offloaded": (131072,),
-        "optimizer-on-host": (8192,),
-    },
-    longest=("1.5B-offloaded",),
-    first_length=131072,
-    length_limit=2**19,
+        # Weights, gradients, fp32 weights and Adam's state of 7B are 121 GiB; without the latter half of it.
+        "sgd": ("--optimizer=sgd", "--sgd-momentum=0"),
+        "sgd+kept+pieces": ("--optimizer=sgd", "--sgd-momentum=0", *_KEPT, *pieces),
+    }
+
+
+REAL = Settings(
+    shapes={"1.5B": _QWEN_1_5B, "7B": _MISTRAL_7B, "7B-8-layers": replace(_MISTRAL_7B, num_layers=8)},
+    savings=_savings(28, 16384),
+    speed=(
+        Runs("1.5B", "kept+pieces", (131072, 32768)),
+        Runs("1.5B", "none", (8192, 32768)),
+        Runs("7B", "sgd+kept+pieces", (32768,)),
+        Runs("7B", "sgd", (8192,)),
+        Runs("1.5B", "kept", (32768,)),
+        Runs("1.5B", "recompute", (32768,)),
+        Runs("1.5B", "optimizer-offload", (32768,)),
+        Runs("1.5B", "kept+pieces+offload", (32768, 131072)),
+        Runs("7B-8-layers", "kept+pieces", (131072, 262144)),
+        Runs("1.5B", "kept+pieces", (262144,)),
+    ),
+    longest=(("1.5B", "kept+pieces"),),
+    window_tokens=4096,
+    first_length=524288,
+    length_limit=2**20,
     matmul_size=8192,
     attention_tokens=65536,
-    rivals=replace(_QWEN_1_5B, response_tokens=128, num_layers=8),
-    rival_lengths=(4096, 16384, 65536),
-    more_rival_lengths=(4096,),
+    # As in the CPU's suite, a smaller vocabulary for fewer layers, so that the LM head has a whole model's share.
+    rivals=replace(_QWEN_1_5B, response_tokens=128, num_layers=8, vocab_size=32768),
+    rival_lengths=(4096, 16384, 65536, 131072),
+    more_rival_lengths=(16384,),
 )
 _TINY = StepCase(
     response_tokens=8, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, vocab_size=64
 )
 TINY = Settings(
-    models={
-        "tiny": Model(
-            _TINY, (*_KEPT, "--mlp-chunk-tokens=16", "--projection-chunk-tokens=16", "--cpu-offloading-num-layers=2")
-        )
-    },
-    speed={"tiny": (64, 128)},
-    longest=("tiny",),
+    shapes={"tiny": _TINY},
+    savings=_savings(2, 16),
+    speed=(Runs("tiny", "kept+pieces+offload", (128, 64)), Runs("tiny", "none", (64,))),
+    longest=(("tiny", "kept"),),
+    window_tokens=32,
     first_length=64,
     length_limit=256,
     matmul_size=128,

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import NUM_STEPS, fastest_backend, rival_name
+from benchmarks.gpu.parts import fastest_backend, rival_cases, rival_name, timed_steps
 from benchmarks.gpu.settings import Settings
 from benchmarks.step.measure import Measurement
 from benchmarks.step.summary import replace_section, summarize
-from benchmarks.suite import Matrix, variants_of, write_results
+from benchmarks.suite import variants_of, write_results
 
 Measured = dict[str, dict[str, Any]]
 """Measurements by name."""
@@ -48,30 +48,30 @@ def summary(settings: Settings, measured: Measured, peak_tflops: float) -> dict[
         "matmul": measured.get("matmul", {}).get("tflops"),
         "both": measured.get(f"attention {backend}", {}).get("both"),
     }
-    speeds = {
-        name: [
-            _against_rates(entry, length, rates, measured.get(f"memory {name} {length}", {}), peak_tflops)
-            for length in lengths
-            if (entry := measured.get(f"speed {name} {length} {NUM_STEPS} {backend}")) is not None
-        ]
-        for name, lengths in settings.speed.items()
-    }
-    cases, failed = rival_cases(settings, measured)
+    speeds = []
+    for shape, saving, length in sorted(timed_steps(settings), key=lambda step: (step[0], step[1], int(step[2]))):
+        entry = measured.get(f"speed {shape} {saving} {length} {backend}")
+        if entry is not None:
+            memory = measured.get(f"memory {shape} {saving} {length}", {})
+            against = _against_rates(entry, rates, memory, peak_tflops)
+            speeds.append({"shape": shape, "saving": saving, "prefix_tokens": int(length), **against})
+    cases, failed = summarized_rivals(settings, measured)
     return {
         "peak_tflops": peak_tflops,
+        "rates": rates,
         "attention_backend": backend,
         "speed": speeds,
-        "longest": {name: _fits(name, measured) for name in settings.longest},
+        "longest": [_fits(settings, shape, saving, measured) for shape, saving in settings.longest],
         "rivals": cases,
         "rivals_failed": failed,
     }
 
 
 def _against_rates(
-    entry: dict[str, Any], length: int, rates: dict[str, Any], memory: dict[str, Any], peak_tflops: float
+    entry: dict[str, Any], rates: dict[str, Any], memory: dict[str, Any], peak_tflops: float
 ) -> dict[str, Any]:
     if "error" in entry:
-        return {"prefix_tokens": length, **{name: entry[name] for name in ("error", "out_of_memory")}}
+        return {name: entry[name] for name in ("error", "out_of_memory")}
     flops = entry["matmul_flops"] + entry["attention_flops"]
     found = {**entry, "mfu": flops / entry["step_s"] / peak_tflops / 1e12}
     if rates["both"] and rates["matmul"]:
@@ -82,21 +82,27 @@ def _against_rates(
     return found
 
 
-def _fits(name: str, measured: Measured) -> dict[str, Any]:
-    """The longest document that fitted and the shortest that did not, of one model, in any part."""
-    tried = {int(words[2]): e for key, e in measured.items() if (words := key.split())[:2] == ["speed", name]}
+def _fits(settings: Settings, shape: str, saving: str, measured: Measured) -> dict[str, Any]:
+    """The longest document that fitted and the shortest that did not."""
+    tried = {int(key.split()[3]): e for key, e in measured.items() if key.startswith(f"fits {shape} {saving} ")}
     fits = [length for length, entry in tried.items() if "error" not in entry]
     fails = [length for length, entry in tried.items() if entry.get("out_of_memory")]
-    return {"fits_tokens": max(fits, default=0), "fails_tokens": min(fails, default=None)}
+    return {
+        "shape": shape,
+        "saving": saving,
+        "window_tokens": settings.window_tokens,
+        "fits_tokens": max(fits, default=0),
+        "fails_tokens": min(fails, default=None),
+    }
 
 
-def rival_cases(settings: Settings, measured: Measured) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def summarized_rivals(settings: Settings, measured: Measured) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The suite's summaries of every case with a measurement, and by variant or case what went wrong."""
     summaries, failed = [], {}
-    for case in Matrix(settings.rivals, settings.rival_lengths, settings.more_rival_lengths).cases():
+    for case in rival_cases(settings):
         runs: dict[str, list[Measurement]] = {}
         for variant in variants_of(case):
-            entry = measured.get(rival_name(case, variant), {})
+            entry = measured.get(" ".join(rival_name(case, variant)), {})
             if "error" in entry:
                 failed[variant] = f"P {case.prefix_tokens}: {entry['error']}"
             elif entry:
@@ -112,26 +118,39 @@ def rival_cases(settings: Settings, measured: Measured) -> tuple[list[dict[str, 
 
 
 def table(around: dict[str, Any], found: dict[str, Any]) -> str:
-    """Speed and memory of every model and length, as a table for the docs."""
+    """Speed and memory of every step, as a table for the docs."""
     lines = [
-        "| model | document | tokens/s | MFU | time over what the rates allow | peak GiB | over the dry run |",
-        "| --- | --: | --: | --: | --: | --: | --: |",
+        "| shape | saves memory by | document | tokens/s | MFU | time over what the rates allow | peak GiB | over the "
+        "dry run | pinned GiB |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    for name, entries in found["speed"].items():
-        for entry in entries:
-            if "error" in entry:
-                why = "does not fit" if entry["out_of_memory"] else "failed"
-                lines.append(f"| {name} | {entry['prefix_tokens']:,} | {why} | | | | |")
-                continue
-            ratios = [f"{entry[k]:.2f}x" if k in entry else "" for k in ("time_over_possible", "memory_over_dry_run")]
-            lines.append(
-                f"| {name} | {entry['prefix_tokens']:,} | {entry['tokens_per_s']:,.0f} | {entry['mfu']:.1%} | "
-                f"{ratios[0]} | {entry['peak_memory_gib']:.1f} | {ratios[1]} |"
-            )
-    for name, bounds in found["longest"].items():
+    for entry in found["speed"]:
+        what = f"| {entry['shape']} | {entry['saving']} | {entry['prefix_tokens']:,} |"
+        if "error" in entry:
+            lines.append(f"{what} {'does not fit' if entry['out_of_memory'] else 'failed'} | | | | | |")
+            continue
+        ratios = [f"{entry[k]:.2f}x" if k in entry else "" for k in ("time_over_possible", "memory_over_dry_run")]
+        lines.append(
+            f"{what} {entry['tokens_per_s']:,.0f} | {entry['mfu']:.1%} | {ratios[0]} | "
+            f"{entry['peak_memory_gib']:.1f} | {ratios[1]} | {entry['pinned_memory_gib']:.1f} |"
+        )
+    for bounds in found["longest"]:
         fails = f", {bounds['fails_tokens']:,} do not" if bounds["fails_tokens"] else ""
-        lines += ["", f"Longest document of {name}: {bounds['fits_tokens']:,} tokens fit{fails}."]
-    lines += ["", f"Attention: `--attention-backend {found['attention_backend']}`, the fastest that was exact."]
+        lines += [
+            "",
+            f"Longest document of {bounds['shape']} with {bounds['saving']}, attention in a window of "
+            f"{bounds['window_tokens']:,}: {bounds['fits_tokens']:,} tokens fit{fails}.",
+        ]
+    rates = ", ".join(
+        f"{name} {rate:.0f} TFLOP/s"
+        for name, rate in (("matrix products", found["rates"]["matmul"]), ("attention", found["rates"]["both"]))
+        if rate
+    )
+    lines += [
+        "",
+        f"Attention: `--attention-backend {found['attention_backend']}`, the fastest that was exact."
+        + (f" Rates: {rates}." if rates else ""),
+    ]
     versions = ", ".join(f"{name} {number}" for name, number in around["versions"].items() if number)
     device = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in around["device"].items() if name != "name"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import statistics
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.settings import Model
 from benchmarks.step.case import DATASET, ReferenceNumbers, StepCase, write_document
 from benchmarks.step.trainer import LONGPO, shared_prefix_batch
 from megatron_longpo import platform
@@ -22,80 +22,116 @@ from megatron_longpo.training.distributed import initialize, shut_down
 from megatron_longpo.training.loop import Trainer
 from megatron_longpo.validation import validate
 
+_MOST_STEPS = 3
+_ENOUGH_S = 15.0
+"""No further step is timed after so long."""
+_WARM_UP_TOKENS = 4096
+"""Document of the step before: it loads kernels and plans products, which does not take minutes of 256K tokens."""
 
-def speed(model: Model, prefix_tokens: int, num_steps: int, folder: Path, backend: str = FLASH) -> dict[str, float]:
-    """Times and rates of one document length.
+
+def speed(case: StepCase, flags: Sequence[str], folder: Path, backend: str) -> dict[str, Any]:
+    """Times and rates of one document length: the fastest of up to three steps, after a short one.
 
     Args:
-        model: Shape and flags.
-        prefix_tokens: Tokens of the document.
-        num_steps: Steps, of which the first is a warm-up.
+        case: Shape and document.
+        flags: Of the trainer.
         folder: For the dataset.
         backend: The attention kernel, a value of ``--attention-backend``.
 
     Returns:
         Tokens are those of the row; ``attention_flops`` and ``matmul_flops`` are model FLOPs of a step.
     """
-    if model.case.bf16 and backend != FLASH:
-        model = dataclasses.replace(model, flags=(*model.flags, f"--attention-backend={backend}"))
-    case, config, dataset = _prepared(model, prefix_tokens, num_steps, folder)
+    warm_up = dataclasses.replace(case, prefix_tokens=min(case.prefix_tokens, _WARM_UP_TOKENS))
+    return _steps(case, [*flags, *_backend_flags(case, backend)], folder, _MOST_STEPS, warm_up)
+
+
+def longest_step(
+    case: StepCase, flags: Sequence[str], folder: Path, backend: str, window_tokens: int
+) -> dict[str, Any]:
+    """`speed` of one step with a sliding window: the memory that kept activations take, in a fraction of the time.
+
+    Only the kernels' workspace is smaller than without a window.
+    """
+    window = f"--window-size={window_tokens},0"
+    return _steps(case, [*flags, *_backend_flags(case, backend), window], folder, 1, None)
+
+
+def _backend_flags(case: StepCase, backend: str) -> list[str]:
+    return [f"--attention-backend={backend}"] if case.bf16 and backend != FLASH else []
+
+
+def _steps(
+    case: StepCase, flags: Sequence[str], folder: Path, most_steps: int, warm_up: StepCase | None
+) -> dict[str, Any]:
+    config, dataset = _prepared(case, flags, folder, *([] if warm_up is None else [warm_up]))
     initialize(config)
     try:
         trainer = Trainer(config, dataset)
-        batch = shared_prefix_batch(config, dataset, ReferenceNumbers(case))
-        steps = [trainer._step(GlobalBatch([batch], [0]))[0] for _ in range(num_steps)]
+        if warm_up is not None:
+            _step(trainer, warm_up, number=1)
+        steps: list[dict[str, float]] = []
+        while len(steps) < most_steps and sum(step["iteration_time_s"] for step in steps) < _ENOUGH_S:
+            steps.append(_step(trainer, case, number=0))
     finally:
         shut_down()
-    measured = steps[1:] or steps
-    seconds = statistics.median(step["iteration_time_s"] for step in measured)
+    fastest = min(steps, key=lambda step: step["iteration_time_s"])
+    batch = shared_prefix_batch(config, dataset, ReferenceNumbers(case))
     shape = config.model
     flops = step_flops(shape, batch.layout, len(batch.predictions.targets))
     attention = 12.0 * shape.num_layers * shape.num_attention_heads * shape.kv_channels * attended_pairs(batch.layout)
     return {
-        "prefix_tokens": prefix_tokens,
+        "prefix_tokens": case.prefix_tokens,
         "row_tokens": batch.num_tokens,
-        "step_s": seconds,
-        "forward_backward_s": statistics.median(step["forward_backward_time_s"] for step in measured),
-        "tokens_per_s": batch.num_tokens / seconds,
+        "step_s": fastest["iteration_time_s"],
+        "forward_backward_s": fastest["forward_backward_time_s"],
+        "steps_s": [step["iteration_time_s"] for step in steps],
+        "tokens_per_s": batch.num_tokens / fastest["iteration_time_s"],
         "matmul_flops": flops - attention,
         "attention_flops": attention,
         "peak_memory_gib": platform.peak_memory_gib(),
-        "loss": measured[-1]["loss"],
+        "pinned_memory_gib": platform.peak_pinned_memory_gib(),
+        "loss": steps[0]["loss"],
     }
 
 
-def predicted_memory(model: Model, prefix_tokens: int, folder: Path) -> dict[str, float]:
+def _step(trainer: Trainer, case: StepCase, number: int) -> dict[str, float]:
+    batch = shared_prefix_batch(trainer.config, trainer.dataset, ReferenceNumbers(case), number)
+    metrics, bad = trainer._step(GlobalBatch([batch], [number]))
+    assert bad is None, "a loss or gradient was not finite"
+    return metrics
+
+
+def predicted_memory(case: StepCase, flags: Sequence[str], folder: Path) -> dict[str, float]:
     """What a dry run says of the memory of `speed` with the same arguments; it needs no GPU and leaves it alone."""
     os.environ["LONGPO_USE_CPU"] = "1"
     from megatron_longpo.planning.dry_run import dry_run
 
-    _, config, dataset = _prepared(model, prefix_tokens, 1, folder)
+    config, dataset = _prepared(case, flags, folder)
     (rank,) = dry_run(config, 1, [dataset.row(0, "joint", OBJECTIVE_ROLES[config.objective.objective])])
     return {"peak_memory_gib": rank.gib}
 
 
 def _prepared(
-    model: Model, prefix_tokens: int, num_steps: int, folder: Path
-) -> tuple[StepCase, RunConfig, PreferenceDataset]:
-    """One random document in a dataset, and the run that trains on it."""
-    case = dataclasses.replace(model.case, prefix_tokens=prefix_tokens)
-    write_document(case, folder)
-    config = _config(model, case.prefix_tokens + case.branch_tokens, folder, num_steps)
-    return case, config, PreferenceDataset(folder / DATASET)
+    case: StepCase, flags: Sequence[str], folder: Path, *more: StepCase
+) -> tuple[RunConfig, PreferenceDataset]:
+    """Random documents in a dataset, and the run that trains on them."""
+    write_document(case, folder, *more)
+    config = _config(case, flags, folder)
+    return config, PreferenceDataset(folder / DATASET)
 
 
-def _config(model: Model, num_tokens: int, folder: Path, num_steps: int) -> RunConfig:
-    case = model.case
+def _config(case: StepCase, more_flags: Sequence[str], folder: Path) -> RunConfig:
+    num_tokens = case.prefix_tokens + case.branch_tokens
     flags = [
         *LONGPO,
-        *model.flags,
+        *more_flags,
         *(f"--num-layers={case.num_layers}", f"--hidden-size={case.hidden_size}"),
         *(f"--ffn-hidden-size={case.ffn_hidden_size}", f"--num-attention-heads={case.num_attention_heads}"),
         *("--group-query-attention", f"--num-query-groups={case.num_query_groups}", f"--vocab-size={case.vocab_size}"),
         *("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
         *(f"--seq-length={num_tokens}", f"--max-position-embeddings={num_tokens}", "--rotary-base=1e7"),
         f"--data-path={folder / DATASET}",
-        *(f"--train-iters={num_steps}", "--global-batch-size=1", "--split=100,0", "--num-workers=0"),
+        *(f"--train-iters={1 + _MOST_STEPS}", "--global-batch-size=1", "--split=100,0", "--num-workers=0"),
         *("--lr-decay-style=constant", "--lr-warmup-fraction=0", "--progress-bar=off"),
         *(["--bf16"] if case.bf16 else []),
         *(["--use-cpu"] if case.device == "cpu" else []),

@@ -90,7 +90,9 @@ class StepCase:
                 spans.append((turn, start, start + len(answer)))
                 pieces += [instruction, answer]
             branches.append(Branch(np.concatenate(pieces), tuple(spans)))
-        return TokenizedDocument("pair", prefix, joint=(branches[0], branches[1]), independent=(), short=())
+        return TokenizedDocument(
+            f"pair of {self.prefix_tokens}", prefix, joint=(branches[0], branches[1]), independent=(), short=()
+        )
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,11 @@ def write_files(case: StepCase, folder: Path) -> None:
     write_weights(case, folder)
 
 
-def write_document(case: StepCase, folder: Path) -> None:
-    """Write the dataset."""
+def write_document(case: StepCase, folder: Path, *more: StepCase) -> None:
+    """Write the dataset: the document of a case, and those of more."""
     with RecordWriter(folder / DATASET) as writer:
-        writer.add(case.document())
+        for each in (case, *more):
+            writer.add(each.document())
         writer.finish(tokenizer={"vocab_size": case.vocab_size, "hash": "random", "path": "none"})
 
 

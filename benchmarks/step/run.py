@@ -21,8 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,6 @@ def run_variant(
     num_steps: int,
     num_threads: int,
     step_done: Callable[[], Any] = lambda: None,
-    timeout_s: float | None = None,
 ) -> Measurement:
     """Run one variant in a process of its own to its end.
 
@@ -162,11 +160,9 @@ def run_variant(
         num_steps: Steps, warm-up included.
         num_threads: Threads of PyTorch.
         step_done: Called after every step.
-        timeout_s: It is ended after so long; None waits for ever.
 
     Raises:
-        VariantFailed: The process failed; the message ends with what it wrote last.
-        TimeoutError: It took too long.
+        RuntimeError: The process failed; the message ends with what it wrote last.
     """
     words = [variant, str(folder), str(num_steps), json.dumps(dataclasses.asdict(case))]
     environment = os.environ | {
@@ -193,46 +189,17 @@ def run_variant(
             stderr=errors,
             text=True,
         )
-        with _killed_on_error(process), _killed_after(process, timeout_s) as expired:
+        with _killed_on_error(process):
             assert process.stdout is not None
             for line in process.stdout:
                 last = json.loads(line)
                 if "losses" not in last:
                     step_done()
             code = process.wait()
-        if expired.is_set():
-            raise TimeoutError(f"variant {variant} took longer than {timeout_s:.0f} s")
         if code != 0:
             errors.seek(0)
-            raise VariantFailed(variant, code, errors.read()[-4000:])
+            raise RuntimeError(f"variant {variant} ended with exit code {code}:\n{errors.read()[-4000:]}")
     return Measurement(**last)
-
-
-class VariantFailed(RuntimeError):
-    """A variant's process ended with an error, whose text is the end of the message."""
-
-    def __init__(self, variant: str, exit_code: int, text: str) -> None:
-        super().__init__(f"variant {variant} ended with exit code {exit_code}:\n{text}")
-        self.exit_code, self.text = exit_code, text
-
-
-@contextlib.contextmanager
-def _killed_after(process: subprocess.Popen[str], timeout_s: float | None) -> Iterator[threading.Event]:
-    """Kill the process when the time is over, if it is still inside; the event then is set."""
-    expired = threading.Event()
-
-    def end() -> None:
-        expired.set()
-        process.kill()
-
-    timer = None if timeout_s is None else threading.Timer(timeout_s, end)
-    if timer is not None:
-        timer.start()
-    try:
-        yield expired
-    finally:
-        if timer is not None:
-            timer.cancel()
 
 
 @contextlib.contextmanager

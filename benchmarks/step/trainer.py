@@ -104,10 +104,12 @@ def run_config(case: StepCase, folder: Path, objective: list[str], num_steps: in
     return config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
 
 
-def shared_prefix_batch(config: RunConfig, dataset: PreferenceDataset, reference: ReferenceNumbers) -> Batch:
-    """Document 0 as training reads it."""
+def shared_prefix_batch(
+    config: RunConfig, dataset: PreferenceDataset, reference: ReferenceNumbers, number: int = 0
+) -> Batch:
+    """A document as training reads it."""
     roles = OBJECTIVE_ROLES[config.objective.objective]
-    return collate([dataset.row(0, "joint", roles)], objective=config.objective, reference=reference)
+    return collate([dataset.row(number, "joint", roles)], objective=config.objective, reference=reference)
 
 
 def two_sequences_batch(config: RunConfig, dataset: PreferenceDataset, reference: ReferenceNumbers) -> Batch:

@@ -17,6 +17,7 @@ from megatron_longpo.platform.devices import (
     device_name,
     has_cuda,
     peak_memory_gib,
+    peak_pinned_memory_gib,
     synchronize,
 )
 from megatron_longpo.platform.megatron_core import CHECKED_VERSIONS
@@ -39,6 +40,7 @@ __all__ = [
     "mlp_submodules",
     "nsight_range",
     "peak_memory_gib",
+    "peak_pinned_memory_gib",
     "prepare",
     "profiler_activities",
     "synchronize",

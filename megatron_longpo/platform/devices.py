@@ -49,3 +49,8 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
+
+
+def peak_pinned_memory_gib() -> float:
+    """Peak of the host memory that torch pinned for this process, as the blocks it took; 0 on a CPU. GiB."""
+    return torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0) / 2**30 if has_cuda() else 0.0
