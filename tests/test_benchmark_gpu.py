@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.gpu import parts
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.processes import Measurements, OutOfTime, failure, workers
+from benchmarks.gpu.processes import Measurements, OutOfTime, failure, name_of, workers
 from benchmarks.gpu.results import StoredResults
 from benchmarks.gpu.settings import REAL, TINY
 from benchmarks.gpu.summary import summary, table
@@ -41,20 +41,20 @@ class Answers:
         return self.answer(*words)
 
 
-def test_the_longest_document_is_found_by_doubling_and_halving() -> None:
+def test_documents_grow_until_one_does_not_fit() -> None:
     settings = dataclasses.replace(TINY, first_length=64, length_limit=4096)
     asked: list[int] = []
 
     def measure(kind: str, shape: str, saving: str, length: str, backend: str) -> dict[str, Any]:
         assert (kind, shape, saving, backend) == ("fits", "tiny", "kept", "flash")
         asked.append(int(length))
-        return {} if int(length) <= 300 else OUT_OF_MEMORY
+        return {} if int(length) <= 80 else OUT_OF_MEMORY
 
     parts.longest(settings, Answers(measure))
-    assert asked == [64, 128, 256, 512, 384, 320]
-    measured = {f"fits tiny kept {n} flash": {} if n <= 300 else OUT_OF_MEMORY for n in asked}
+    assert asked == [64, 72, 80, 88]
+    measured = {name_of("fits", "tiny", "kept", str(n), "flash"): {} if n <= 80 else OUT_OF_MEMORY for n in asked}
     (found,) = summary(settings, measured, 1.0)["longest"]
-    assert (found["fits_tokens"], found["fails_tokens"]) == (256, 320)
+    assert (found["fits_tokens"], found["fails_tokens"]) == (80, 88)
 
 
 def test_a_rival_that_does_not_fit_is_not_tried_on_longer_documents() -> None:
@@ -132,21 +132,21 @@ def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None
     good = {"prefix_tokens": 64, "matmul_flops": 4e12, "attention_flops": 6e12, "step_s": 0.1, "peak_memory_gib": 3.0}
     measured = {
         "matmul": {"tflops": 200.0},
-        **{f"errors bfloat16 {name}": {"relative_error": 1e-3} for name in parts.BACKENDS},
-        "attention flash": {"both": 60.0},
-        "attention fused": {"both": 100.0},
-        "speed tiny none 64 fused": {**good, "tokens_per_s": 640.0, "pinned_memory_gib": 0.5},
-        "memory tiny none 64": {"peak_memory_gib": 2.0},
-        "speed tiny kept+pieces+offload 128 fused": BROKEN,
+        **{name_of("errors", "bfloat16", name): {"relative_error": 1e-3} for name in parts.BACKENDS},
+        "attention | flash": {"both": 60.0},
+        "attention | fused": {"both": 100.0},
+        "speed | tiny | none | 64 | fused": {**good, "tokens_per_s": 640.0, "pinned_memory_gib": 0.5},
+        "memory | tiny | none | 64": {"peak_memory_gib": 2.0},
+        "speed | tiny | kept, pieces, offload | 128 | fused": BROKEN,
     }
     found = summary(TINY, measured, peak_tflops=1000.0)
     second, first = found["speed"]
     assert (first["mfu"], first["time_over_possible"]) == pytest.approx((0.1, 1.25))
     assert first["memory_over_dry_run"] == 1.5
-    assert second == {"shape": "tiny", "saving": "kept+pieces+offload", "prefix_tokens": 128, **BROKEN}
+    assert second == {"shape": "tiny", "saving": "kept, pieces, offload", "prefix_tokens": 128, **BROKEN}
     text = table(AROUND, found)
     assert "| tiny | none | 64 | 640 | 10.0% | 1.25x | 3.0 | 1.50x | 0.5 |" in text
-    assert "| tiny | kept+pieces+offload | 128 | failed |" in text
+    assert "| tiny | kept, pieces, offload | 128 | failed |" in text
     assert "`--attention-backend fused`, the fastest that was exact. Rates: matrix products 200 TFLOP/s" in text
     del measured["matmul"]
     assert "time_over_possible" not in summary(TINY, measured, 1000.0)["speed"][1]
@@ -154,10 +154,16 @@ def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None
 
 def test_the_fastest_kernel_that_is_exact_trains() -> None:
     exact = {"relative_error": 1e-3}
-    rates = {"attention flash": {"both": 300.0}, "attention fused": {"both": 500.0}}
+    rates = {"attention | flash": {"both": 300.0}, "attention | fused": {"both": 500.0}}
     assert parts.fastest_backend({}) == "flash"
-    assert parts.fastest_backend({**rates, "errors bfloat16 flash": exact, "errors bfloat16 fused": exact}) == "fused"
-    assert parts.fastest_backend({**rates, "errors bfloat16 flash": exact, "errors bfloat16 fused": BROKEN}) == "flash"
+    assert (
+        parts.fastest_backend({**rates, "errors | bfloat16 | flash": exact, "errors | bfloat16 | fused": exact})
+        == "fused"
+    )
+    assert (
+        parts.fastest_backend({**rates, "errors | bfloat16 | flash": exact, "errors | bfloat16 | fused": BROKEN})
+        == "flash"
+    )
 
 
 def test_the_real_settings_are_flags_that_the_trainer_takes() -> None:

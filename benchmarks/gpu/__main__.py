@@ -103,7 +103,7 @@ def _work(settings: Settings, folder: Path) -> int:
     """Import everything, wait for the words of a measurement on stdin, make it."""
     from benchmarks.gpu.measurements import measure
 
-    words = sys.stdin.read().split()
+    words = json.loads(sys.stdin.read())
     print(RESULT + json.dumps(measure(settings, words, folder)), flush=True)
     return 0
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.gpu.processes import Measurements
+from benchmarks.gpu.processes import Measurements, name_of
 from benchmarks.gpu.settings import Settings
 from benchmarks.step.case import StepCase
 from benchmarks.step.run import available_variants
@@ -28,8 +28,8 @@ def rates(settings: Settings, measure: Measurements) -> None:
 
 def fastest_backend(measured: Mapping[str, Mapping[str, Any]]) -> str:
     """The attention kernel to train with: the fastest that was exact, or torch's own where none was measured."""
-    exact = [name for name in BACKENDS if "relative_error" in measured.get(f"errors bfloat16 {name}", {})]
-    speeds = {name: measured.get(f"attention {name}", {}).get("both", 0.0) for name in exact}
+    exact = [name for name in BACKENDS if "relative_error" in measured.get(name_of("errors", "bfloat16", name), {})]
+    speeds = {name: measured.get(name_of("attention", name), {}).get("both", 0.0) for name in exact}
     return max(speeds, key=lambda name: speeds[name], default=FLASH)
 
 
@@ -54,22 +54,12 @@ def memory(settings: Settings, measure: Measurements) -> None:
 
 
 def longest(settings: Settings, measure: Measurements) -> None:
-    """Doubles the document until it does not fit, then halves the interval twice."""
+    """Longer and longer documents until one does not fit."""
     backend = fastest_backend(measure.results.measured)
     for shape, saving in settings.longest:
-        fits, fails = 0, 0
-        length = settings.first_length
-        halvings = 0
-        while halvings < 3 and length <= settings.length_limit:
-            entry = measure("fits", shape, saving, str(length), backend)
-            if entry.get("out_of_memory"):
-                fails = length
-            elif "error" in entry:
+        for length in range(settings.first_length, settings.length_limit + 1, settings.first_length // 8):
+            if "error" in measure("fits", shape, saving, str(length), backend):
                 break
-            else:
-                fits = length
-            halvings += fails > 0
-            length = (fits + fails) // 2 if fails else 2 * length
 
 
 def rivals(settings: Settings, measure: Measurements) -> None:

@@ -18,7 +18,7 @@ from benchmarks.step.summary import PYTHONPATH, ROOT
 
 RESULT = "RESULT "
 """Begins the line of a process's output that holds what it measured."""
-_NUM_WAITING = 2
+_NUM_WAITING = min(max((os.cpu_count() or 1) // 4, 1), 4)
 """Processes that import everything while another one measures: a GPU's time is dear, and imports take seconds."""
 _MEMORY_SIGNS = ("out of memory", "OutOfMemoryError", "not enough memory")
 _KILLED = -9  # by Linux, for want of host memory
@@ -58,7 +58,7 @@ class Workers:
         process = self._waiting.popleft()
         self._waiting.append(self._start())
         try:
-            stdout, stderr = process.communicate(" ".join(words), timeout=timeout_s)
+            stdout, stderr = process.communicate(json.dumps(words), timeout=timeout_s)
         except BaseException as error:
             _end(process)
             if isinstance(error, subprocess.TimeoutExpired):
@@ -122,7 +122,7 @@ class Measurements:
         Raises:
             OutOfTime: It was not begun, or was ended: the next run repeats it.
         """
-        name = " ".join(words)
+        name = name_of(*words)
         stored = self.results.get(name)
         if stored is not None:
             return stored
@@ -139,6 +139,11 @@ class Measurements:
         if left <= 0:
             raise OutOfTime
         return left
+
+
+def name_of(*words: str) -> str:
+    """What results call the measurement of these words, each of which may have spaces."""
+    return " | ".join(words)
 
 
 def _brief(entry: dict[str, Any]) -> str:

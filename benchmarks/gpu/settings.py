@@ -35,7 +35,7 @@ class Settings:
         speed: Steps that are timed, most wanted first.
         longest: The shape and the way to save memory whose longest document is looked for, most wanted first.
         window_tokens: Sliding window of that search, so that a step takes seconds.
-        first_length: Where the search begins.
+        first_length: Where the search begins; it goes up by an eighth of this at a time.
         length_limit: Where it ends, if everything fits.
         matmul_size: Rows and columns of square matrices.
         attention_tokens: Length of the row whose attention is timed.
@@ -84,40 +84,54 @@ _MISTRAL_7B = replace(
 
 def _savings(num_layers: int, piece_tokens: int) -> dict[str, tuple[str, ...]]:
     pieces = (f"--mlp-chunk-tokens={piece_tokens}", f"--projection-chunk-tokens={piece_tokens}")
-    on_host = f"--cpu-offloading-num-layers={num_layers}"
+    sgd = ("--optimizer=sgd", "--sgd-momentum=0")
     return {
         "none": (),
         "recompute": _FULL,
         "kept": _KEPT,
-        "kept+pieces": (*_KEPT, *pieces),
-        "kept+pieces+offload": (*_KEPT, *pieces, on_host),
-        "optimizer-offload": (
+        # Attention kept in some layers, and everything in the others.
+        "kept in 16 layers": _kept_in(16),
+        "kept in 2 layers": _kept_in(2),
+        "kept, pieces": (*_KEPT, *pieces),
+        "kept, pieces, offload": (*_KEPT, *pieces, f"--cpu-offloading-num-layers={num_layers}"),
+        "optimizer offload": (
             "--use-distributed-optimizer",
             "--optimizer-cpu-offload",
             "--overlap-cpu-optimizer-d2h-h2d",
         ),
         # Weights, gradients, fp32 weights and Adam's state of 7B are 121 GiB; without the latter half of it.
-        "sgd": ("--optimizer=sgd", "--sgd-momentum=0"),
-        "sgd+kept+pieces": ("--optimizer=sgd", "--sgd-momentum=0", *_KEPT, *pieces),
+        "SGD": sgd,
+        "SGD, kept": (*sgd, *_KEPT),
     }
 
 
+def _kept_in(num_layers: int) -> tuple[str, ...]:
+    return (
+        "--recompute-granularity=full",
+        "--recompute-method=block",
+        f"--recompute-num-layers={num_layers}",
+        "--recompute-keep-attention",
+    )
+
+
 REAL = Settings(
-    shapes={"1.5B": _QWEN_1_5B, "7B": _MISTRAL_7B, "7B-8-layers": replace(_MISTRAL_7B, num_layers=8)},
+    shapes={"1.5B": _QWEN_1_5B, "7B": _MISTRAL_7B, "7B, 8 layers": replace(_MISTRAL_7B, num_layers=8)},
     savings=_savings(28, 16384),
     speed=(
-        Runs("1.5B", "kept+pieces", (131072, 32768)),
+        Runs("1.5B", "kept in 16 layers", (131072,)),
         Runs("1.5B", "none", (8192, 32768)),
-        Runs("7B", "sgd+kept+pieces", (32768,)),
-        Runs("7B", "sgd", (8192,)),
         Runs("1.5B", "kept", (32768,)),
+        Runs("1.5B", "kept, pieces", (32768,)),
+        Runs("7B, 8 layers", "kept in 2 layers", (131072,)),
+        Runs("7B", "SGD", (8192,)),
+        Runs("7B", "SGD, kept", (32768,)),
         Runs("1.5B", "recompute", (32768,)),
-        Runs("1.5B", "optimizer-offload", (32768,)),
-        Runs("1.5B", "kept+pieces+offload", (32768, 131072)),
-        Runs("7B-8-layers", "kept+pieces", (131072, 262144)),
-        Runs("1.5B", "kept+pieces", (262144,)),
+        Runs("1.5B", "kept, pieces, offload", (32768,)),
+        Runs("1.5B", "optimizer offload", (32768,)),
+        Runs("7B, 8 layers", "kept", (262144,)),
+        Runs("1.5B", "kept", (262144,)),
     ),
-    longest=(("1.5B", "kept+pieces"),),
+    longest=(("1.5B", "kept, pieces"),),
     window_tokens=4096,
     first_length=524288,
     length_limit=2**20,
@@ -125,7 +139,7 @@ REAL = Settings(
     attention_tokens=65536,
     # As in the CPU's suite, a smaller vocabulary for fewer layers, so that the LM head has a whole model's share.
     rivals=replace(_QWEN_1_5B, response_tokens=128, num_layers=8, vocab_size=32768),
-    rival_lengths=(4096, 16384, 65536, 131072),
+    rival_lengths=(4096, 16384, 65536),
     more_rival_lengths=(16384,),
 )
 _TINY = StepCase(
@@ -134,11 +148,11 @@ _TINY = StepCase(
 TINY = Settings(
     shapes={"tiny": _TINY},
     savings=_savings(2, 16),
-    speed=(Runs("tiny", "kept+pieces+offload", (128, 64)), Runs("tiny", "none", (64,))),
+    speed=(Runs("tiny", "kept, pieces, offload", (128, 64)), Runs("tiny", "none", (64,))),
     longest=(("tiny", "kept"),),
     window_tokens=32,
     first_length=64,
-    length_limit=256,
+    length_limit=80,
     matmul_size=128,
     attention_tokens=256,
     rivals=replace(_TINY, num_layers=1),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.parts import fastest_backend, rival_cases, rival_name, timed_steps
+from benchmarks.gpu.processes import name_of
 from benchmarks.gpu.settings import Settings
 from benchmarks.step.measure import Measurement
 from benchmarks.step.summary import replace_section, summarize
@@ -46,13 +47,13 @@ def summary(settings: Settings, measured: Measured, peak_tflops: float) -> dict[
     backend = fastest_backend(measured)
     rates = {
         "matmul": measured.get("matmul", {}).get("tflops"),
-        "both": measured.get(f"attention {backend}", {}).get("both"),
+        "both": measured.get(name_of("attention", backend), {}).get("both"),
     }
     speeds = []
     for shape, saving, length in sorted(timed_steps(settings), key=lambda step: (step[0], step[1], int(step[2]))):
-        entry = measured.get(f"speed {shape} {saving} {length} {backend}")
+        entry = measured.get(name_of("speed", shape, saving, length, backend))
         if entry is not None:
-            memory = measured.get(f"memory {shape} {saving} {length}", {})
+            memory = measured.get(name_of("memory", shape, saving, length), {})
             against = _against_rates(entry, rates, memory, peak_tflops)
             speeds.append({"shape": shape, "saving": saving, "prefix_tokens": int(length), **against})
     cases, failed = summarized_rivals(settings, measured)
@@ -84,7 +85,8 @@ def _against_rates(
 
 def _fits(settings: Settings, shape: str, saving: str, measured: Measured) -> dict[str, Any]:
     """The longest document that fitted and the shortest that did not."""
-    tried = {int(key.split()[3]): e for key, e in measured.items() if key.startswith(f"fits {shape} {saving} ")}
+    ours = name_of("fits", shape, saving, "")
+    tried = {int(key.removeprefix(ours).split()[0]): e for key, e in measured.items() if key.startswith(ours)}
     fits = [length for length, entry in tried.items() if "error" not in entry]
     fails = [length for length, entry in tried.items() if entry.get("out_of_memory")]
     return {
@@ -102,7 +104,7 @@ def summarized_rivals(settings: Settings, measured: Measured) -> tuple[list[dict
     for case in rival_cases(settings):
         runs: dict[str, list[Measurement]] = {}
         for variant in variants_of(case):
-            entry = measured.get(" ".join(rival_name(case, variant)), {})
+            entry = measured.get(name_of(*rival_name(case, variant)), {})
             if "error" in entry:
                 failed[variant] = f"P {case.prefix_tokens}: {entry['error']}"
             elif entry:

@@ -6,7 +6,17 @@ from __future__ import annotations
 
 import torch
 
-from megatron_longpo.attention.kernels import NO_DROPOUT, AttentionKernel, aten, heads_first, tokens_first
+from megatron_longpo.attention.kernels import (
+    NO_DROPOUT,
+    AttentionKernel,
+    CudaFlashKernel,
+    aten,
+    heads_first,
+    tokens_first,
+)
+
+_ONE_ON_ONE = CudaFlashKernel()
+"""For one query on one key, which cuDNN refuses: a response of one token on itself."""
 
 
 class CudnnKernel(AttentionKernel):
@@ -26,6 +36,8 @@ class CudnnKernel(AttentionKernel):
                 f"--kv-channels {q.shape[2]}: cuDNN's attention needs a multiple of 8 that is at most 256; "
                 "--attention-backend flash has the same limit"
             )
+        if len(q) == len(k) == 1:
+            return _ONE_ON_ONE.forward(q, k, v, causal, scale)
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(
             heads_first(q),
             heads_first(k),
@@ -51,6 +63,8 @@ class CudnnKernel(AttentionKernel):
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As `AttentionKernel.backward`; copies ``grad_out`` and ``lse`` where they are not contiguous."""
+        if len(q) == len(k) == 1:
+            return _ONE_ON_ONE.backward(grad_out, q, k, v, out, lse, causal, scale)
         no_random_state = torch.zeros((), dtype=torch.int64, device=q.device)  # read with dropout only
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward.default(
             heads_first(grad_out.contiguous()),

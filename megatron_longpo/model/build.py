@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -16,7 +17,7 @@ from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
 from megatron_longpo.model.gpt import SharedPrefixGPT
 from megatron_longpo.model.recompute import make_frugal
-from megatron_longpo.model.rope import attention_factor
+from megatron_longpo.model.rope import attention_factor, rotate
 from megatron_longpo.model.specs import block_spec
 
 
@@ -39,6 +40,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     factor = attention_factor(model)
     interleaved = num_virtual_stages(config) is not None
+    rope_utils.fused_apply_rotary_pos_emb = rotate  # where Megatron's attention looks for a fused kernel
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -82,7 +84,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=True,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         # Between two ranks, batched transfers of the interleaved schedule cross: gloo matches messages by order alone.

@@ -4,15 +4,18 @@ Megatron's rotary modules count positions from 0 along the row. In the shared-pr
 prefix's length, so the angles are made from explicit position ids instead.
 """
 
-# T=tokens D=head_dim
+# T=tokens N=heads D=head_dim
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from megatron_longpo.config import ModelConfig
+from megatron_longpo.gpu_kernels import has_kernels
 
 
 def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
@@ -52,7 +55,7 @@ def attention_factor(model: ModelConfig) -> float:
 
 
 def rotary_angles(position_ids: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Angles in the form that Megatron's ``apply_rotary_pos_emb`` takes.
+    """Angles in the form that Megatron's ``apply_rotary_pos_emb`` takes, and `rotate` behind it.
 
     Args:
         position_ids: int64 ``[T]``.
@@ -63,6 +66,53 @@ def rotary_angles(position_ids: torch.Tensor, inverse: torch.Tensor) -> torch.Te
     """
     angles = torch.outer(position_ids.to(inverse.dtype), inverse)
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+def rotate(heads: torch.Tensor, angles: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotate the two halves of every head against each other; saves nothing but the angles. No collectives.
+
+    Megatron's own keeps cosines and sines ``[T, D]`` of every layer, twice, and passes over the heads six times.
+
+    Args:
+        heads: ``[T, 1, N, D]``, any strides but the last.
+        angles: fp32 ``[T, 1, 1, D]`` of `rotary_angles`.
+        interleaved: Must be off: the halves are rotated, not neighbours.
+
+    Returns:
+        ``[T, 1, N, D]``, contiguous.
+    """
+    assert not interleaved and heads.shape[-1] == angles.shape[-1] and heads.shape[1] == 1
+    return _Rotation.apply(heads, angles)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        """`rotate`."""
+        ctx.save_for_backward(angles)
+        return _rotated(heads, angles, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient, turned back."""
+        (angles,) = ctx.saved_tensors
+        return _rotated(grad, angles, -1.0), None
+
+
+def _rotated(heads: torch.Tensor, angles: torch.Tensor, direction: float) -> torch.Tensor:
+    half = angles[..., : angles.shape[-1] // 2]
+    cos, sin = half.cos(), half.sin().mul_(direction)
+    if has_kernels(heads):
+        from megatron_longpo.gpu_kernels.rotation import rotated
+
+        return rotated(heads, cos, sin)
+    cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
+    result = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
+    (first, second), (to_first, to_second) = heads.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=to_second).addcmul_(first, sin)
+    return result
 
 
 def _llama3(model: ModelConfig, inverse: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from megatron_longpo.gpu_kernels import has_kernels
+
 
 def linear_logprobs(
     hidden: torch.Tensor,
@@ -186,7 +188,7 @@ class _LinearLogprobs(torch.autograd.Function):
         for chunk in _chunks(hidden, _operand(weight), source_index, chunk_tokens, tokens, shard):
             column, here = shard.find(targets[chunk.rows])
             stats[1, chunk.rows] = chunk.logits.gather(1, column).masked_fill_(~here, 0.0)[:, 0]
-            stats[0, chunk.rows] = _logsumexp_(chunk.logits)
+            stats[0, chunk.rows] = _logsumexp(chunk.logits)
         if group is not None and group.size() > 1 and len(targets):
             _combine_(stats, group)
         log_total, target_logit = stats
@@ -204,18 +206,17 @@ class _LinearLogprobs(torch.autograd.Function):
         multiplied = _operand(weight)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         sum_weight = _ProductSum(weight) if needs_weight else None
-        narrow = summing = None
+        scratch = summing = None
         for chunk in _chunks(hidden, multiplied, source_index, ctx.chunk_tokens, ctx.tokens, ctx.shard):
             rows = chunk.rows
-            # d logp / d logits = onehot - p. Its negative is made in place, and sign and incoming gradient go into the
-            # factors [c, H] below, V / H times smaller than the logits.
-            error = chunk.logits.sub_(log_total[rows, None]).exp_()
+            # d logp / d logits = onehot - p. This is its negative; sign and incoming gradient go into the factors
+            # [c, H] below, V / H times smaller than the logits.
             column, here = ctx.shard.find(targets[rows])
-            error.scatter_add_(1, column, -here.to(error.dtype))
-            if multiplied.dtype != error.dtype:
+            if scratch is None and multiplied.dtype != chunk.logits.dtype:
                 # Tensor cores multiply operands of one half-precision type.
-                narrow = torch.empty_like(error, dtype=multiplied.dtype) if narrow is None else narrow[: len(error)]
-                error = narrow.copy_(error)
+                scratch = torch.empty_like(chunk.logits, dtype=multiplied.dtype)
+            out = chunk.logits if scratch is None else scratch[: len(chunk.logits)]
+            error = _softmax_error(chunk.logits, log_total[rows], column, here, out)
             scale = -grad_logps[rows, None]
             if grad_hidden is not None:
                 product = _product(error, multiplied).mul_(scale).to(grad_hidden.dtype)
@@ -263,11 +264,28 @@ class _ProductSum:
         self.total.add_(_product(a, b, out=self.scratch))
 
 
-def _logsumexp_(logits: torch.Tensor) -> torch.Tensor:
-    """``log Σ exp`` over each row, -inf for a row of nothing else; destroys the logits instead of copying them."""
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """``log Σ exp`` over each row, -inf for a row of nothing else; may destroy the logits, never copies them."""
+    if has_kernels(logits):
+        from megatron_longpo.gpu_kernels.softmax import logsumexp
+
+        return logsumexp(logits)
     # The floor keeps a rank that holds only padding from computing -inf - -inf.
     largest = logits.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
     return logits.sub_(largest).exp_().sum(dim=1).log_().add_(largest[:, 0])
+
+
+def _softmax_error(
+    logits: torch.Tensor, log_total: torch.Tensor, column: torch.Tensor, here: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """``softmax - onehot`` ``[c, V]`` in ``out``, which may be the logits; destroys them."""
+    if has_kernels(logits):
+        from megatron_longpo.gpu_kernels.softmax import softmax_error
+
+        return softmax_error(logits, log_total, column, here, out)
+    error = logits.sub_(log_total[:, None]).exp_()
+    error.scatter_add_(1, column, -here.to(error.dtype))
+    return error if out is logits else out.copy_(error)
 
 
 def _combine_(stats: torch.Tensor, group: dist.ProcessGroup) -> None:

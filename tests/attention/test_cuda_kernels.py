@@ -108,6 +108,7 @@ def cudnn_forward(
     q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float = 0.0, causal: bool = False, *rest: Any, **kw: Any
 ) -> Any:
     assert bias is None and with_lse and dropout == 0.0 and rest in ((), (False,))
+    assert q.shape[2] > 1 or k.shape[2] > 1, "cuDNN Frontend error: s_q = s_kv = 1 is not supported."
     assert all(x.stride(-1) == 1 and x.stride(-2) % 8 == 0 for x in (q, k, v)) and q.shape[3] % 8 == 0
     scores = attend(q, repeated(k, q), causal, kw["scale"], bottom_right=False)
     out = (scores.softmax(-1) @ repeated(v, q)).transpose(1, 2).contiguous().transpose(1, 2)

@@ -7,8 +7,11 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import megatron_longpo.platform  # noqa: F401  # isort: skip
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+
 from megatron_longpo.config import ModelConfig
-from megatron_longpo.model.rope import attention_factor, inverse_frequencies, rotary_angles
+from megatron_longpo.model.rope import attention_factor, inverse_frequencies, rotary_angles, rotate
 
 HEADS, HIDDEN = 4, 256
 SHAPE = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "kv_channels": HIDDEN // HEADS}
@@ -85,3 +88,23 @@ def test_angles_follow_position_ids() -> None:
     assert angles.shape == (5, 1, 1, HIDDEN // HEADS) and angles.dtype == torch.float32
     assert torch.equal(angles[1:3], angles[3:5])
     assert torch.equal(angles[2, 0, 0, : len(inverse)], 2 * inverse)
+
+
+def test_rotation_equals_megatrons_and_keeps_only_the_angles() -> None:
+    heads = torch.randn(7, 1, 3, 10, dtype=torch.float64)[..., :8].requires_grad_()
+    angles = rotary_angles(torch.tensor([0, 1, 5, 5, 100_000, 2, 3]), 10.0 ** -torch.arange(4, dtype=torch.float32))
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        ours = rotate(heads, angles)
+    assert [x.data_ptr() for x in saved] == [angles.data_ptr()]
+    theirs = _apply_rotary_pos_emb_bshd(heads, angles)
+    grad = torch.randn(ours.shape, dtype=torch.float64)
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, heads, grad), torch.autograd.grad(theirs, heads, grad), rtol=1e-14, atol=1e-14
+    )
