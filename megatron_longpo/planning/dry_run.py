@@ -23,9 +23,10 @@ from megatron_longpo.planning.fake_calls import FakeCalls
 from megatron_longpo.planning.fake_world import fake_tensors, fake_world
 from megatron_longpo.planning.ledger import MemoryLedger
 from megatron_longpo.planning.measured_step import MeasuredTrainer
-from megatron_longpo.planning.on_gpu import as_on_gpu, hidden_bytes, use_list_adam
+from megatron_longpo.planning.on_gpu import as_on_gpu, hidden_bytes
 from megatron_longpo.planning.parts import Part
 from megatron_longpo.planning.workload import batch_of
+from megatron_longpo.training.fused_adam import fuse_adam
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def dry_run_stage(config: RunConfig, world_size: int, stage: int, rows: Sequence
             for chunk in trainer.chunks:
                 chunk.config.variable_seq_lengths = False
             if on_gpu:
-                use_list_adam(trainer.optimizer)
+                fuse_adam(trainer.optimizer)
             trainer.allocate_optimizer_state()
             trainer.measure([fake_batch(batch, mode)] * num_micro_batches)
     return RankMemory(stage, ledger.device.peak, ledger.device.own_peaks, ledger.host.peak)

@@ -1,9 +1,8 @@
 """What a step allocates on CUDA and not on a CPU, where the dry run computes.
 
-Five places differ. The LM head multiplies half precision into fp32 there, without an fp32 copy of its weight. RMSNorm
-is one kernel that keeps its input and one number per token. FlashAttention's backward allocates inside its kernel. And
-torch's Adam goes over lists of tensors at once. What is offloaded is in
-another memory (`two_memories`). Everything else is the same operators in the same order.
+Four places differ. The LM head multiplies half precision into fp32 there, without an fp32 copy of its weight. RMSNorm
+is one kernel that keeps its input and one number per token. FlashAttention's backward allocates inside its kernel. What
+is offloaded is in another memory (`two_memories`). Everything else makes the same tensors in the same order.
 """
 
 # T=tokens H=hidden_size N=query heads G=key/value heads D=head_dim
@@ -33,13 +32,6 @@ def as_on_gpu(on_gpu: bool, ledger: MemoryLedger) -> Iterator[None]:
             stack.enter_context(replaced(torch.nn.RMSNorm, "forward", _fused_norm))
             stack.enter_context(two_memories(ledger))
         yield
-
-
-def use_list_adam(optimizer: Any) -> None:
-    """Let torch's Adam take its CUDA path, which holds a temporary of all parameters of the optimizer."""
-    for group in optimizer.param_groups:
-        if "foreach" in group:
-            group["foreach"] = True
 
 
 def hidden_bytes(func: Any, args: tuple[Any, ...]) -> int:

@@ -10,6 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
+from megatron_longpo.training.fused_adam import fuse_adam
 
 
 def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> MegatronOptimizer:
@@ -48,6 +49,8 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
     if settings.optimizer == "sgd":
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             part.init_state_fn = _start_momentum
+    if platform.has_cuda():
+        fuse_adam(optimizer)
     if settings.optimizer_cpu_offload:
         # Megatron makes the hybrid optimizer of all weights, then that of the rank's shard. The first is a cycle of
         # references that holds all weights on the host in fp32.

@@ -23,6 +23,7 @@ from tests.training.commands import REPOSITORY, environment
 CASES = QUICK | THOROUGH
 
 HOST_MEMORY = {
+    "megatron_longpo/training/fused_adam.py: after_step": "step counts, where checkpoints look for them",
     "megatron_longpo/data/sending.py: sent": "micro-batches and index tensors on their way to the GPU",
     "megatron_longpo/data/layout.py": "the layout, which layers read on the host, and index tensors",
     "megatron_longpo/attention/row_order.py": "index tensors, made once per layout",

@@ -22,7 +22,6 @@ from megatron_longpo.model import offload
 from megatron_longpo.model.build import unwrap
 from megatron_longpo.planning.dry_run import fake_batch
 from megatron_longpo.planning.fake_world import fake_tensors, fake_world
-from megatron_longpo.planning.on_gpu import use_list_adam
 from megatron_longpo.planning.replaced import replaced
 from megatron_longpo.planning.workload import batch_of
 from megatron_longpo.training import reference
@@ -98,8 +97,6 @@ def _trainer(config: RunConfig, dataset: PreferenceDataset, batch: Batch) -> Tra
     trainer = Trainer(dataclasses.replace(config, data=data), dataset)
     for chunk in trainer.chunks:
         chunk.config.variable_seq_lengths = False
-    # What AdamW itself chooses for CUDA tensors that are no fake ones.
-    use_list_adam(trainer.optimizer)
     return trainer
 
 
