@@ -139,8 +139,8 @@ REAL = Settings(
     attention_tokens=65536,
     # As in the CPU's suite, a smaller vocabulary for fewer layers, so that the LM head has a whole model's share.
     rivals=replace(_QWEN_1_5B, response_tokens=128, num_layers=8, vocab_size=32768),
-    rival_lengths=(4096, 16384, 65536),
-    more_rival_lengths=(16384,),
+    rival_lengths=(8192, 32768, 131072),
+    more_rival_lengths=(32768,),
 )
 _TINY = StepCase(
     response_tokens=8, num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, vocab_size=64
