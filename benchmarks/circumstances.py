@@ -30,8 +30,8 @@ def circumstances(packages: Sequence[str]) -> dict[str, Any]:
             "system": platform.platform(),
         },
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in packages},
-        # A copy without history cannot tell.
-        "commit": commit or os.environ.get("LONGPO_COMMIT"),
+        # A copy may have no history, or that of what it was copied over.
+        "commit": os.environ.get("LONGPO_COMMIT") or commit or None,
     }
 
 

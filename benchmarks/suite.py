@@ -111,11 +111,12 @@ def variants_of(case: StepCase) -> Sequence[str]:
 
 
 def write_results(result: dict[str, Any], name: str, results: Path = RESULTS, docs: Path | None = DOCS) -> None:
-    """Write JSON, picture and the table of the docs in place of those of the run before."""
+    """Write JSON, picture (of several lengths) and the docs' table in place of those of the run before."""
     results.mkdir(parents=True, exist_ok=True)
     with atomic_writer(results / f"step_{name}.json") as file:
         file.write(json.dumps(result, indent=2) + "\n")
-    draw_growth(result["cases"], results / f"step_{name}.png")
+    if len({summary["case"]["prefix_tokens"] for summary in result["cases"]}) > 1:
+        draw_growth(result["cases"], results / f"step_{name}.png")
     if docs is not None:
         replace_section(docs, name, markdown(result["cases"], result, result["machine"]))
 

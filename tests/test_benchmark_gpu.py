@@ -53,7 +53,7 @@ def test_documents_grow_until_one_does_not_fit() -> None:
     parts.longest(settings, Answers(measure))
     assert asked == [64, 72, 80, 88]
     measured = {name_of("fits", "tiny", "kept", str(n), "flash"): {} if n <= 80 else OUT_OF_MEMORY for n in asked}
-    (found,) = summary(settings, measured, 1.0)["longest"]
+    (found,) = summary(settings, measured, 1.0, "CPU")["longest"]
     assert (found["fits_tokens"], found["fails_tokens"]) == (80, 88)
 
 
@@ -139,17 +139,17 @@ def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None
         "memory | tiny | none | 64": {"peak_memory_gib": 2.0},
         "speed | tiny | kept, pieces, offload | 128 | fused": BROKEN,
     }
-    found = summary(TINY, measured, peak_tflops=1000.0)
+    found = summary(TINY, measured, 1000.0, "CPU")
     second, first = found["speed"]
     assert (first["mfu"], first["time_over_possible"]) == pytest.approx((0.1, 1.25))
     assert first["memory_over_dry_run"] == 1.5
     assert second == {"shape": "tiny", "saving": "kept, pieces, offload", "prefix_tokens": 128, **BROKEN}
     text = table(AROUND, found)
-    assert "| tiny | none | 64 | 640 | 10.0% | 1.25x | 3.0 | 1.50x | 0.5 |" in text
+    assert "| tiny | none | 64 | 640 | 10.0% | 1.25x |  | 3.0 | 1.50x | 0.5 |" in text
     assert "| tiny | kept, pieces, offload | 128 | failed |" in text
     assert "`--attention-backend fused`, the fastest that was exact. Rates: matrix products 200 TFLOP/s" in text
     del measured["matmul"]
-    assert "time_over_possible" not in summary(TINY, measured, 1000.0)["speed"][1]
+    assert "time_over_possible" not in summary(TINY, measured, 1000.0, "CPU")["speed"][1]
 
 
 def test_the_fastest_kernel_that_is_exact_trains() -> None:
@@ -208,7 +208,7 @@ def test_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
     before = json.loads((tmp_path / "gpu.json").read_text())["measured"]
     done = run(results)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "step_cpu.json", "step_cpu.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "step_cpu.json"}
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert before and before.items() <= result["measured"].items()
     assert not [entry for entry in result["measured"].values() if "error" in entry]
@@ -221,4 +221,4 @@ def test_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     done = run(f"--results={elsewhere}", f"--tabulate={tmp_path / 'gpu.json'}")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert {path.name for path in elsewhere.iterdir()} == {"step_cpu.json", "step_cpu.png"}
+    assert {path.name for path in elsewhere.iterdir()} == {"gpu.json", "step_cpu.json"}

@@ -15,8 +15,8 @@ import os
 import sys
 
 from megatron_longpo.config import ConfigError
+from megatron_longpo.config.field import AUTO
 from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.config.training import FLASH
 from megatron_longpo.help_format import HelpFormatter, window_size
 from megatron_longpo.processes import plain_ending
 
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         help="documents of the whole run, the paper's by default, for its GPU-hours and days (default: 45000)",
     )
     backends = FLAGS["attention_backend"].info.choices
-    add("--attention-backend", default=FLASH, choices=backends, help="attention kernel")
+    add("--attention-backend", default=AUTO, choices=backends, help="attention kernel")
     add("--num-plans", type=whole_number, default=3, metavar="N", help="layouts to measure and show")
     add("--data-path", default="data/pairs", metavar="PREFIX", help="dataset, for the printed command only")
     add("--save", default="runs/longpo", metavar="FOLDER", help="checkpoints, for the printed command only")

@@ -74,10 +74,7 @@ def _run(arguments: argparse.Namespace, settings: Settings) -> int:
         device = {"name": platform.device_name()} if on_cpu else processes.measure(["device"], None)
         if "error" in device:
             raise RuntimeError(f"the device does not answer: {device['error']}")
-        name = device["name"]
-        peak = arguments.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), None)
-        if peak is None:
-            raise ValueError(f"the peak of {name!r} is not known: give --peak-tflops (dense, in the training dtype)")
+        peak = _peak_tflops(arguments, device["name"])
         around = {**circumstances(parts.num_threads(), by_cpu_time=False), "device": device}
         folder = arguments.results or RESULTS
         stored = StoredResults(folder / "gpu.json", around, arguments.again)
@@ -114,21 +111,32 @@ def _write(
     """The file with its summary, the suite's files and the tables of the docs."""
     from benchmarks.gpu.summary import summary, write_summary
 
-    found = summary(settings, stored.measured, peak_tflops)
+    found = summary(settings, stored.measured, peak_tflops, around["device"]["name"])
     stored.write(found)
     print(f"wrote {stored.path}", flush=True)
     write_summary(stored.path.parent, around, found, docs)
 
 
 def _tabulate(arguments: argparse.Namespace) -> int:
-    """Pictures and tables of measurements that were made elsewhere."""
-    from benchmarks.gpu.summary import write_summary
-
-    stored = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
-    if not isinstance(stored, dict) or "device" not in stored:
+    """Picture, tables and the file itself anew, of measurements that were made elsewhere."""
+    os.environ["LONGPO_USE_CPU"] = "1"
+    around = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
+    if not isinstance(around, dict) or "device" not in around:
         raise ValueError(f"--tabulate {arguments.tabulate} is not what this program writes: give its gpu.json")
-    write_summary(arguments.results or RESULTS, stored, stored, DOCS if arguments.results is None else None)
+    folder = arguments.results or RESULTS
+    stored = StoredResults(folder / "gpu.json", around, again=True)
+    stored.measured = around["measured"]
+    settings = TINY if arguments.tiny else REAL
+    peak = _peak_tflops(arguments, around["device"]["name"])
+    _write(settings, stored, around, peak, DOCS if arguments.results is None else None)
     return 0
+
+
+def _peak_tflops(arguments: argparse.Namespace, device: str) -> float:
+    peak = arguments.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in device), None)
+    if peak is None:
+        raise ValueError(f"the peak of {device!r} is not known: give --peak-tflops (dense, in the training dtype)")
+    return float(peak)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.step.measure import Measurement
 from benchmarks.step.summary import replace_section, summarize
 from benchmarks.suite import variants_of, write_results
+from megatron_longpo.planning.hardware import GPU, GPUS
 
 Measured = dict[str, dict[str, Any]]
 """Measurements by name."""
@@ -36,14 +38,16 @@ def write_summary(folder: Path, around: dict[str, Any], found: dict[str, Any], d
         replace_section(docs, kind, table(around, found), "benchmark_gpu")
 
 
-def summary(settings: Settings, measured: Measured, peak_tflops: float) -> dict[str, Any]:
+def summary(settings: Settings, measured: Measured, peak_tflops: float, device: str) -> dict[str, Any]:
     """What follows from the measurements that there are.
 
     Args:
         settings: Sizes.
         measured: By name.
         peak_tflops: Of the device, in the training dtype.
+        device: Its name; if the planner knows it, its predictions stand beside the times.
     """
+    gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0].upper() in device), None)
     backend = fastest_backend(measured)
     rates = {
         "matmul": measured.get("matmul", {}).get("tflops"),
@@ -55,6 +59,8 @@ def summary(settings: Settings, measured: Measured, peak_tflops: float) -> dict[
         if entry is not None:
             memory = measured.get(name_of("memory", shape, saving, length), {})
             against = _against_rates(entry, rates, memory, peak_tflops)
+            if gpu is not None and "error" not in entry:
+                against["predicted_s"] = _predicted_s(settings, shape, saving, length, backend, gpu)
             speeds.append({"shape": shape, "saving": saving, "prefix_tokens": int(length), **against})
     cases, failed = summarized_rivals(settings, measured)
     return {
@@ -81,6 +87,14 @@ def _against_rates(
     if "peak_memory_gib" in memory:
         found["memory_over_dry_run"] = entry["peak_memory_gib"] / memory["peak_memory_gib"]
     return found
+
+
+def _predicted_s(settings: Settings, shape: str, saving: str, length: str, backend: str, gpu: GPU) -> float:
+    from benchmarks.gpu.training import predicted_seconds
+
+    case = dataclasses.replace(settings.shapes[shape], prefix_tokens=int(length))
+    with tempfile.TemporaryDirectory(prefix="benchmark-gpu-") as folder:
+        return predicted_seconds(case, settings.savings[saving], Path(folder), backend, gpu)
 
 
 def _fits(settings: Settings, shape: str, saving: str, measured: Measured) -> dict[str, Any]:
@@ -122,19 +136,23 @@ def summarized_rivals(settings: Settings, measured: Measured) -> tuple[list[dict
 def table(around: dict[str, Any], found: dict[str, Any]) -> str:
     """Speed and memory of every step, as a table for the docs."""
     lines = [
-        "| shape | saves memory by | document | tokens/s | MFU | time over what the rates allow | peak GiB | over the "
-        "dry run | pinned GiB |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+        "| shape | saves memory by | document | tokens/s | MFU | time over what the rates allow | over the plan's | "
+        "peak GiB | over the dry run's | pinned GiB |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for entry in found["speed"]:
         what = f"| {entry['shape']} | {entry['saving']} | {entry['prefix_tokens']:,} |"
         if "error" in entry:
-            lines.append(f"{what} {'does not fit' if entry['out_of_memory'] else 'failed'} | | | | | |")
+            lines.append(f"{what} {'does not fit' if entry['out_of_memory'] else 'failed'} | | | | | | |")
             continue
-        ratios = [f"{entry[k]:.2f}x" if k in entry else "" for k in ("time_over_possible", "memory_over_dry_run")]
+        possible, dry_run = (
+            f"{entry[k]:.2f}x" if k in entry else "" for k in ("time_over_possible", "memory_over_dry_run")
+        )
+        planned = _times(entry["step_s"] / entry["predicted_s"] if "predicted_s" in entry else None)
+        dry_run = _times(entry.get("memory_over_dry_run"))
         lines.append(
-            f"{what} {entry['tokens_per_s']:,.0f} | {entry['mfu']:.1%} | {ratios[0]} | "
-            f"{entry['peak_memory_gib']:.1f} | {ratios[1]} | {entry['pinned_memory_gib']:.1f} |"
+            f"{what} {entry['tokens_per_s']:,.0f} | {entry['mfu']:.1%} | {possible} | {planned} | "
+            f"{entry['peak_memory_gib']:.1f} | {dry_run} | {entry['pinned_memory_gib']:.1f} |"
         )
     for bounds in found["longest"]:
         fails = f", {bounds['fails_tokens']:,} do not" if bounds["fails_tokens"] else ""
@@ -159,3 +177,7 @@ def table(around: dict[str, Any], found: dict[str, Any]) -> str:
     )
     lines += ["", f"{around['device']['name']}{', ' if device else ''}{device}; {versions}; commit {around['commit']}."]
     return "\n".join(lines)
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"

@@ -16,7 +16,10 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import OBJECTIVE_ROLES
-from megatron_longpo.model.flops import attended_pairs, step_flops
+from megatron_longpo.model.flops import attention_flops, step_flops
+from megatron_longpo.planning.hardware import GPU
+from megatron_longpo.planning.step_time import step_time
+from megatron_longpo.planning.workload import Work
 from megatron_longpo.training.data import GlobalBatch
 from megatron_longpo.training.distributed import initialize, shut_down
 from megatron_longpo.training.loop import Trainer
@@ -42,18 +45,40 @@ def speed(case: StepCase, flags: Sequence[str], folder: Path, backend: str) -> d
         Tokens are those of the row; ``attention_flops`` and ``matmul_flops`` are model FLOPs of a step.
     """
     warm_up = dataclasses.replace(case, prefix_tokens=min(case.prefix_tokens, _WARM_UP_TOKENS))
-    return _steps(case, [*flags, *_backend_flags(case, backend)], folder, _MOST_STEPS, warm_up)
+    config, dataset = _prepared(case, [*flags, *_backend_flags(case, backend)], folder, warm_up)
+    measured = _steps(config, dataset, case, _MOST_STEPS, warm_up)
+    work = _work(config, dataset, case)
+    attention = 3 * attention_flops(config.model, work.layout)
+    return {
+        **measured,
+        "row_tokens": work.layout.num_tokens,
+        "tokens_per_s": work.layout.num_tokens / measured["step_s"],
+        "matmul_flops": step_flops(config.model, work.layout, work.num_predictions) - attention,
+        "attention_flops": attention,
+    }
+
+
+def predicted_seconds(case: StepCase, flags: Sequence[str], folder: Path, backend: str, gpu: GPU) -> float:
+    """What the planner says of the time of `speed` with the same arguments, with the rates of its table."""
+    config, dataset = _prepared(case, [*flags, *_backend_flags(case, backend)], folder)
+    return step_time(config, 1, _work(config, dataset, case), gpu).seconds
+
+
+def _work(config: RunConfig, dataset: PreferenceDataset, case: StepCase) -> Work:
+    batch = shared_prefix_batch(config, dataset, ReferenceNumbers(case))
+    return Work(batch.layout, len(batch.predictions.targets))
 
 
 def longest_step(
     case: StepCase, flags: Sequence[str], folder: Path, backend: str, window_tokens: int
 ) -> dict[str, Any]:
-    """`speed` of one step with a sliding window: the memory that kept activations take, in a fraction of the time.
+    """Time and memory of one step with a sliding window: the activations of full attention, in a fraction of the time.
 
     Only the kernels' workspace is smaller than without a window.
     """
     window = f"--window-size={window_tokens},0"
-    return _steps(case, [*flags, *_backend_flags(case, backend), window], folder, 1, None)
+    config, dataset = _prepared(case, [*flags, *_backend_flags(case, backend), window], folder)
+    return _steps(config, dataset, case, 1, None)
 
 
 def _backend_flags(case: StepCase, backend: str) -> list[str]:
@@ -61,9 +86,8 @@ def _backend_flags(case: StepCase, backend: str) -> list[str]:
 
 
 def _steps(
-    case: StepCase, flags: Sequence[str], folder: Path, most_steps: int, warm_up: StepCase | None
+    config: RunConfig, dataset: PreferenceDataset, case: StepCase, most_steps: int, warm_up: StepCase | None
 ) -> dict[str, Any]:
-    config, dataset = _prepared(case, flags, folder, *([] if warm_up is None else [warm_up]))
     initialize(config)
     try:
         trainer = Trainer(config, dataset)
@@ -75,19 +99,11 @@ def _steps(
     finally:
         shut_down()
     fastest = min(steps, key=lambda step: step["iteration_time_s"])
-    batch = shared_prefix_batch(config, dataset, ReferenceNumbers(case))
-    shape = config.model
-    flops = step_flops(shape, batch.layout, len(batch.predictions.targets))
-    attention = 12.0 * shape.num_layers * shape.num_attention_heads * shape.kv_channels * attended_pairs(batch.layout)
     return {
         "prefix_tokens": case.prefix_tokens,
-        "row_tokens": batch.num_tokens,
         "step_s": fastest["iteration_time_s"],
         "forward_backward_s": fastest["forward_backward_time_s"],
         "steps_s": [step["iteration_time_s"] for step in steps],
-        "tokens_per_s": batch.num_tokens / fastest["iteration_time_s"],
-        "matmul_flops": flops - attention,
-        "attention_flops": attention,
         "peak_memory_gib": platform.peak_memory_gib(),
         "pinned_memory_gib": platform.peak_pinned_memory_gib(),
         "loss": steps[0]["loss"],
@@ -138,6 +154,6 @@ def _config(case: StepCase, more_flags: Sequence[str], folder: Path) -> RunConfi
     ]
     config = parse_arguments(flags)
     platform.prepare(config.training.use_cpu)
-    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    config = config.with_device_defaults(*platform.device_defaults())
     validate(config, 1)
     return config

@@ -101,7 +101,7 @@ def run_config(case: StepCase, folder: Path, objective: list[str], num_steps: in
     ]
     config = with_initial_model(parse_arguments(flags))
     platform.prepare(config.training.use_cpu)
-    return config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    return config.with_device_defaults(*platform.device_defaults())
 
 
 def shared_prefix_batch(

@@ -211,8 +211,10 @@ class RunConfig:
             objective = dataclasses.replace(objective, reference_window_size=model.window_size)
         return dataclasses.replace(self, objective=objective, source_model=model)
 
-    def with_device_defaults(self, transformer_impl: str, distributed_backend: str) -> RunConfig:
-        """The configuration with what the device decides in place of ``auto``.
+    def with_device_defaults(
+        self, transformer_impl: str, distributed_backend: str, attention_backend: str = AUTO
+    ) -> RunConfig:
+        """The configuration with what the device decides in place of ``auto``: `platform.device_defaults`.
 
         Raises:
             ConfigError: Given flags have no effect with it (``--fp8-format`` with ``local`` layers).
@@ -220,6 +222,8 @@ class RunConfig:
         training, parallel = self.training, self.parallel
         if training.transformer_impl == AUTO:
             training = dataclasses.replace(training, transformer_impl=transformer_impl)
+        if training.attention_backend == AUTO:
+            training = dataclasses.replace(training, attention_backend=attention_backend)
         if parallel.distributed_backend == AUTO:
             parallel = dataclasses.replace(parallel, distributed_backend=distributed_backend)
         config = dataclasses.replace(self, training=training, parallel=parallel)

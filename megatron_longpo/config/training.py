@@ -52,11 +52,12 @@ class TrainingConfig:
         default_text="auto (transformer_engine on a GPU that has it, else local)",
     )
     attention_backend: str = flag(
-        FLASH,
+        AUTO,
         "attention kernel on a GPU: FlashAttention 2, which comes with torch; FlashAttention 3 (flash3; Hopper, needs "
         "the package flash_attn_3); or fused, cuDNN's, for Hopper and Blackwell",
-        choices=(FLASH, FLASH3, FUSED),
+        choices=(AUTO, FLASH, FLASH3, FUSED),
         needs=given("bf16"),
+        default_text="auto (fused on Hopper, else flash)",
     )
     fp8_format: str | None = flag(
         None,

@@ -28,7 +28,7 @@ def main() -> None:
         tensor_model_parallel_size=int(sys.argv[2]), pipeline_model_parallel_size=int(sys.argv[3])
     )
     config = dataclasses.replace(RunConfig(), model=saved_config(checkpoint).model, parallel=parallel)
-    config = config.with_device_defaults("local", platform.default_backend())
+    config = config.with_device_defaults("local", *platform.device_defaults()[1:])
     initialize(config)
     chunks = build_model(config)
     Checkpointer(config, chunks).load(checkpoint, weights_only=True)

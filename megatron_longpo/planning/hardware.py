@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_longpo.config import ConfigError
+from megatron_longpo.config.field import AUTO
 from megatron_longpo.config.flags import nearest
 from megatron_longpo.config.training import FLASH, FLASH3, FUSED
 
@@ -33,6 +34,7 @@ class GPU:
         faster_attention_tflops: What the other values of ``--attention-backend`` reach; None where nothing was found,
             and the rates of FlashAttention 2 stand for them.
         backends: Values of ``--attention-backend`` whose kernels run on it: FlashAttention 3 is for Hopper alone.
+        default_backend: What ``auto`` stands for on it (`platform.default_attention_backend`).
     """
 
     name: str
@@ -49,15 +51,18 @@ class GPU:
     gpus_per_node: int = 8
     faster_attention_tflops: tuple[float, float] | None = None
     backends: tuple[str, ...] = (FLASH, FUSED, FLASH3)
+    default_backend: str = FLASH
 
     def refuse_backend(self, backend: str) -> None:
         """Raise ConfigError where a value of ``--attention-backend`` has no kernel for this GPU."""
-        if backend not in self.backends:
+        if backend not in (*self.backends, AUTO):
             able = " or ".join(self.backends)
             raise ConfigError(f"--attention-backend {backend} is not for {self.name}: give --attention-backend {able}")
 
     def attention_rates(self, backend: str) -> tuple[float, float]:
         """TFLOP/s of attention, forward and backward, by ``--attention-backend``."""
+        if backend == AUTO:
+            backend = self.default_backend
         return self.attention_tflops if backend == FLASH else self.faster_attention_tflops or self.attention_tflops
 
     def of_run(self, num_gpus: int) -> GPU:
@@ -84,6 +89,7 @@ H100 = GPU(
     matmul_tflops=794.5,
     attention_tflops=(370, 322),
     faster_attention_tflops=(595, 516),
+    default_backend=FUSED,
     host_link_gbs=63,
     host_gib=256,
     host_mem_gbs=70,
@@ -214,6 +220,7 @@ def gpu_named(
         matmul_tflops=H100.matmul_tflops * share,
         attention_tflops=(H100.attention_tflops[0] * share, H100.attention_tflops[1] * share),
         faster_attention_tflops=None,
+        default_backend=FLASH,
         **given,  # type: ignore[arg-type]
     )
 

@@ -6,21 +6,18 @@ import dataclasses
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_longpo.config import ConfigError, ModelConfig
+from megatron_longpo.config.field import AUTO
 from megatron_longpo.config.flags import show
-from megatron_longpo.config.training import FLASH, FUSED
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel, read_hf_folder, read_hf_model
 from megatron_longpo.conversion.hf_weights import HFWeights
-from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.hardware import GPU, gpu_named
 from megatron_longpo.planning.search import HOST_GAIN, Plan, Search, find_plans
-from megatron_longpo.planning.step_time import step_time
 from megatron_longpo.planning.tables import cost_line, memory_table, plans_table, rows_line, time_table
-from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
+from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.validation import nearest_multiple
 
 TOKENS_MULTIPLE = 256
@@ -57,8 +54,6 @@ def print_plan(arguments: Namespace) -> None:
     print("\n" + plans_table(plans, search.num_gpus))
     print(f"\nTime of the first, {best.time.seconds:.1f} s per step of {best.time.documents} documents\n")
     print(time_table(best.time))
-    if search.gpu.faster_attention_tflops and best.candidate.config.training.attention_backend == FLASH:
-        print(f"predicted with --attention-backend {FUSED}: {_seconds_with(FUSED, best, search, rows):.1f} s")
     print("\nPeak memory of the first\n")
     print(memory_table(best.memory, gpu))
     if any(plan.host_gib for plan in plans):
@@ -84,14 +79,6 @@ def search_of(arguments: Namespace) -> Search:
         response_tokens=arguments.response_tokens,
         num_plans=arguments.num_plans,
     )
-
-
-def _seconds_with(backend: str, plan: Plan, search: Search, rows: Sequence[TrainingRow]) -> float:
-    """Predicted step of a plan with another attention kernel."""
-    config = plan.candidate.config
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, attention_backend=backend))
-    work = work_of(config, rows, num_predictions(config, rows))
-    return step_time(config, search.num_gpus, work, search.gpu).seconds
 
 
 def command_of(plan: Plan, gpu: GPU) -> str:
@@ -148,7 +135,7 @@ def base_words(arguments: Namespace, model: ModelConfig) -> list[str]:
     if arguments.window_size is not None:
         words += ["--window-size", show(arguments.window_size)]
     words += ["--global-batch-size", str(arguments.global_batch_size), "--bf16"]
-    if arguments.attention_backend != FLASH:
+    if arguments.attention_backend != AUTO:
         words += ["--attention-backend", arguments.attention_backend]
     return [*words, "--save", arguments.save, "--load", arguments.save]
 

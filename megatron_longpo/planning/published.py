@@ -197,7 +197,8 @@ def _non_causal_tflops(config: RunConfig, layout: RowLayout, step: StepTime) -> 
 
 
 def _config(words: str, tokens: int, documents: int) -> RunConfig:
-    shared = f"--swiglu --disable-bias-linear --bf16 --seq-length {tokens} --max-position-embeddings {tokens}"
+    shared = "--swiglu --disable-bias-linear --bf16 --attention-backend flash"
+    shared += f" --seq-length {tokens} --max-position-embeddings {tokens}"
     return parse_arguments(f"{words} {shared} --global-batch-size {documents}".split())
 
 

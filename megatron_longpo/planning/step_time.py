@@ -27,8 +27,9 @@ from megatron_longpo.planning.workload import Work
 HEAD_PRODUCTS = 4
 """Matrix products of the LM head: logits forward, again in backward, and the two gradients."""
 
-HEAD_PASSES = 13
-"""Passes over the fp32 logits between these products, read or written (`objective/logprobs.py`)."""
+HEAD_PASSES = 4.5
+"""Passes over the fp32 logits besides what products read (`objective/logprobs.py`): written by a product and read,
+forward and backward, and then half a pass for the error in half precision."""
 
 
 @dataclass(frozen=True)
@@ -165,21 +166,23 @@ def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[s
 def _element_wise_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> float:
     """Norms, residuals, RoPE, SwiGLU and copies between kernels: bytes over memory bandwidth.
 
-    Values read and written per token and layer, counted from the operators: two norms 4H, two residuals 6H, RoPE
-    9(N+G)D, heads laid out for attention and back 2(N+2G)D + 2ND, SwiGLU 5F; backward twice that, SwiGLU 11F; and what
-    backward makes again, the outputs of norms and gate, 4H + 5F. Then the weight gradients of the micro-batch: 12 bytes
-    each, from bf16 into the fp32 buffer.
+    Values read and written per token and layer, counted from the operators: two norms 4H, two residuals 6H, heads laid
+    out for attention and back 2(N+2G)D + 2ND; backward twice that. RoPE 2(N+G)D each way. SwiGLU 3F, backward 5F. And
+    what backward makes again, the outputs of norms and gate, 4H + 3F. Then the weight gradients of the micro-batch: 12
+    bytes each, from bf16 into the fp32 buffer.
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
     query, key = model.num_attention_heads * model.kv_channels, kv_width(model)
-    split = 9 * (query + key) + 2 * (query + 2 * key) + 2 * query + 5 * model.ffn_hidden_size
     hidden = model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    forward = 10 * hidden + split / tp
-    more_backward = 4 * hidden + 6 * model.ffn_hidden_size / tp
+    laid_out = 10 * hidden + (2 * (query + 2 * key) + 2 * query) / tp
+    rotated = 2 * (query + key) / tp
+    forward = laid_out + rotated + 3 * model.ffn_hidden_size / tp
+    backward = 2 * laid_out + rotated + 5 * model.ffn_hidden_size / tp
+    remade = 4 * hidden + 3 * model.ffn_hidden_size / tp
     layers = model.num_layers / parallel.pipeline_model_parallel_size
     tokens = work.layout.padded_tokens / parallel.context_parallel_size
-    values = (3 + again.matmul) * forward + more_backward
+    values = (1 + again.matmul) * forward + backward + remade
     num_bytes = element_bytes(config) * values * tokens * layers
     return (num_bytes + 12 * parameters_of_rank(config)) / (gpu.mem_gbs * 1e9)
 

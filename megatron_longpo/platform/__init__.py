@@ -8,7 +8,7 @@ Each adapter says when it can be removed. All were checked against the versions 
 Modules that import Megatron-Core import this package first: on a CPU it imports it without torch's compiler.
 """
 
-from megatron_longpo.platform.attention import use_attention_backend
+from megatron_longpo.platform.attention import default_attention_backend, device_defaults, use_attention_backend
 from megatron_longpo.platform.cpu_patches import construction
 from megatron_longpo.platform.devices import (
     default_backend,
@@ -32,9 +32,11 @@ __all__ = [
     "around_waits",
     "async_save_options",
     "construction",
+    "default_attention_backend",
     "default_backend",
     "default_transformer_impl",
     "device",
+    "device_defaults",
     "device_name",
     "has_cuda",
     "mlp_submodules",

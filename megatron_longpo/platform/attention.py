@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from megatron_longpo.config.training import FLASH, FLASH3
-from megatron_longpo.platform.devices import has_cuda
+from megatron_longpo.config.training import FLASH, FLASH3, FUSED
+from megatron_longpo.platform.devices import default_backend, default_transformer_impl, has_cuda
+
+
+def device_defaults() -> tuple[str, str, str]:
+    """``--transformer-impl``, ``--distributed-backend`` and ``--attention-backend`` where they are ``auto``."""
+    return default_transformer_impl(), default_backend(), default_attention_backend()
+
+
+def default_attention_backend() -> str:
+    """Of the kernels that come with torch cuDNN's on Hopper, where it was measured, else FlashAttention 2."""
+    return FUSED if has_cuda() and torch.cuda.get_device_capability()[0] == 9 else FLASH
 
 
 def use_attention_backend(backend: str) -> None:

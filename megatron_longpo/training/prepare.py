@@ -30,7 +30,7 @@ def prepared(config: RunConfig) -> RunConfig:
         dataset = PreferenceDataset(config.data.data_path)
         size = int(dataset.manifest.tokenizer.get("vocab_size") or dataset.manifest.max_token_id + 1)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    config = config.with_device_defaults(*platform.device_defaults())
     validate(config, world_size())
     platform.use_attention_backend(config.training.attention_backend)
     if is_rank_0():

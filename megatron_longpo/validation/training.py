@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_longpo.config import RunConfig
+from megatron_longpo.config.field import AUTO
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.validation.multiples import nearest_multiple
 
@@ -38,7 +39,7 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
     if training.fp8_format is not None and not training.bf16:
         yield f"--fp8-format {training.fp8_format} needs --bf16"
-    if training.use_cpu and training.attention_backend != FLASH:
+    if training.use_cpu and training.attention_backend not in (AUTO, FLASH):
         yield f"--attention-backend {training.attention_backend} needs a GPU: remove it or --use-cpu"
     if training.use_cpu and training.transformer_impl == "transformer_engine":
         yield "--transformer-impl transformer_engine needs a GPU: remove it or --use-cpu"

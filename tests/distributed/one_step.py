@@ -32,7 +32,7 @@ def one_step(flags: list[str], data: str, save_to: str) -> dict[str, float]:
     if "sft-rejected" in " ".join(flags):
         flags = [flag for flag in flags if "--beta" not in flag]
     config = parse_arguments([*flags, f"--data-path={data}", f"--save={save_to}"])
-    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    config = config.with_device_defaults(*platform.device_defaults())
     validate(config, torch.distributed.get_world_size())
     platform.prepare()
     dataset = PreferenceDataset(data, config.model.vocab_size)
@@ -91,7 +91,7 @@ def save_random_model(rank: int, data: str, folder: str, model: list[str]) -> No
     from megatron_longpo.training.distributed import initialize
 
     config = parse_arguments([*model, f"--data-path={data}", f"--save={folder}"])
-    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    config = config.with_device_defaults(*platform.device_defaults())
     initialize(config)
     Checkpointer(config, build_model(config)).save(Progress(iteration=1))
     parallel_state.destroy_model_parallel()

@@ -37,7 +37,7 @@ def compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[s
         fresh_world(f"{folder}/rendezvous-{world}-{number}", rank, world)
         common = [*MODEL_FLAGS, f"--data-path={folder}/tiny", "--seq-length=512", "--progress-bar=off"]
         config = parse_arguments([*common, f"--reference-dir={place}", *flags])
-        config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+        config = config.with_device_defaults(*platform.device_defaults())
         initialize(config)
         chunks = build_model(config)
         start = find_checkpoint(f"{folder}/start")

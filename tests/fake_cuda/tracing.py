@@ -85,7 +85,7 @@ def _config(case: Case, prefix: Path) -> RunConfig:
     config = parse_arguments([*case.flags, f"--data-path={prefix}"])
     platform.prepare(config.training.use_cpu)
     assert platform.has_cuda() and parallel_state.torch is torch, "prepared for a CPU"
-    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    config = config.with_device_defaults(*platform.device_defaults())
     validate(config, case.world_size)
     platform.use_attention_backend(config.training.attention_backend)
     return config

@@ -158,7 +158,7 @@ def compare(rank: int, name: str, data: str, folder: str) -> dict[str, Any]:
     fixed += [f"--reference-dir={folder}"] if name in WINDOWS or name in ROPES else []
     fixed += ["--progress-bar=off", "--logits-chunk-tokens=17", f"--load-hf={start}", f"--data-path={data}"]
     config = with_initial_model(parse_arguments([*fixed, *flags]))
-    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    config = config.with_device_defaults(*platform.device_defaults())
     validate(config, 1)
     dataset = PreferenceDataset(data, config.model.vocab_size)
     initialize(config)

@@ -62,7 +62,7 @@ def fill_the_disk(rank: int, data: str, folder: str) -> dict[str, Any]:
     from megatron_longpo.training.distributed import initialize
 
     config = parse_arguments([*MODEL_FLAGS, f"--data-path={data}", f"--save={folder}"])
-    config = config.with_device_defaults(platform.default_transformer_impl(), platform.default_backend())
+    config = config.with_device_defaults(*platform.device_defaults())
     initialize(config)
     chunks = build_model(config)
     Checkpointer(config, chunks).save(Progress(iteration=1, consumed_samples=5))
