@@ -2,6 +2,7 @@
 # make test         the default test suite
 # Both make .venv first when it is missing; `make install` does only that. All of them take PYTHON=python3.12 and VENV=DIR.
 # Where everything is installed already and nothing can be: make test-gpu RUN=python3 INSTALLED=
+# Several tests at a time, with pytest-xdist: make test-gpu JOBS=8
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 # One BLAS thread a process: two pytest workers, each with up to four gloo ranks, share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 # Named, so that nothing else is imported: a GPU machine may lack what other tests need.
-GPU_TESTS := tests/gpu tests/objective/test_logprobs.py tests/conversion/test_oracle_bridge.py
+GPU_TESTS := tests/gpu tests/gpu_kernels tests/objective/test_logprobs.py tests/conversion/test_oracle_bridge.py
 LINTED := megatron_longpo benchmarks tools tests examples setup.py $(wildcard pretrain_longpo.py)
 
 .PHONY: help install quickstart test test-slow test-gpu bench bench-gpu lint format
@@ -43,7 +44,7 @@ test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
 test-gpu: $(INSTALLED)
-	$(PYTEST) -m gpu $(GPU_TESTS)
+	$(PYTEST) -m gpu $(if $(JOBS),-n $(JOBS)) $(GPU_TESTS)
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.suite

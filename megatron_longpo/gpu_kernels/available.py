@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import warnings
 
 import torch
 
 
 def has_kernels(tensor: torch.Tensor) -> bool:
-    """Whether the kernels take a tensor: on CUDA, in fp32 or half precision, where Triton is, as it is with torch."""
-    return tensor.is_cuda and tensor.dtype != torch.float64 and _has_triton()
+    """Whether the kernels take a tensor: on CUDA, in fp32 or half precision, where Triton works."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and _triton_works()
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_works() -> bool:
+    """Compile and run the smallest kernel: Triton may be missing, or what it compiles with (a C compiler, Python.h)."""
+    try:
+        from megatron_longpo.gpu_kernels.swiglu import swiglu
+
+        swiglu(torch.zeros(1, 2, device="cuda"))
+    except Exception as error:  # whatever its compilers raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(
+            f"Triton's kernels do not run here ({reason[-1]}): torch's operators take their place, which makes steps "
+            "slower; Triton needs a C compiler and Python's headers (python3-dev), and to write in ~/.triton",
+            stacklevel=2,
+        )
+        return False
+    return True
