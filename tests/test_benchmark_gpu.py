@@ -180,12 +180,15 @@ def test_the_real_settings_are_flags_that_the_trainer_takes() -> None:
     [
         (["--device=cpu"], "--device cpu is for --tiny"),
         (["--device=cpu", "--tiny"], "the peak of 'CPU' is not known: give --peak-tflops"),
+        (["--tabulate=README.md"], "--tabulate README.md is not what this program writes: give its gpu.json"),
+        (["--tabulate=benchmarks/results/step_cpu.json"], "step_cpu.json is not what this program writes"),
     ],
 )
 def test_what_cannot_be_measured_is_said(
     flags: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LONGPO_USE_CPU", "1")
+    monkeypatch.chdir(REPOSITORY)
     assert main(flags) == 1
     assert message in capsys.readouterr().err
 

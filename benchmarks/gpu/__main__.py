@@ -120,8 +120,11 @@ def _write(
 def _tabulate(arguments: argparse.Namespace) -> int:
     """Picture, tables and the file itself anew, of measurements that were made elsewhere."""
     os.environ["LONGPO_USE_CPU"] = "1"
-    around = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
-    if not isinstance(around, dict) or "device" not in around:
+    try:
+        around = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
+    except ValueError:
+        around = None
+    if not isinstance(around, dict) or not {"device", "measured"} <= around.keys():
         raise ValueError(f"--tabulate {arguments.tabulate} is not what this program writes: give its gpu.json")
     folder = arguments.results or RESULTS
     stored = StoredResults(folder / "gpu.json", around, again=True)
