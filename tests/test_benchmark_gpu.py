@@ -225,3 +225,6 @@ def test_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
     done = run(f"--results={elsewhere}", f"--tabulate={tmp_path / 'gpu.json'}")
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in elsewhere.iterdir()} == {"gpu.json", "step_cpu.json"}
+    for path in elsewhere.iterdir():
+        again, first = (json.loads((folder / path.name).read_text()) for folder in (elsewhere, tmp_path))
+        assert again | {"date": None} == first | {"date": None}

@@ -121,14 +121,16 @@ def _tabulate(arguments: argparse.Namespace) -> int:
     """Picture, tables and the file itself anew, of measurements that were made elsewhere."""
     os.environ["LONGPO_USE_CPU"] = "1"
     try:
-        around = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
+        file = json.loads(arguments.tabulate.read_text(encoding="utf-8"))
     except ValueError:
-        around = None
-    if not isinstance(around, dict) or not {"device", "measured"} <= around.keys():
+        file = None
+    if not isinstance(file, dict) or not {"device", "measured"} <= file.keys():
         raise ValueError(f"--tabulate {arguments.tabulate} is not what this program writes: give its gpu.json")
     folder = arguments.results or RESULTS
+    # Not what a summary added; it is made anew.
+    around = {name: file[name] for name in (*circumstances(1, by_cpu_time=False), "device") if name in file}
     stored = StoredResults(folder / "gpu.json", around, again=True)
-    stored.measured = around["measured"]
+    stored.measured = file["measured"]
     settings = TINY if arguments.tiny else REAL
     peak = _peak_tflops(arguments, around["device"]["name"])
     _write(settings, stored, around, peak, DOCS if arguments.results is None else None)

@@ -145,9 +145,7 @@ def table(around: dict[str, Any], found: dict[str, Any]) -> str:
         if "error" in entry:
             lines.append(f"{what} {'does not fit' if entry['out_of_memory'] else 'failed'} | | | | | | |")
             continue
-        possible, dry_run = (
-            f"{entry[k]:.2f}x" if k in entry else "" for k in ("time_over_possible", "memory_over_dry_run")
-        )
+        possible = _times(entry.get("time_over_possible"))
         planned = _times(entry["step_s"] / entry["predicted_s"] if "predicted_s" in entry else None)
         dry_run = _times(entry.get("memory_over_dry_run"))
         lines.append(
@@ -158,8 +156,8 @@ def table(around: dict[str, Any], found: dict[str, Any]) -> str:
         fails = f", {bounds['fails_tokens']:,} do not" if bounds["fails_tokens"] else ""
         lines += [
             "",
-            f"Longest document of {bounds['shape']} with {bounds['saving']}, attention in a window of "
-            f"{bounds['window_tokens']:,}: {bounds['fits_tokens']:,} tokens fit{fails}.",
+            f"Longest document of {bounds['shape']} with {bounds['saving']} and `--window-size "
+            f"{bounds['window_tokens']},0`: {bounds['fits_tokens']:,} tokens fit{fails}.",
         ]
     rates = ", ".join(
         f"{name} {rate:.0f} TFLOP/s"

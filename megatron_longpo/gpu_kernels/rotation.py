@@ -16,14 +16,16 @@ def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """The halves ``(a, b)`` of every head as ``(a cos - b sin, b cos + a sin)``, computed in fp32 and rounded once.
 
     Args:
-        heads: ``[T, 1, N, D]``, fp32, bf16 or fp16 on CUDA, any strides but the last.
+        heads: ``[T, 1, N, D]``, fp32, bf16 or fp16 on CUDA; copied if its last dimension is not contiguous.
         cos: fp32 ``[T, 1, 1, D / 2]``, contiguous.
         sin: Likewise.
 
     Returns:
         ``[T, 1, N, D]``, contiguous.
     """
-    assert heads.stride(-1) == 1 and cos.is_contiguous() and sin.is_contiguous()
+    assert cos.is_contiguous() and sin.is_contiguous()
+    if heads.stride(-1) != 1:
+        heads = heads.contiguous()
     tokens, _, num_heads, width = heads.shape
     result = torch.empty(heads.shape, dtype=heads.dtype, device=heads.device)
     if result.numel():

@@ -18,6 +18,7 @@ def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
     Args:
         gate_and_up: fp32, bf16 or fp16 on CUDA, contiguous in its last dimension.
     """
+    assert gate_and_up.stride(-1) == 1
     rows = gate_and_up.flatten(0, -2)
     width = rows.shape[1] // 2
     result = rows.new_empty(rows.shape[0], width)

@@ -21,7 +21,7 @@ def ask_again() -> Iterator[None]:
 
 
 def on_cuda(dtype: torch.dtype = torch.bfloat16) -> Any:
-    return SimpleNamespace(is_cuda=True, dtype=dtype)
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
 
 
 def test_without_triton_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,5 +32,5 @@ def test_without_triton_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_nothing_is_tried_for_tensors_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(available, "_triton_works", lambda: pytest.fail("tried"))
+    monkeypatch.setattr(available, "_triton_works", lambda device: pytest.fail("tried"))
     assert not has_kernels(torch.zeros(1)) and not has_kernels(on_cuda(torch.float64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -11,11 +12,12 @@ import torch
 from megatron_longpo.gpu_kernels import has_kernels
 
 ON_GPU = torch.cuda.is_available()
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("could not import 'triton'", allow_module_level=True)
 if not ON_GPU:
     if "triton" in sys.modules:
         pytest.skip("Triton was imported without its interpreter: run this file alone", allow_module_level=True)
     os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton")
 
 from megatron_longpo.gpu_kernels.rotation import rotated  # noqa: E402
 from megatron_longpo.gpu_kernels.softmax import logsumexp, softmax_error  # noqa: E402
@@ -77,6 +79,14 @@ def test_softmax_of_logits(rows: int, vocab: int, padding: int, dtype: torch.dty
         torch.testing.assert_close(softmax_error(logits, total, column, here, logits), actual)
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so(number: float) -> None:
+    """A step is skipped by what it finds in the loss."""
+    logits = torch.zeros(2, 5000, device=DEVICE)
+    logits[1, 4500] = number
+    assert logsumexp(logits).isfinite().tolist() == [True, False]
+
+
 def test_a_row_of_padding_has_no_probability() -> None:
     logits = torch.full((2, 10), -torch.inf, device=DEVICE)
     assert torch.equal(logsumexp(logits), logits[:, 0])
@@ -101,3 +111,5 @@ def test_rotation(tokens: int, heads: int, width: int, dtype: torch.dtype, toler
     assert actual.shape == x.shape and actual.is_contiguous() and actual.dtype == dtype
     if tokens:
         assert relative_error(actual, expected) < tolerance
+        strided = x.transpose(0, 3).contiguous().transpose(0, 3)
+        torch.testing.assert_close(rotated(strided, angles.cos(), angles.sin()), actual)
