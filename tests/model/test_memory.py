@@ -15,9 +15,10 @@ from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.attention.kernels import CpuFlashKernel
 from megatron_longpo.data.dataset import PreferenceDataset
-from megatron_longpo.model import offload
+from megatron_longpo.model import build, offload
 from megatron_longpo.model.build import unwrap
 from megatron_longpo.model.remade import Remaking
+from megatron_longpo.model.rope import rotate
 from megatron_longpo.training.data import MicroBatches, training_batches
 from megatron_longpo.training.distributed import initialize, shut_down
 from megatron_longpo.training.loop import Trainer
@@ -146,3 +147,17 @@ def test_peak_memory_falls(results: dict[str, Result]) -> None:
     assert peak["offload, attention kept, in pieces"] < 0.9 * peak["attention kept"]
     for name, result in results.items():
         assert (result.host_bytes > 0) == ("offload" in name)
+
+
+def test_megatron_s_attention_rotates_with_ours(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys of every layer; Megatron's own rotation would keep cosines and sines."""
+    calls: list[torch.Size] = []
+
+    def counted(heads: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(heads.shape)
+        return rotate(heads, *args, **kwargs)
+
+    monkeypatch.setattr(build, "rotate", counted)
+    run([], write_tiny_dataset(tmp_path / "tiny"), monkeypatch)
+    num_layers, micro_batches, passes = 4, 4, 2
+    assert len(calls) == 2 * num_layers * micro_batches * passes
