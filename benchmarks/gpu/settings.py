@@ -84,6 +84,7 @@ _MISTRAL_7B = replace(
 
 def _savings(num_layers: int, piece_tokens: int) -> dict[str, tuple[str, ...]]:
     pieces = (f"--mlp-chunk-tokens={piece_tokens}", f"--projection-chunk-tokens={piece_tokens}")
+    offload = f"--cpu-offloading-num-layers={num_layers}"
     sgd = ("--optimizer=sgd", "--sgd-momentum=0")
     return {
         "none": (),
@@ -93,7 +94,7 @@ def _savings(num_layers: int, piece_tokens: int) -> dict[str, tuple[str, ...]]:
         "kept in 16 layers": _kept_in(16),
         "kept in 2 layers": _kept_in(2),
         "kept, pieces": (*_KEPT, *pieces),
-        "kept, pieces, offload": (*_KEPT, *pieces, f"--cpu-offloading-num-layers={num_layers}"),
+        "kept, pieces, offload": (*_KEPT, *pieces, offload),
         "optimizer offload": (
             "--use-distributed-optimizer",
             "--optimizer-cpu-offload",
@@ -102,6 +103,7 @@ def _savings(num_layers: int, piece_tokens: int) -> dict[str, tuple[str, ...]]:
         # Weights, gradients, fp32 weights and Adam's state of 7B are 121 GiB; without the latter half of it.
         "SGD": sgd,
         "SGD, kept": (*sgd, *_KEPT),
+        "SGD, kept, pieces, offload": (*sgd, *_KEPT, *pieces, offload),
     }
 
 
@@ -120,16 +122,16 @@ REAL = Settings(
     speed=(
         Runs("1.5B", "kept in 16 layers", (131072,)),
         Runs("1.5B", "none", (8192, 32768)),
-        Runs("1.5B", "kept", (32768,)),
-        Runs("1.5B", "kept, pieces", (32768,)),
         Runs("7B, 8 layers", "kept in 2 layers", (131072,)),
+        Runs("7B, 8 layers", "kept", (262144,)),
+        Runs("1.5B", "kept", (262144, 32768)),
+        Runs("7B", "SGD, kept, pieces, offload", (131072,)),
         Runs("7B", "SGD", (8192,)),
         Runs("7B", "SGD, kept", (32768,)),
+        Runs("1.5B", "kept, pieces", (32768,)),
         Runs("1.5B", "recompute", (32768,)),
         Runs("1.5B", "kept, pieces, offload", (32768,)),
         Runs("1.5B", "optimizer offload", (32768,)),
-        Runs("7B, 8 layers", "kept", (262144,)),
-        Runs("1.5B", "kept", (262144,)),
     ),
     longest=(("1.5B", "kept, pieces"),),
     window_tokens=4096,

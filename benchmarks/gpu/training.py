@@ -13,7 +13,6 @@ from benchmarks.step.trainer import LONGPO, shared_prefix_batch
 from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
-from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import OBJECTIVE_ROLES
 from megatron_longpo.model.flops import attention_flops, step_flops
@@ -82,7 +81,7 @@ def longest_step(
 
 
 def _backend_flags(case: StepCase, backend: str) -> list[str]:
-    return [f"--attention-backend={backend}"] if case.bf16 and backend != FLASH else []
+    return [f"--attention-backend={backend}"] if case.bf16 else []
 
 
 def _steps(
