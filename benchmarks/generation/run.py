@@ -35,7 +35,7 @@ from megatron_longpo.generation.output import prepare_output
 from megatron_longpo.generation.runner import run_task
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.shared_prefill import Sampling, generate
-from megatron_longpo.help_format import HelpFormatter, at_least_1
+from megatron_longpo.help_format import HelpFormatter, at_least_1, number_above_0
 
 _VOCAB = 4096
 
@@ -73,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--document-tokens", PrefillCase.document_tokens, "TOKENS", "shared prefill: length of the document"),
     ):
         add(flag, type=at_least_1, default=default, metavar=metavar, help=what)
-    add("--latency-ms", type=float, default=OverheadCase.latency_ms, metavar="MS", help="overhead: time of an answer")
+    add(
+        "--latency-ms",
+        type=number_above_0,
+        default=OverheadCase.latency_ms,
+        metavar="MS",
+        help="overhead: time of an answer",
+    )
     add("--results", metavar="DIR", help="also write generation.json there")
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -32,7 +32,7 @@ from benchmarks.gpu.results import StoredResults
 from benchmarks.gpu.settings import PEAK_TFLOPS, REAL, TINY, Settings
 from benchmarks.step.summary import circumstances
 from benchmarks.suite import DOCS, RESULTS
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, number_above_0
 
 _PARTS = ("rates", "speed", "rivals", "longest", "memory")
 _LEFT = 3
@@ -154,14 +154,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts", nargs="+", choices=_PARTS, default=list(_PARTS), metavar="PART", help="what to run (default: all)"
     )
-    parser.add_argument("--minutes", type=float, metavar="X", help="stop after so many (default: when all is measured)")
+    parser.add_argument(
+        "--minutes", type=number_above_0, metavar="X", help="stop after so many (default: when all is measured)"
+    )
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="where to measure; cpu only with --tiny"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="X", help="dense bf16 peak of a GPU that is not known here"
+        "--peak-tflops", type=number_above_0, metavar="X", help="dense bf16 peak of a GPU that is not known here"
     )
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="write there; without it, into benchmarks/results and the docs"
