@@ -78,12 +78,22 @@ def parser() -> argparse.ArgumentParser:
     rates = made.add_argument_group("rates, in place of the table's")
     rates.add_argument("--peak-tflops", type=number_above_0, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
     rates.add_argument("--mem-gib", type=number_above_0, metavar="GIB", help="memory of one GPU")
-    rates.add_argument("--link-gbs", type=number_above_0, metavar="GB/S", help="network card of one GPU, in each direction")
-    rates.add_argument("--host-mem-gib", type=number_at_least_0, metavar="GIB", help="host memory per GPU; 0 offloads nothing")
-    rates.add_argument("--host-link-gbs", type=number_above_0, metavar="GB/S", help="PCIe of one GPU, in each direction")
+    rates.add_argument(
+        "--link-gbs", type=number_above_0, metavar="GB/S", help="network card of one GPU, in each direction"
+    )
+    rates.add_argument(
+        "--host-mem-gib", type=number_at_least_0, metavar="GIB", help="host memory per GPU; 0 offloads nothing"
+    )
+    rates.add_argument(
+        "--host-link-gbs", type=number_above_0, metavar="GB/S", help="PCIe of one GPU, in each direction"
+    )
     rates.add_argument("--matmul-tflops", type=number_above_0, metavar="TFLOP/S", help="measured on matrix products")
     rates.add_argument(
-        "--attention-tflops", type=number_above_0, nargs=2, metavar=("FORWARD", "BACKWARD"), help="measured on attention"
+        "--attention-tflops",
+        type=number_above_0,
+        nargs=2,
+        metavar=("FORWARD", "BACKWARD"),
+        help="measured on attention",
     )
     return made
 

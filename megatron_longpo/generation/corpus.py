@@ -1,4 +1,4 @@
-"""The long documents: JSON lines, tables, `datasets` folders and text files, read one at a time in a fixed order."""
+"""The long documents: JSON, tables, `datasets` folders and text files, read one at a time in a fixed order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.pair_formats.counting import count_rows
 from megatron_longpo.pair_formats.fields import kind_of
-from megatron_longpo.pair_formats.raw import GZIP_ERRORS, ROW_SUFFIXES, raw_rows
+from megatron_longpo.pair_formats.raw import GZIP_ERRORS, JSON_SUFFIXES, ROW_SUFFIXES, raw_rows
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs")
 """What is taken from a folder beside `ROW_SUFFIXES`. A file named itself may end in anything; each is a document
-of plain text."""
+of plain text, but those of `JSON_SUFFIXES`."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _is_document(path: Path) -> bool:
 def count_documents(settings: GenerationSettings) -> int | None:
     """How many documents there are, if that can be told without reading them all."""
     files = corpus_files(settings.documents)
-    with_rows = [path for path in files if path.name.endswith(ROW_SUFFIXES)]
+    with_rows = [path for path in files if path.name.endswith((*ROW_SUFFIXES, *JSON_SUFFIXES))]
     rows = count_rows(with_rows)
     if rows is None:
         return settings.max_documents
@@ -106,7 +106,7 @@ def read_corpus(settings: GenerationSettings) -> Iterator[CorpusDocument]:
 
 def _documents(path: Path, name: str, settings: GenerationSettings) -> Iterator[tuple[str, str, str]]:
     """``(place, id, text)`` of one file's documents; rows without an id are called by ``name`` and line."""
-    if not path.name.endswith(ROW_SUFFIXES):
+    if not path.name.endswith((*ROW_SUFFIXES, *JSON_SUFFIXES)):
         yield str(path), str(path), _read_text(path)
         return
     for where, row in raw_rows(path):

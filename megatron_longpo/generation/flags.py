@@ -34,7 +34,7 @@ _GROUPS: dict[str, list[_Flag]] = {
     "input and output": [
         (
             "--documents",
-            "files, folders or quoted patterns: .jsonl, .jsonl.gz, .parquet, `datasets` folders, text files",
+            "files, folders or quoted patterns: .jsonl, .json, .parquet, .arrow, text; the first two also as .gz",
             {"nargs": "+", "required": True, "metavar": "PATH"},
         ),
         ("--output", "folder for pairs.jsonl, report.json and the state", {"required": True, "metavar": "DIR"}),

@@ -44,6 +44,28 @@ def test_json_lines_tables_and_datasets_folders(settings: Settings, tmp_path: Pa
     assert read(settings, tmp_path / "folder") == expected
 
 
+def test_json_files_hold_a_list_or_a_document_a_line(settings: Settings, tmp_path: Path) -> None:
+    expected = [("a", "first"), ("b", "second")]
+    lines = write_jsonl(tmp_path / "lines.json", ROWS)
+    assert read(settings, lines) == expected
+    (tmp_path / "list.json").write_text("\ufeff" + json.dumps(ROWS, indent=1))
+    assert read(settings, tmp_path / "list.json") == expected
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    assert read(settings, tmp_path / "*.json.gz") == expected
+    (tmp_path / "object.json").write_text(json.dumps(ROWS[0], indent=1))
+    with pytest.raises(
+        ValueError, match=r"object.json:1: is not JSON \(.*\); write one JSON object per line, or one list"
+    ):
+        read(settings, tmp_path / "object.json")
+    (tmp_path / "texts.json").write_text('[{"text": "x"}, "y"]')
+    with pytest.raises(ValueError, match=r"texts.json:2: is a string, not an object; write one JSON object per line"):
+        read(settings, tmp_path / "texts.json")
+    (tmp_path / "about").mkdir()
+    lines.rename(tmp_path / "about" / "dataset_info.json")
+    with pytest.raises(ValueError, match=r"about: the folder holds no document"):
+        read(settings, tmp_path / "about")
+
+
 def test_text_files_are_documents_of_their_own(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("b.md", "a.txt", "deep/c.py", "ignored.png"):
