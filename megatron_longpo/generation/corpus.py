@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.tokenizer import ChatTokenizer
 from megatron_longpo.generation.chunking import draw_chunks
+from megatron_longpo.generation.model_files import run_tokenizer
 from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.pair_formats.counting import count_rows
@@ -145,7 +146,7 @@ def _read_text(path: Path) -> str:
 
 def make_planner(settings: GenerationSettings) -> Callable[[CorpusDocument], DocumentPlan]:
     """What a worker does with a document: `plan_document`."""
-    tokenizer = load_tokenizer(settings.tokenizer_path)
+    tokenizer = run_tokenizer(settings)
     return lambda document: plan_document(document, tokenizer, settings)
 
 

@@ -48,8 +48,8 @@ _GROUPS: dict[str, list[_Flag]] = {
         ("--model", "folder of the model, or the name under which it is served", {"required": True}),
         (
             "--tokenizer-model",
-            "its tokenizer's folder (default: --model's, with --engine transformers)",
-            {"metavar": "DIR"},
+            "its tokenizer: folder or SentencePiece .model (default: --model, with --engine transformers)",
+            {"metavar": "DIR_OR_MODEL"},
         ),
         ("--model-revision", "recorded in the pairs' provenance", {"metavar": "TEXT"}),
     ],
@@ -70,6 +70,7 @@ _GROUPS: dict[str, list[_Flag]] = {
         ),
     ],
     f"--engine {TRANSFORMERS}": [
+        ("--chat-template", "Jinja chat template (default: the tokenizer's own)", {"metavar": "FILE"}),
         (
             "--long-rotary-base",
             "RoPE base for whole documents (default: the model's)",

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from megatron_longpo.data.tokenizer import ChatTokenizer
-from megatron_longpo.generation.corpus import CorpusDocument, count_documents, plan_document, read_corpus
+from megatron_longpo.generation.corpus import CorpusDocument, count_documents, make_planner, plan_document, read_corpus
 from tests.generation.conftest import Settings
 
 ROWS = [{"id": "a", "text": "first"}, {"id": "b", "text": "second"}]
@@ -161,3 +161,8 @@ def test_chunks_measure_in_the_models_tokens(
             assert chosen.min_chunk_tokens <= chunk.num_tokens <= chosen.max_chunk_tokens
             alone = len(huggingface_tokenizer.encode(document.text[slice(*chunk.span)])[0])
             assert abs(alone - chunk.num_tokens) <= 12  # blanks trimmed, tokens at the edges
+
+
+def test_for_a_server_the_tokenizer_counts_and_needs_no_template(settings: Settings, sentencepiece_file: Path) -> None:
+    plan = make_planner(settings(tokenizer_model=str(sentencepiece_file)))(CorpusDocument(0, "d", "many words " * 500))
+    assert plan.num_tokens > 300 and not plan.dropped
