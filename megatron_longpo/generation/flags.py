@@ -14,13 +14,15 @@ the model in this process, on a GPU or a CPU:
   python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ \\
       --engine transformers --model DIR
 
-a server, or many behind one address:
-  vllm serve DIR --served-model-name NAME --enable-prefix-caching
+a server, with room for whole documents:
+  vllm serve DIR --served-model-name NAME --enable-prefix-caching \\
+      --max-model-len 135168 \\
+      --hf-overrides '{"max_position_embeddings": 135168}'
   python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ \\
       --engine openai --base-url http://127.0.0.1:8000/v1 \\
       --model NAME --tokenizer-model DIR
 
-The same command goes on after an interruption. docs/generation.md has the rest."""
+After an interruption, the same command resumes. docs/generation.md has the rest."""
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(GenerationSettings)}
 
@@ -41,7 +43,7 @@ _GROUPS: dict[str, list[_Flag]] = {
         ("--text-field", "field or column with the text", {"metavar": "NAME"}),
         ("--id-field", "field or column with the id; where it is missing, file name and line", {"metavar": "NAME"}),
         ("--max-documents", "read only the first N documents (default: all)", _N),
-        ("--seed", "with a document's id decides all that is drawn for it", {"type": int}),
+        ("--seed", "with a document's id, decides everything that is drawn for it", {"type": int}),
     ],
     "engine": [
         ("--engine", "the model in this process, or a server", {"choices": ENGINES, "required": True}),
