@@ -23,7 +23,12 @@ def main() -> None:
     """Parse the command line, read, write the page, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="pairs: .jsonl, .json, .parquet, .arrow, folders, or generation's output")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="pairs: .jsonl, .json, .parquet, .arrow, folders, or generation's output",
+    )
     add(
         "--num-pairs",
         type=int,

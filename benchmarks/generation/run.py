@@ -1,8 +1,8 @@
 """What making pairs costs besides the model: the pipeline's own overhead, and what one prefill for n turns saves.
 
-Overhead: the pipeline runs against a real HTTP server in a process of its own that answers every request after a
-fixed time, and counts how many it has in work. With all slots filled all the time nothing is lost; what is missing is
-overhead: of the pipeline, of HTTP on both sides, and of filling and draining at both ends of the run.
+Overhead: the pipeline runs against a real HTTP server in a process of its own, which answers every request after a
+fixed time and counts the requests in flight. If all slots were filled all the time, nothing would be lost; what is
+missing is overhead: of the pipeline, of HTTP on both sides, and of filling and draining at both ends of the run.
 
 Shared prefill: the embedded engine answers n instructions about one document, once together and once one by one.
 """
