@@ -54,7 +54,7 @@ def corpus_files(patterns: tuple[str, ...]) -> list[Path]:
             if not inside:
                 raise ValueError(
                     f"--documents {match}: the folder holds no document; it may hold {', '.join(ROW_SUFFIXES)} and "
-                    f"{', '.join(_TEXT_SUFFIXES)} files"
+                    f"{', '.join(_TEXT_SUFFIXES)} files; give .json files by a pattern"
                 )
             files |= dict.fromkeys(inside)
     return list(files)

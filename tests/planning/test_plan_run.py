@@ -49,10 +49,7 @@ def test_the_plan_ends_in_a_command_that_the_trainer_takes(
     assert "\nnote: a token attends to the last 256 tokens of its --seq-length 1024 (--window-size 255,0)" in shown
     for text in ("tokens/s/GPU", "MFU %", "peak GiB", "attention workspace", "fits in h100-80gb", "9 documents: "):
         assert text in shown
-    assert (
-        f"\nBefore it runs, `hf download NAME --local-dir {model}` has to put the model there: {model} holds no"
-        in shown
-    )
+    assert f"\nFirst download the model, `hf download NAME --local-dir {model}`: {model} holds no" in shown
     config = with_initial_model(parse_arguments(words_of("torchrun" + shown.partition("torchrun")[2])))
     validate(config, 2)
     assert config.data.seq_length == 1024 and config.training.bf16 and config.model.hidden_size == 128
