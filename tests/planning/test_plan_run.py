@@ -163,7 +163,7 @@ def test_what_cannot_be_planned_is_refused_with_what_can(
     [
         ("--num-gpus 0 --gpu h100-80gb", "--num-gpus: 0 must be a whole number of at least 1"),
         ("--num-gpus 2 --gpu h100-80gb --seq-length 128K", "--seq-length: 128K must be a whole number: 131072"),
-        ("--num-gpus 2 --gpu h100-80gb --link-gbs -1", "--link-gbs: '-1' must be a finite number of at least 0"),
+        ("--num-gpus 2 --gpu h100-80gb --link-gbs -1", "--link-gbs: '-1' must be a finite number greater than 0"),
         (
             "--num-gpus 2 --gpu h100-80gb --rotary-base 1e7x",
             "--rotary-base: '1e7x' must be a finite number of at least 0",
