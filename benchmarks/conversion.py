@@ -28,7 +28,7 @@ from megatron_longpo.conversion.families import FAMILIES
 from megatron_longpo.conversion.hf_config import CONFIG_FILE
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.safetensors_file import ShardedWriter, TensorSpec
-from megatron_longpo.help_format import HelpFormatter, at_least_1
+from megatron_longpo.help_format import HelpFormatter, at_least_1, number_above_0
 
 _FAMILY = FAMILIES["MistralForCausalLM"]
 _SHARD_BYTES = 5 * 10**9
@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--gigabytes", type=float, default=8.0, metavar="GB", help="least size of the checkpoint")
+    parser.add_argument(
+        "--gigabytes", type=number_above_0, default=8.0, metavar="GB", help="least size of the checkpoint"
+    )
     parser.add_argument(
         "--rounds", type=at_least_1, default=2, metavar="N", help="measurements of every step; the fastest counts"
     )

@@ -1,4 +1,4 @@
-"""Peak memory of a step's activations with every flag that saves some, as ratios to none of them.
+"""Peak memory of a step's activations with each flag that saves some, relative to a step without any.
 
     python -m benchmarks.memory [--prefix-tokens 8192] [--response-tokens 128]
 

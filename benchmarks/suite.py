@@ -6,7 +6,7 @@
 Every number is of a process of its own (`benchmarks.step`). A rerun replaces what the run before wrote:
 benchmarks/results/step_DEVICE.json and .png, and the table in docs/benchmarks.md.
 
-The matrix is documents of P = 1K … 16K tokens (on a GPU until memory ends) with one turn and responses of R = 128
+The matrix is documents of P = 1K … 16K tokens (on a GPU until memory runs out) with one turn and responses of R = 128
 tokens against all rivals, and beside it n = 4 turns and R = 512 against two sequences on a middle length: there the
 branches weigh most against the prefix without being most of the row.
 """

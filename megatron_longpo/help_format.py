@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import textwrap
 from typing import TYPE_CHECKING
@@ -35,6 +36,30 @@ def at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def number_at_least_0(text: str) -> float:
+    """A finite number that is not below 0."""
+    number = _number(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number of at least 0")
+    return number
+
+
+def number_above_0(text: str) -> float:
+    """A finite number greater than 0."""
+    number = _number(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a finite number greater than 0")
+    return number
+
+
+def _number(text: str) -> float:
+    """The number; nan, which no range has, where the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def window_size(text: str) -> Window:

@@ -153,7 +153,7 @@ def summary_table(runs: Mapping[str, str | Path], num_averaged: int = 5) -> str:
             lines.append(f"{'  held out':<20}" + "".join(f"  {cell:>{width}}" for cell in cells))
     rates = [_mean(steps[1:] or steps, "tokens_per_s_per_gpu") for steps, _ in data.values()]
     seconds = [_seconds(steps) for steps, _ in data.values()]
-    lines.append(f"{'tokens/s and rank':<20}" + "".join(f"  {rate:>{width},.0f}" for rate in rates))
+    lines.append(f"{'tokens/s per rank':<20}" + "".join(f"  {rate:>{width},.0f}" for rate in rates))
     lines.append(f"{'seconds in steps':<20}" + "".join(f"  {second:>{width},.1f}" for second in seconds))
     return "\n".join(lines)
 

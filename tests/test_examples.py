@@ -24,8 +24,12 @@ MODELS = {
     "llama3.1_70b": LLAMA31
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
 }
+PAGE = (EXAMPLES / "README.md").read_text()
+NUM_DOCUMENTS = {"128k": 45_000, "256k": 16_000, "512k": 2_500, "qwen2.5_7b/128k.yaml": 32_000}
+"""The paper's, by length; it trains Qwen2.5 on fewer."""
 FIRST_LINE = re.compile(r"# .+ to (?P<length>\d+)K tokens on (?P<gpus>\d+) × (?P<gpu>\S+): (?P<layout>.+)\.")
 MEMORY = re.compile(r"at most (?P<gib>[\d.]+) GiB per GPU")
+SECONDS = re.compile(r"(?P<s>[\d.]+) s per document")
 
 
 def flags(file: Path, folder: Path) -> tuple[list[str], re.Match[str]]:
@@ -59,6 +63,18 @@ def test_is_accepted_and_says_what_it_does(file: Path, tmp_path: Path) -> None:
     # What the files leave out is the paper's.
     assert (config.objective.beta, config.objective.preference_weight, config.optimizer.lr) == (0.1, 0.01, 5e-7)
     assert config.training.global_batch_size == 8
+
+
+def test_the_table_of_the_page_is_that_of_the_files() -> None:
+    rows = re.findall(r"^\|.*\]\((.+)\) \| (\d+) \|.*\| (\S+) \| (\S+) \| (\S+) \|$", PAGE, re.MULTILINE)
+    assert {file for file, *_ in rows} == {file.relative_to(EXAMPLES).as_posix() for file in FILES}
+    for name, gpus, gib, seconds, days in rows:
+        text = (EXAMPLES / name).read_text()
+        first, memory, time = FIRST_LINE.search(text), MEMORY.search(text), SECONDS.search(text)
+        assert first and memory and time
+        assert (gpus, gib, seconds) == (first["gpus"], memory["gib"], time["s"]), name
+        num_documents = NUM_DOCUMENTS.get(name, NUM_DOCUMENTS[Path(name).stem])
+        assert f"{num_documents * float(seconds) / 86400:.1f}" == days and f"{num_documents:,}" in PAGE, name
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from megatron_longpo.help_format import HelpFormatter, at_least_1
+from megatron_longpo.help_format import HelpFormatter, at_least_1, number_above_0, number_at_least_0
 
 PROGRAMS = [
     "tools.benchmark_step",
@@ -70,3 +70,35 @@ def test_a_number_below_1_is_named(text: str) -> None:
     assert at_least_1("7") == 7
     with pytest.raises(argparse.ArgumentTypeError, match="must be a whole number of at least 1"):
         at_least_1(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "-1", "", "x", "0"])
+def test_a_number_out_of_range_is_named(text: str) -> None:
+    assert number_above_0("0.5") == number_at_least_0("0.5") == 0.5 and number_at_least_0("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a finite number greater than 0"):
+        number_above_0(text)
+    if text != "0":
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a finite number of at least 0"):
+            number_at_least_0(text)
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("benchmarks.generation.chat_server", "--latency-ms nan"),
+        ("benchmarks.gpu.__main__", "--minutes inf"),
+        ("benchmarks.gpu.__main__", "--peak-tflops nan"),
+        ("examples.export.quantize", "--hf-model x --data-path x --save x --max-tokens 0"),
+        ("examples.export.quantize", "--hf-model x --data-path x --save x --num-samples -1"),
+        pytest.param("tools.benchmark_conversion", "--gigabytes nan", marks=pytest.mark.slow),
+        pytest.param("tools.benchmark_generation", "--latency-ms inf", marks=pytest.mark.slow),
+    ],
+)
+def test_a_flag_out_of_range_is_an_error_before_any_work(
+    program: str, flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program, *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(program).main()
+    flag, value = flags.split()[-2:]
+    assert ended.value.code == 2 and f"argument {flag}: '{value}' must be a" in capsys.readouterr().err

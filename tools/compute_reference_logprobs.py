@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 tools/compute_reference_logprobs.py --load-hf MODEL --data-path PREFIX …
 
-Takes the flags of pretrain_longpo.py; those of the optimizer have no part in it. The result lies beside the dataset
-(or in --reference-dir) and is reused by every run with the same weights, dataset and reference RoPE base.
+Takes the flags of pretrain_longpo.py; those of the optimizer change nothing. The result goes beside the dataset (or to
+--reference-dir); every run with the same weights, dataset, number format, reference RoPE base and window reuses it.
 """
 
 from __future__ import annotations

@@ -21,22 +21,22 @@ def main() -> None:
     """Parse the command line, convert, and print what became of the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="pairs: .jsonl, .parquet, .arrow, or folders of them")
+    add("--input", nargs="+", required=True, metavar="FILE", help="pairs: .jsonl, .json, .parquet, .arrow, or folders")
     add("--output", required=True, metavar="FILE", help="pairs file of schema 1 to write")
     add("--tokenizer-model", metavar="DIR_OR_MODEL", help="tokenizer that made the tokens; only tokenized rows need it")
     add(
         "--tokenizer-type",
         choices=(HUGGING_FACE, SENTENCE_PIECE),
         metavar="TYPE",
-        help=f"{HUGGING_FACE} or {SENTENCE_PIECE} (default: by what --tokenizer-model is)",
+        help=f"{HUGGING_FACE} or {SENTENCE_PIECE} (default: by --tokenizer-model)",
     )
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
-    add("--trust-remote-code", action="store_true", help="run Python code that lies in the tokenizer's folder")
+    add("--trust-remote-code", action="store_true", help="run Python code from the tokenizer's folder")
     add(
         "--prompt-template",
         default=DEFAULT_PROMPT_TEMPLATE,
         metavar="TEXT",
-        help=r"what made the users' messages (default: '{document}\n\n{instruction}'); \n is a line break",
+        help=r"template of the user messages (default: '{document}\n\n{instruction}'); \n is a line break",
     )
     arguments = parser.parse_args()
     needs_tokenizer = ("tokenizer_type", "chat_template", "trust_remote_code")

@@ -1,4 +1,4 @@
-"""Look at pairs, side by side, and at numbers over all of them:
+"""Show pairs side by side, and statistics over all of them:
 
     python tools/inspect_pairs.py pairs.jsonl
     python tools/inspect_pairs.py pairs/ --num-pairs 20 --html report.html
@@ -23,14 +23,19 @@ def main() -> None:
     """Parse the command line, read, write the page, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("paths", nargs="+", metavar="PATH", help="pairs: .jsonl, .parquet, .arrow, folders of them, or of generation")
+    add(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="pairs: .jsonl, .json, .parquet, .arrow, folders, or generation's output",
+    )
     add(
         "--num-pairs",
         type=int,
         metavar="N",
         help=f"pairs to show, drawn from all (default: {NUM_PAIRS}; 0: report only)",
     )
-    add("--id", help="show all pairs of this document instead; without --html, reads no further and reports nothing")
+    add("--id", help="show all pairs of this document instead; without --html, no report is made")
     add("--seed", type=int, metavar="N", help="another seed draws other pairs (default: 0)")
     add("--html", metavar="FILE", help="also write pairs and report as one HTML page")
     add("--tokenizer-model", metavar="DIR_OR_MODEL", help="counts tokens too, and shows tokenized rows as text")

@@ -10,14 +10,13 @@ stated rates; docs/performance.md has the formulas, their sources, and how far t
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 
 from megatron_longpo.config import ConfigError
 from megatron_longpo.config.field import AUTO
 from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.help_format import HelpFormatter, window_size
+from megatron_longpo.help_format import HelpFormatter, number_above_0, number_at_least_0, window_size
 from megatron_longpo.processes import plain_ending
 
 
@@ -30,28 +29,10 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def rate(text: str) -> float:
-    """A speed or a size, greater than 0."""
-    if size(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
-    return float(text)
-
-
-def size(text: str) -> float:
-    """A number that is not below 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number >= 0):
-        raise argparse.ArgumentTypeError(f"{text} must be a number of at least 0")
-    return number
-
-
 def rotary_base(text: str) -> str:
     """A RoPE base, as it goes into the command."""
-    if size(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be greater than 1")
+    if number_at_least_0(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be greater than 1")
     return text
 
 
@@ -95,14 +76,24 @@ def parser() -> argparse.ArgumentParser:
     add("--data-path", default="data/pairs", metavar="PREFIX", help="dataset, for the printed command only")
     add("--save", default="runs/longpo", metavar="FOLDER", help="checkpoints, for the printed command only")
     rates = made.add_argument_group("rates, in place of the table's")
-    rates.add_argument("--peak-tflops", type=rate, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
-    rates.add_argument("--mem-gib", type=rate, metavar="GIB", help="memory of one GPU")
-    rates.add_argument("--link-gbs", type=rate, metavar="GB/S", help="network card of one GPU, in each direction")
-    rates.add_argument("--host-mem-gib", type=size, metavar="GIB", help="host memory per GPU; 0 offloads nothing")
-    rates.add_argument("--host-link-gbs", type=rate, metavar="GB/S", help="PCIe of one GPU, in each direction")
-    rates.add_argument("--matmul-tflops", type=rate, metavar="TFLOP/S", help="measured on matrix products")
+    rates.add_argument("--peak-tflops", type=number_above_0, metavar="TFLOP/S", help="dense bf16 peak of one GPU")
+    rates.add_argument("--mem-gib", type=number_above_0, metavar="GIB", help="memory of one GPU")
     rates.add_argument(
-        "--attention-tflops", type=rate, nargs=2, metavar=("FORWARD", "BACKWARD"), help="measured on attention"
+        "--link-gbs", type=number_above_0, metavar="GB/S", help="network card of one GPU, in each direction"
+    )
+    rates.add_argument(
+        "--host-mem-gib", type=number_at_least_0, metavar="GIB", help="host memory per GPU; 0 offloads nothing"
+    )
+    rates.add_argument(
+        "--host-link-gbs", type=number_above_0, metavar="GB/S", help="PCIe of one GPU, in each direction"
+    )
+    rates.add_argument("--matmul-tflops", type=number_above_0, metavar="TFLOP/S", help="measured on matrix products")
+    rates.add_argument(
+        "--attention-tflops",
+        type=number_above_0,
+        nargs=2,
+        metavar=("FORWARD", "BACKWARD"),
+        help="measured on attention",
     )
     return made
 

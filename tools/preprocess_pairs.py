@@ -22,17 +22,17 @@ def main() -> None:
     """Parse the command line, preprocess, and print what became of the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="pairs: .jsonl, .parquet, .arrow, or folders of them")
+    add("--input", nargs="+", required=True, metavar="FILE", help="pairs: .jsonl, .json, .parquet, .arrow, or folders")
     add("--output-prefix", required=True, metavar="PREFIX", help="where PREFIX.bin, .idx and .manifest.json go")
     add("--tokenizer-model", required=True, metavar="DIR_OR_MODEL", help="tokenizer folder or SentencePiece .model")
     add(
         "--tokenizer-type",
         choices=(HUGGING_FACE, SENTENCE_PIECE),
         metavar="TYPE",
-        help=f"{HUGGING_FACE} or {SENTENCE_PIECE} (default: by what --tokenizer-model is)",
+        help=f"{HUGGING_FACE} or {SENTENCE_PIECE} (default: by --tokenizer-model)",
     )
     add("--chat-template", metavar="FILE", help="Jinja chat template (default: the tokenizer's own)")
-    add("--trust-remote-code", action="store_true", help="run Python code that lies in the tokenizer's folder")
+    add("--trust-remote-code", action="store_true", help="run Python code from the tokenizer's folder")
     add("--workers", type=int, default=1, metavar="N", help="processes that tokenize")
     add("--max-seq-length", type=int, metavar="TOKENS", help="longest conversation to keep (default: no limit)")
     add("--truncate-document", action="store_true", help="cut the middle of over-long documents instead of dropping")

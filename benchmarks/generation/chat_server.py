@@ -23,7 +23,7 @@ from typing import Any
 
 from aiohttp import web
 
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, number_at_least_0
 
 MODEL = "words"
 FAULTS = ("429", "500", "503", "cut", "garbage", "hang", "refuse")
@@ -191,7 +191,7 @@ def main() -> None:
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--latency-ms", type=float, default=50.0, metavar="MS", help="time of every answer")
+    parser.add_argument("--latency-ms", type=number_at_least_0, default=50.0, metavar="MS", help="time of every answer")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="0 takes a free one")
     parser.add_argument("--model", default=MODEL, metavar="NAME", help="name of the model")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """What making pairs costs besides the model: the pipeline's own overhead, and what one prefill for n turns saves.
 
-Overhead: the pipeline runs against a real HTTP server in a process of its own that answers every request after a
-fixed time, and counts how many it has in work. With all slots filled all the time nothing is lost; what is missing is
-overhead: of the pipeline, of HTTP on both sides, and of filling and draining at both ends of the run.
+Overhead: the pipeline runs against a real HTTP server in a process of its own, which answers every request after a
+fixed time and counts the requests in flight. If all slots were filled all the time, nothing would be lost; what is
+missing is overhead: of the pipeline, of HTTP on both sides, and of filling and draining at both ends of the run.
 
 Shared prefill: the embedded engine answers n instructions about one document, once together and once one by one.
 """
@@ -35,7 +35,7 @@ from megatron_longpo.generation.output import prepare_output
 from megatron_longpo.generation.runner import run_task
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.shared_prefill import Sampling, generate
-from megatron_longpo.help_format import HelpFormatter, at_least_1
+from megatron_longpo.help_format import HelpFormatter, at_least_1, number_above_0
 
 _VOCAB = 4096
 
@@ -73,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("--document-tokens", PrefillCase.document_tokens, "TOKENS", "shared prefill: length of the document"),
     ):
         add(flag, type=at_least_1, default=default, metavar=metavar, help=what)
-    add("--latency-ms", type=float, default=OverheadCase.latency_ms, metavar="MS", help="overhead: time of an answer")
+    add(
+        "--latency-ms",
+        type=number_above_0,
+        default=OverheadCase.latency_ms,
+        metavar="MS",
+        help="overhead: time of an answer",
+    )
     add("--results", metavar="DIR", help="also write generation.json there")
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -1,18 +1,18 @@
-"""Everything that is to be known about one GPU: python -m benchmarks.gpu
+"""Measure one GPU: python -m benchmarks.gpu
 
     rates      exactness of the attention kernels; rates of them and of matmuls
     speed      tokens/s, MFU and memory over document length and over what
                saves memory, against what those rates allow
-    rivals     the suite of `benchmarks.suite`, as far as each variant survives
+    rivals     the suite of `benchmarks.suite`, as far as each variant fits
     longest    the longest document that fits
     memory     what a dry run says of the memory of `speed`; uses no GPU
 
 Every measurement is a process of its own, which imports what it needs while another one measures, and is stored in
-benchmarks/results/gpu.json as soon as it is made, so a run may be ended at any time: the same command goes on.
-`--minutes 9` ends it in order, with exit code 3 while something is left. What fails is noted, is tried again by the
-next run unless it was for want of memory, and stops nothing else.
+benchmarks/results/gpu.json as soon as it is made. So a run may be stopped at any time, and the same command continues.
+`--minutes 9` stops it cleanly, with exit code 3 if something is left. A failure is noted and stops nothing else; the
+next run tries it again unless it ran out of memory.
 
-`--device cpu --tiny` runs all of it in a minute on tiny sizes: it shows that the script works, and its numbers say
+`--device cpu --tiny` runs everything in a minute on tiny sizes: it shows that the script works, and its numbers mean
 nothing.
 """
 
@@ -32,7 +32,7 @@ from benchmarks.gpu.results import StoredResults
 from benchmarks.gpu.settings import PEAK_TFLOPS, REAL, TINY, Settings
 from benchmarks.step.summary import circumstances
 from benchmarks.suite import DOCS, RESULTS
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, number_above_0
 
 _PARTS = ("rates", "speed", "rivals", "longest", "memory")
 _LEFT = 3
@@ -154,14 +154,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts", nargs="+", choices=_PARTS, default=list(_PARTS), metavar="PART", help="what to run (default: all)"
     )
-    parser.add_argument("--minutes", type=float, metavar="X", help="stop after so many (default: when all is measured)")
+    parser.add_argument(
+        "--minutes", type=number_above_0, metavar="X", help="stop after this many (default: when all is measured)"
+    )
     parser.add_argument("--again", action="store_true", help="forget what was measured before")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="where to measure; cpu only with --tiny"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument(
-        "--peak-tflops", type=float, metavar="X", help="dense bf16 peak of a GPU that is not known here"
+        "--peak-tflops", type=number_above_0, metavar="X", help="dense bf16 peak of a GPU that is not known here"
     )
     parser.add_argument(
         "--results", type=Path, metavar="DIR", help="write there; without it, into benchmarks/results and the docs"

@@ -27,7 +27,7 @@ from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.target import check_target, filled_folder
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.document import CHOSEN
-from megatron_longpo.help_format import HelpFormatter
+from megatron_longpo.help_format import HelpFormatter, at_least_1
 
 RECIPES = {"fp8": "FP8_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG", "int8": "INT8_DEFAULT_CFG"}
 """ModelOpt's configurations: fp8 for Hopper and Ada, nvfp4 for Blackwell, int8 for older GPUs."""
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--save-state", metavar="FILE", help="also keep ModelOpt's state and weights, to go on training"
     )
-    parser.add_argument("--num-samples", type=int, default=256, metavar="N", help="documents to calibrate on")
-    parser.add_argument("--max-tokens", type=int, default=8192, metavar="TOKENS", help="tokens of one document")
+    parser.add_argument("--num-samples", type=at_least_1, default=256, metavar="N", help="documents to calibrate on")
+    parser.add_argument("--max-tokens", type=at_least_1, default=8192, metavar="TOKENS", help="tokens of one document")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --save")
     arguments = parser.parse_args(argv)
     try:

@@ -21,7 +21,9 @@ from megatron_longpo.report import summary_table
 
 def main() -> None:
     """Run the stages and print the summary."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m examples.quickstart.run", description=__doc__, formatter_class=HelpFormatter
+    ).parse_args()
     started = time.monotonic()
     os.chdir(REPOSITORY)
     logging.set_verbosity_error()

@@ -55,7 +55,7 @@ class DataConfig:
     num_workers: int = flag(2, "processes that read data ahead", unit="processes", at_least=0)
     sampler_group_samples: int = flag(
         256,
-        "documents sorted by length together, so that ranks finish together; 0 sorts none",
+        "documents sorted by length together, so that ranks finish together; 0 turns sorting off",
         unit="documents",
         at_least=0,
         source="ours",

@@ -13,9 +13,10 @@ _INDENT = 30
 _INTRODUCTION = """\
 torchrun [...] pretrain_longpo.py [--config FILE.yaml] [--flag value ...]
 
-Flags have Megatron-LM's names and meanings where it has them. --config FILE.yaml gives values by flag name, with or \
-without the groups below; flags on the command line win, and --no-FLAG undoes a switch that the file turned on. A flag \
-that has no effect beside the others is an error. --help WORD shows one group, or the flags whose name has the word.
+Flags that Megatron-LM has keep its names and meanings; tools/compute_reference_logprobs.py takes the same flags. \
+--config FILE.yaml gives values by flag name, with or without the groups below; flags on the command line win, and \
+--no-FLAG undoes a switch that the file turned on. A flag that would have no effect is an error. --help WORD shows one \
+group, or the flags whose name contains the word.
 
 In brackets: the default, when the flag is used, and where the flag or its default comes from if not from Megatron-LM \
 (LongPO: arXiv 2502.13922; YaRN: arXiv 2309.00071)."""

@@ -15,7 +15,7 @@ _NO_DROPOUT = "the shared-prefix row has no dropout"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the transformer and its rotary embedding.
+    """Shape and RoPE; --load-hf and --use-checkpoint-args give all of it.
 
     A size of 0 is not given: `__post_init__` derives ``ffn_hidden_size``, ``kv_channels`` and ``num_query_groups`` as
     Megatron-LM does; the other sizes come from a checkpoint or the tokenizer (`RunConfig.with_model`).
@@ -38,7 +38,12 @@ class ModelConfig:
         default_text="1; num-attention-heads without --group-query-attention",
     )
     max_position_embeddings: int = flag(
-        131072, "longest sequence the model is made for", unit="tokens", at_least=1, changeable=True
+        131072,
+        "longest sequence the model is made for",
+        unit="tokens",
+        at_least=1,
+        default_text="that of the checkpoint; else 131072",
+        changeable=True,
     )
     position_embedding_type: str = flag(
         "rope",
@@ -51,6 +56,7 @@ class ModelConfig:
         "RoPE base to train with; the paper raises it to 1e7 for 128K",
         above=1,
         source="LongPO",
+        default_text="that of the checkpoint; else 10000",
         changeable=True,
     )
     use_rope_scaling: bool = flag(

@@ -104,7 +104,7 @@ class OptimizerConfig:
     adam_beta2: float = flag(0.999, "decay of the mean of squared gradients", at_least=0, below=1, needs=_ADAM)
     adam_eps: float = flag(1e-8, "added to the root of the mean square", above=0, needs=_ADAM)
     sgd_momentum: float = flag(0.9, "momentum", at_least=0, below=1, needs=equals("optimizer", "sgd"))
-    clip_grad: float = flag(1.0, "largest norm of the gradient over all parameters; 0 clips never", at_least=0)
+    clip_grad: float = flag(1.0, "largest norm of the gradient over all parameters; 0 turns clipping off", at_least=0)
     optimizer_cpu_offload: bool = flag(
         False,
         "keep optimizer state in host memory and update weights there (Megatron's hybrid device optimizer)",

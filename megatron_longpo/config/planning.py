@@ -14,7 +14,7 @@ class PlanningConfig:
     """Dry run."""
 
     dry_run: bool = flag(
-        False, "print the peak memory of these flags, measured without GPUs, and leave; needs no data", source="ours"
+        False, "print the peak memory of these flags, measured without GPUs, and exit; needs no data", source="ours"
     )
     num_gpus: int | None = flag(
         None, "ranks of the run", unit="GPUs", at_least=1, needs=_DRY_RUN, default_text="torchrun's", source="ours"

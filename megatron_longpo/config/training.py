@@ -137,25 +137,25 @@ class TrainingConfig:
     )
     eval_iters: int = flag(
         100,
-        "global batches of one evaluation, at most the held-out split; 0 evaluates never",
+        "global batches of one evaluation, at most the held-out split; 0 never evaluates",
         unit="batches",
         at_least=0,
         needs=HELD_OUT,
     )
     skip_train: bool = flag(
         False,
-        "evaluate the held-out documents and leave, without a training step",
+        "evaluate the held-out documents and exit, without a training step",
         needs=(above("eval_iters", 0), HELD_OUT, absent("dry_run")),
     )
     exit_interval: int | None = flag(
-        None, "save and leave at the first step divisible by this", unit="steps", at_least=1, default_text="never"
+        None, "save and exit at the first step divisible by this", unit="steps", at_least=1, default_text="never"
     )
     exit_duration_in_mins: float | None = flag(
-        None, "save and leave after this long", unit="minutes", above=0, default_text="never"
+        None, "save and exit after this long", unit="minutes", above=0, default_text="never"
     )
     exit_signal_handler: bool = flag(
         False,
-        "save and leave with code 0 on SIGTERM, after the step that runs; torchrun kills 30 s after it passed SIGTERM "
+        "save and exit with code 0 on SIGTERM, after the current step; torchrun kills 30 s after it passed SIGTERM "
         "on, or after its --shutdown-timeout",
     )
     max_skipped_steps: int = flag(

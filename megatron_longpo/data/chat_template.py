@@ -12,6 +12,9 @@ import jinja2.sandbox
 TEMPLATE_DATE = "26 Jul 2024"
 """The date for templates that print one: rendering a dataset again must give the same tokens."""
 
+NO_TEMPLATE = "{{ raise_exception('the tokenizer was loaded without one') }}"
+"""Stands for the template where tokens are only counted, and a tokenizer that has none will do."""
+
 
 def read_template(chat_template: str | None) -> str | None:
     """The template of ``--chat-template``: a file's content, or the argument itself if it is a template.

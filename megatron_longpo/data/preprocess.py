@@ -110,7 +110,7 @@ def _describe_source(file: Path) -> dict[str, Any]:
         "file": str(file),
         "bytes": file.stat().st_size,
         "hash": digest.hexdigest(),
-        "rows": None if file.suffix in (*TABLE_SUFFIXES, ".gz") else num_lines + (last != b"\n"),
+        "rows": None if file.suffix in (*TABLE_SUFFIXES, ".json", ".gz") else num_lines + (last != b"\n"),
     }
 
 

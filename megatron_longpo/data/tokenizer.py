@@ -207,7 +207,7 @@ class SentencePieceChatTokenizer:
         if template is None:
             raise ValueError(
                 f"--tokenizer-model {path}: a SentencePiece model has no chat template: pass one with --chat-template "
-                "FILE.jinja, or where there is no such flag (tools/generate_pairs.py) give a Hugging Face folder"
+                "FILE.jinja"
             )
         self.template = template
         self.vocab_size = int(self._model.piece_size())
@@ -262,7 +262,8 @@ class SentencePieceChatTokenizer:
     def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
         """As `ChatTokenizer.decode`; control symbols are spelled out."""
         # SentencePiece leaves control symbols out, and the blank before a text behind one: the mirror of `encode`.
-        ids = [int(token) for token in tokens]
+        # A model's vocabulary may be padded; a padding id has no text, as in Hugging Face's tokenizers.
+        ids = [int(token) for token in tokens if int(token) < self.vocab_size]
         symbols = [at for at, token in enumerate(ids) if self._model.is_control(token)]
         parts = []
         for start, end in itertools.pairwise([-1, *symbols, len(ids)]):

@@ -1,4 +1,4 @@
-"""The long documents: JSON lines, tables, `datasets` folders and text files, read one at a time in a fixed order."""
+"""The long documents: JSON, tables, `datasets` folders and text files, read one at a time in a fixed order."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.tokenizer import ChatTokenizer
 from megatron_longpo.generation.chunking import draw_chunks
+from megatron_longpo.generation.model_files import run_tokenizer
 from megatron_longpo.generation.rollout import DocumentPlan
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.pair_formats.counting import count_rows
 from megatron_longpo.pair_formats.fields import kind_of
-from megatron_longpo.pair_formats.raw import GZIP_ERRORS, ROW_SUFFIXES, raw_rows
+from megatron_longpo.pair_formats.raw import GZIP_ERRORS, JSON_SUFFIXES, ROW_SUFFIXES, raw_rows
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".java", ".js", ".ts", ".go", ".rs")
 """What is taken from a folder beside `ROW_SUFFIXES`. A file named itself may end in anything; each is a document
-of plain text."""
+of plain text, but those of `JSON_SUFFIXES`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def corpus_files(patterns: tuple[str, ...]) -> list[Path]:
             if not inside:
                 raise ValueError(
                     f"--documents {match}: the folder holds no document; it may hold {', '.join(ROW_SUFFIXES)} and "
-                    f"{', '.join(_TEXT_SUFFIXES)} files"
+                    f"{', '.join(_TEXT_SUFFIXES)} files; give .json files by a pattern"
                 )
             files |= dict.fromkeys(inside)
     return list(files)
@@ -67,7 +68,7 @@ def _is_document(path: Path) -> bool:
 def count_documents(settings: GenerationSettings) -> int | None:
     """How many documents there are, if that can be told without reading them all."""
     files = corpus_files(settings.documents)
-    with_rows = [path for path in files if path.name.endswith(ROW_SUFFIXES)]
+    with_rows = [path for path in files if path.name.endswith((*ROW_SUFFIXES, *JSON_SUFFIXES))]
     rows = count_rows(with_rows)
     if rows is None:
         return settings.max_documents
@@ -106,7 +107,7 @@ def read_corpus(settings: GenerationSettings) -> Iterator[CorpusDocument]:
 
 def _documents(path: Path, name: str, settings: GenerationSettings) -> Iterator[tuple[str, str, str]]:
     """``(place, id, text)`` of one file's documents; rows without an id are called by ``name`` and line."""
-    if not path.name.endswith(ROW_SUFFIXES):
+    if not path.name.endswith((*ROW_SUFFIXES, *JSON_SUFFIXES)):
         yield str(path), str(path), _read_text(path)
         return
     for where, row in raw_rows(path):
@@ -145,7 +146,7 @@ def _read_text(path: Path) -> str:
 
 def make_planner(settings: GenerationSettings) -> Callable[[CorpusDocument], DocumentPlan]:
     """What a worker does with a document: `plan_document`."""
-    tokenizer = load_tokenizer(settings.tokenizer_path)
+    tokenizer = run_tokenizer(settings)
     return lambda document: plan_document(document, tokenizer, settings)
 
 

@@ -14,13 +14,15 @@ the model in this process, on a GPU or a CPU:
   python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ \\
       --engine transformers --model DIR
 
-a server, or many behind one address:
-  vllm serve DIR --served-model-name NAME --enable-prefix-caching
+a server, with room for whole documents:
+  vllm serve DIR --served-model-name NAME --enable-prefix-caching \\
+      --max-model-len 135168 \\
+      --hf-overrides '{"max_position_embeddings": 135168}'
   python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ \\
       --engine openai --base-url http://127.0.0.1:8000/v1 \\
       --model NAME --tokenizer-model DIR
 
-The same command goes on after an interruption. docs/generation.md has the rest."""
+After an interruption, the same command resumes. docs/generation.md has the rest."""
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(GenerationSettings)}
 
@@ -34,22 +36,22 @@ _GROUPS: dict[str, list[_Flag]] = {
     "input and output": [
         (
             "--documents",
-            "files, folders or quoted patterns: .jsonl, .jsonl.gz, .parquet, `datasets` folders, text files",
+            "files, folders or quoted patterns: .jsonl, .json, .parquet, .arrow, text; the first two also as .gz",
             {"nargs": "+", "required": True, "metavar": "PATH"},
         ),
         ("--output", "folder for pairs.jsonl, report.json and the state", {"required": True, "metavar": "DIR"}),
         ("--text-field", "field or column with the text", {"metavar": "NAME"}),
         ("--id-field", "field or column with the id; where it is missing, file name and line", {"metavar": "NAME"}),
         ("--max-documents", "read only the first N documents (default: all)", _N),
-        ("--seed", "with a document's id decides all that is drawn for it", {"type": int}),
+        ("--seed", "with a document's id, decides everything that is drawn for it", {"type": int}),
     ],
     "engine": [
         ("--engine", "the model in this process, or a server", {"choices": ENGINES, "required": True}),
         ("--model", "folder of the model, or the name under which it is served", {"required": True}),
         (
             "--tokenizer-model",
-            "its tokenizer's folder (default: --model's, with --engine transformers)",
-            {"metavar": "DIR"},
+            "its tokenizer: folder or SentencePiece .model (default: --model, with --engine transformers)",
+            {"metavar": "DIR_OR_MODEL"},
         ),
         ("--model-revision", "recorded in the pairs' provenance", {"metavar": "TEXT"}),
     ],
@@ -70,6 +72,7 @@ _GROUPS: dict[str, list[_Flag]] = {
         ),
     ],
     f"--engine {TRANSFORMERS}": [
+        ("--chat-template", "Jinja chat template (default: the tokenizer's own)", {"metavar": "FILE"}),
         (
             "--long-rotary-base",
             "RoPE base for whole documents (default: the model's)",

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_longpo.files import atomic_writer, check_folder_writable, exclusive_lock, write_json
 from megatron_longpo.generation.corpus import corpus_files, count_documents, read_corpus
+from megatron_longpo.generation.model_files import require_model_files
 from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.report import REPORT, GenerationReport
 from megatron_longpo.generation.rollout import Outcome
@@ -34,7 +35,7 @@ def prepare_output(settings: GenerationSettings) -> None:
 
     Raises:
         ValueError: The folder was started with other flags or documents, holds something else, or cannot be written;
-            a document of a run that starts is unusable.
+            model folder, tokenizer or a document of a run that starts is unusable.
     """
     folder = Path(settings.output)
     if folder.exists() and not folder.is_dir():
@@ -50,6 +51,7 @@ def prepare_output(settings: GenerationSettings) -> None:
         others = [path.name for path in folder.iterdir() if path.name != STATE] if folder.exists() else []
         if others:
             raise ValueError(f"--output {folder} is not empty ({', '.join(sorted(others)[:3])}): give another folder")
+        require_model_files(settings)
         _look_through(settings)
         # Not in the folder itself: to another task that starts now it must look empty.
         check_folder_writable(folder / STATE, "--output")
@@ -62,7 +64,7 @@ def prepare_output(settings: GenerationSettings) -> None:
         if before["settings"].get(name) != value
     ]
     if before["prompt_hash"] != now["prompt_hash"] and not different:
-        different.append("the wording of the prompts changed")
+        different.append("the wording of the prompts, or the chat template, changed")
     if before["documents"] != now["documents"] and not different:
         different.append("the files of --documents were other ones, or had other sizes")
     if different:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_longpo.data.chat_template import read_template
 from megatron_longpo.generation.draw import draw
 from megatron_longpo.generation.settings import GenerationSettings
 
@@ -64,11 +65,13 @@ class PromptWriter:
             braces are plain text.
         num_instructions: Instructions to ask for.
         seed: Of the run.
+        chat_template: Another than the tokenizer's own; it decides the prompts' tokens.
     """
 
     instruction_template: str
     num_instructions: int
     seed: int
+    chat_template: str | None = None
 
     def pool_request(self, chunk: str, document_id: str, chunk_number: int) -> str:
         """The request for a pool of instructions about a chunk."""
@@ -84,7 +87,9 @@ class PromptWriter:
     @property
     def hash(self) -> str:
         """SHA-256 of everything that the wording of prompts depends on, besides the documents."""
-        everything = repr((self.instruction_template, self.num_instructions, FOCUSES, PHRASES))
+        wording: tuple[object, ...] = (self.instruction_template, self.num_instructions, FOCUSES, PHRASES)
+        # Not in the hash without one: runs that began before there was such a flag go on.
+        everything = repr(wording if self.chat_template is None else (*wording, self.chat_template))
         return hashlib.sha256(everything.encode()).hexdigest()
 
 
@@ -109,4 +114,5 @@ def read_instruction_template(path: str | None) -> str:
 def prompt_writer(settings: GenerationSettings) -> PromptWriter:
     """The wording of a run."""
     template = read_instruction_template(settings.instruction_template)
-    return PromptWriter(template, settings.instructions_per_chunk, settings.seed)
+    chat_template = read_template(settings.chat_template)
+    return PromptWriter(template, settings.instructions_per_chunk, settings.seed, chat_template)

@@ -35,7 +35,7 @@ _ASKING_A_SERVER = (
 )
 OF_ENGINE = {
     OPENAI: _ASKING_A_SERVER,
-    TRANSFORMERS: ("long_rotary_base", "dtype", "device", "batch_size", "prefill_tokens"),
+    TRANSFORMERS: ("chat_template", "long_rotary_base", "dtype", "device", "batch_size", "prefill_tokens"),
 }
 """Fields that only one engine uses."""
 
@@ -55,6 +55,7 @@ class GenerationSettings:
         engine: ``--engine``: ``transformers`` runs the model in this process, ``openai`` asks a server.
         model: ``--model``: a Hugging Face folder, or the name that the server knows the model by.
         tokenizer_model: ``--tokenizer-model``: counts tokens; the embedded engine's default is the model's folder.
+        chat_template: ``--chat-template``: Jinja file for the embedded engine; None uses the tokenizer's own.
         model_revision: ``--model-revision``: recorded in the provenance, never interpreted.
         text_field, id_field: ``--text-field``, ``--id-field``: columns of tables and keys of JSON lines.
         max_documents: ``--max-documents``: read only so many; None reads all.
@@ -91,6 +92,7 @@ class GenerationSettings:
     engine: str
     model: str
     tokenizer_model: str | None = None
+    chat_template: str | None = None
     model_revision: str | None = None
     text_field: str = "text"
     id_field: str = "id"
@@ -133,11 +135,6 @@ class GenerationSettings:
         unknown = [name for name in self.filters if name not in FILTERS]
         if unknown:
             raise ValueError(f"--filters {' '.join(unknown)}: unknown; choose among {', '.join(FILTERS)}, or give none")
-
-    @property
-    def tokenizer_path(self) -> str:
-        """The tokenizer that counts tokens."""
-        return self.tokenizer_model or self.model
 
     def content(self) -> dict[str, Any]:
         """The fields that decide the content of the pairs, as JSON values."""
@@ -221,6 +218,8 @@ def refuse_without_effect(engine: str, given: Mapping[str, Any]) -> None:
         silent = ("base_url", "long_base_url", "skip_failed_documents")
         flags = ["--" + name.replace("_", "-") + ("" if name in silent else f" {given[name]}") for name in wrong]
         hint = "leave it out" if len(flags) == 1 else "leave them out"
+        if "chat_template" in wrong:
+            hint += ". The server renders it: give it there (vllm serve … --chat-template FILE)"
         if "long_rotary_base" in wrong:
             hint += (
                 ". A server has one RoPE base for all requests: start a second one with the other base (vllm serve … "

@@ -10,7 +10,6 @@ import asyncio
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,8 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_longpo.data.encoding import SharedPrefixEncoder
-from megatron_longpo.data.tokenizer import load_tokenizer
 from megatron_longpo.generation.engine import Answer, Request
+from megatron_longpo.generation.model_files import model_folder, run_tokenizer
 from megatron_longpo.generation.refusals import refusal
 from megatron_longpo.generation.settings import GenerationSettings
 from megatron_longpo.generation.shared_prefill import Sampling, generate
@@ -84,11 +83,9 @@ class TransformersEngine:
 
     def _load(self) -> None:
         settings = self._settings
-        folder = Path(settings.model)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"--model {folder} is no folder of a Hugging Face model: it has no config.json")
+        folder = model_folder(settings)
         device = _device(settings.device)
-        tokenizer = load_tokenizer(settings.tokenizer_path)
+        tokenizer = run_tokenizer(settings)
         self._tokenizer = tokenizer
         self._encoder = SharedPrefixEncoder(tokenizer)
         try:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Location:
-    """Where a row stands: a file and its line (JSON lines) or row (tables), counted from 1."""
+    """Where a row stands: a file and its line (JSON lines), item (JSON lists) or row (tables), counted from 1."""
 
     file: str
     line: int

@@ -1,11 +1,12 @@
-"""The raw rows of files, before any is understood: JSON lines, or the tables of Hugging Face datasets."""
+"""The raw rows of files, before any is understood: JSON lines, JSON lists, or the tables of Hugging Face datasets."""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from megatron_longpo.pair_formats.fields import kind_of
 TABLE_SUFFIXES = (".parquet", ".arrow")
 ROW_SUFFIXES = (".jsonl", ".jsonl.gz", *TABLE_SUFFIXES)
 """Files with one document a line or row."""
+
+JSON_SUFFIXES = (".json", ".json.gz")
+"""Files with a list of documents, or one a line. Not looked for in folders: there .json files describe others."""
 
 GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 """What reading a damaged or cut .gz file raises."""
@@ -69,7 +73,7 @@ def raw_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
     """The rows of one file, one at a time.
 
     Raises:
-        PairsError: A line is not a JSON object in UTF-8; a table or a packed file cannot be read.
+        PairsError: A line or item is not a JSON object in UTF-8; a table or a packed file cannot be read.
     """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
@@ -77,29 +81,44 @@ def raw_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
         yield from _arrow_rows(file)
     else:
         try:
-            yield from _json_lines(file)
+            yield from _json_rows(file)
         except GZIP_ERRORS as error:
             raise PairsError(str(file), "", f"is not a whole gzip file ({error})", "copy or pack it again") from error
 
 
-def _json_lines(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
-    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            where = Location(str(file), number)
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise PairsError(where, "", f"is not UTF-8 at byte {error.start}", "save the file as UTF-8") from error
-            except (ValueError, RecursionError) as error:
-                reason = str(error) or type(error).__name__
-                raise PairsError(where, "", f"is not JSON ({reason})", "write one JSON object per line") from error
-            if not isinstance(row, dict):
-                raise PairsError(where, "", f"is {kind_of(row)}, not an object", "write one JSON object per line")
-            yield where, row
+def _json_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:
+    fix = "write one JSON object per line"
+    with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as content:
+        lines = iter(content)
+        first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+        if file.name.endswith(JSON_SUFFIXES):
+            fix += ", or one list of objects"
+            if first.lstrip().startswith(b"["):
+                items = _json(first + content.read(), str(file), fix)
+                yield from ((where, _object(item, where, fix)) for where, item in _placed(file, items))
+                return
+        for where, line in _placed(file, itertools.chain([first], lines)):
+            if line.strip():
+                yield where, _object(_json(line, where, fix), where, fix)
+
+
+def _placed(file: Path, rows: Iterable[Any]) -> Iterator[tuple[Location, Any]]:
+    return ((Location(str(file), number), row) for number, row in enumerate(rows, 1))
+
+
+def _json(content: bytes, where: Location | str, fix: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise PairsError(where, "", f"is not UTF-8 at byte {error.start}", "save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise PairsError(where, "", f"is not JSON ({str(error) or type(error).__name__})", fix) from error
+
+
+def _object(value: Any, where: Location, fix: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise PairsError(where, "", f"is {kind_of(value)}, not an object", fix)
+    return value
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[Location, dict[str, Any]]]:

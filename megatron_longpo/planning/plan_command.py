@@ -96,7 +96,7 @@ def missing_model(arguments: Namespace) -> str | None:
         read_hf_model(folder)
         HFWeights(folder).release()
     except ValueError as error:
-        return f"Before it runs, `hf download NAME --local-dir {folder}` has to put the model there: {error}"
+        return f"First download the model, `hf download NAME --local-dir {folder}`: {error}"
     return None
 
 

@@ -30,7 +30,8 @@ def test_commands_parse(page: str) -> None:
         if "pretrain_longpo.py" in words:
             config = parse_arguments(words[words.index("pretrain_longpo.py") + 1 :])
             nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
-            assert nodes * int(words[words.index("--nproc-per-node") + 1]) == config.parallel.model_parallel_size
+            num_gpus = nodes * int(words[words.index("--nproc-per-node") + 1])
+            assert num_gpus % config.parallel.model_parallel_size == 0
         elif words[1] == "tools/convert_checkpoint.py":
             parser().parse_args(words[2:])
         else:

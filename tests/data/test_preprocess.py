@@ -90,6 +90,14 @@ def test_rows_of_packed_files_are_not_counted_from_outside(options: PreprocessOp
     assert manifest.num_documents == 6 and manifest.source[0]["rows"] is None
 
 
+def test_a_json_file_with_a_list_gives_the_same_tokens(options: PreprocessOptions, pairs_file: Path) -> None:
+    expected = preprocess(options, progress=False).dataset_hash
+    listed = pairs_file.with_suffix(".json")
+    listed.write_text(json.dumps([json.loads(line) for line in pairs_file.read_text().splitlines()], indent=1))
+    manifest = preprocess(replace(options, inputs=(str(listed),)), progress=False)
+    assert manifest.dataset_hash == expected and manifest.source[0]["rows"] is None
+
+
 def test_workers_do_not_change_a_byte(options: PreprocessOptions) -> None:
     one = preprocess(options, progress=False)
     several = replace(options, output_prefix=options.output_prefix + "-several", num_workers=2)

@@ -13,7 +13,13 @@ from benchmarks.generation.chat_server import MODEL
 from megatron_longpo.generation.settings import GenerationSettings
 
 # The tokenizers of the data tests serve here too.
-from tests.data.conftest import huggingface_folder, huggingface_tokenizer, text  # noqa: F401
+from tests.data.conftest import (  # noqa: F401
+    huggingface_folder,
+    huggingface_tokenizer,
+    inst_template_file,
+    sentencepiece_file,
+    text,
+)
 
 NUM_DOCUMENTS = 12
 DOCUMENT_CHARS = 6000

@@ -34,6 +34,11 @@ EMBEDDED = ["--engine", "transformers", "--model", "m"]
             [*EMBEDDED, "--base-url", "http://me:secret@h/v1"],
             "--base-url has no effect with --engine transformers, only with --engine openai: leave it out",
         ),
+        (
+            [*OPENAI, "--chat-template", "chat.jinja"],
+            "--chat-template chat.jinja has no effect with --engine openai, only with --engine transformers: leave it "
+            "out. The server renders it: give it there (vllm serve … --chat-template FILE)",
+        ),
         ([*EMBEDDED, "--max-repetition", "0.4", "--filters", "length"], "--max-repetition 0.4 has no effect without"),
         (
             [*EMBEDDED, "--min-chunk-tokens", "9", "--max-chunk-tokens", "8"],
@@ -92,13 +97,14 @@ def test_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_without_the_extra(
+    tmp_path: Path, huggingface_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     documents = tmp_path / "documents.jsonl"
     documents.write_text('{"text": "words"}\n')
     monkeypatch.setitem(sys.modules, "aiohttp", None)  # what Python does with a package that is not there
     monkeypatch.delitem(sys.modules, "megatron_longpo.generation.http_engine", raising=False)
-    tokenizer = tmp_path / "none"
-    flags = ["--documents", str(documents), "--output", str(tmp_path / "out"), *OPENAI[:-1], str(tokenizer)]
+    flags = ["--documents", str(documents), "--output", str(tmp_path / "out"), *OPENAI[:-1], str(huggingface_folder)]
     monkeypatch.setattr("megatron_longpo.generation.runner.make_planner", lambda settings: None)
     assert main([*flags, "--no-progress"]) == 1
     assert "pip install 'megatron_longpo[generate]'" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from megatron_longpo.data.tokenizer import ChatTokenizer
-from megatron_longpo.generation.corpus import CorpusDocument, count_documents, plan_document, read_corpus
+from megatron_longpo.generation.corpus import CorpusDocument, count_documents, make_planner, plan_document, read_corpus
 from tests.generation.conftest import Settings
 
 ROWS = [{"id": "a", "text": "first"}, {"id": "b", "text": "second"}]
@@ -42,6 +42,28 @@ def test_json_lines_tables_and_datasets_folders(settings: Settings, tmp_path: Pa
     assert read(settings, tmp_path / "table.parquet") == expected
     table.save_to_disk(tmp_path / "folder")
     assert read(settings, tmp_path / "folder") == expected
+
+
+def test_json_files_hold_a_list_or_a_document_a_line(settings: Settings, tmp_path: Path) -> None:
+    expected = [("a", "first"), ("b", "second")]
+    lines = write_jsonl(tmp_path / "lines.json", ROWS)
+    assert read(settings, lines) == expected
+    (tmp_path / "list.json").write_text("\ufeff" + json.dumps(ROWS, indent=1))
+    assert read(settings, tmp_path / "list.json") == expected
+    (tmp_path / "list.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    assert read(settings, tmp_path / "*.json.gz") == expected
+    (tmp_path / "object.json").write_text(json.dumps(ROWS[0], indent=1))
+    with pytest.raises(
+        ValueError, match=r"object.json:1: is not JSON \(.*\); write one JSON object per line, or one list"
+    ):
+        read(settings, tmp_path / "object.json")
+    (tmp_path / "texts.json").write_text('[{"text": "x"}, "y"]')
+    with pytest.raises(ValueError, match=r"texts.json:2: is a string, not an object; write one JSON object per line"):
+        read(settings, tmp_path / "texts.json")
+    (tmp_path / "about").mkdir()
+    lines.rename(tmp_path / "about" / "dataset_info.json")
+    with pytest.raises(ValueError, match=r"about: the folder holds no document"):
+        read(settings, tmp_path / "about")
 
 
 def test_text_files_are_documents_of_their_own(settings: Settings, tmp_path: Path) -> None:
@@ -139,3 +161,8 @@ def test_chunks_measure_in_the_models_tokens(
             assert chosen.min_chunk_tokens <= chunk.num_tokens <= chosen.max_chunk_tokens
             alone = len(huggingface_tokenizer.encode(document.text[slice(*chunk.span)])[0])
             assert abs(alone - chunk.num_tokens) <= 12  # blanks trimmed, tokens at the edges
+
+
+def test_for_a_server_the_tokenizer_counts_and_needs_no_template(settings: Settings, sentencepiece_file: Path) -> None:
+    plan = make_planner(settings(tokenizer_model=str(sentencepiece_file)))(CorpusDocument(0, "d", "many words " * 500))
+    assert plan.num_tokens > 300 and not plan.dropped

@@ -73,6 +73,45 @@ def test_answers_are_those_of_transformers(settings: Settings, model_folder: Pat
         assert answer.cut_off == (2 not in new)
 
 
+def test_a_template_for_tokenizers_that_have_none(
+    settings: Settings, model_folder: Path, sentencepiece_file: Path, inst_template_file: Path, tmp_path: Path
+) -> None:
+    prompt = "Name the first word of the text."
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder, bare, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    for path in (bare, sentencepiece_file):
+        changes = {"tokenizer_model": str(path), "output": str(tmp_path / f"pairs-{path.name}")}
+        with pytest.raises(ValueError, match=r"chat template: pass one with --chat-template FILE.jinja"):
+            prepare_output(embedded(settings, model_folder, **changes))
+        chosen = embedded(settings, model_folder, chat_template=str(inst_template_file), **changes)
+        prepare_output(chosen)
+        (answer,) = asyncio.run(answers(chosen, [Request(prompt, 8)]))
+        tokenizer = load_tokenizer(path, chat_template=str(inst_template_file))
+        text = tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        assert "[INST]" in text and answer.num_prompt_tokens == len(tokenizer.encode(text)[0])
+
+
+def test_going_on_with_another_template_is_refused(
+    settings: Settings, model_folder: Path, inst_template_file: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(inst_template_file.read_text())
+    chosen = embedded(settings, model_folder, chat_template=str(template))
+    prepare_output(chosen)
+    prepare_output(chosen)
+    with pytest.raises(ValueError, match=r"--chat-template was '.*chat.jinja', now None"):
+        prepare_output(embedded(settings, model_folder))
+    template.write_text("{% set new = 1 %}" + inst_template_file.read_text())
+    with pytest.raises(ValueError, match="the wording of the prompts, or the chat template, changed"):
+        prepare_output(chosen)
+
+
+def test_a_run_that_cannot_start_leaves_its_folder_free(settings: Settings, model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--model .* is no folder of a Hugging Face model: it has no config.json"):
+        prepare_output(embedded(settings, tmp_path / "none"))
+    prepare_output(embedded(settings, model_folder))
+
+
 def test_another_rope_base_for_whole_documents_only(settings: Settings, model_folder: Path) -> None:
     prompt = "Say something about " + "the long and winding road " * 20
     requests = [[Request(prompt, 8)], [Request(prompt, 8, whole_document=True)]]

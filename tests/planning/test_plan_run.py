@@ -49,10 +49,7 @@ def test_the_plan_ends_in_a_command_that_the_trainer_takes(
     assert "\nnote: a token attends to the last 256 tokens of its --seq-length 1024 (--window-size 255,0)" in shown
     for text in ("tokens/s/GPU", "MFU %", "peak GiB", "attention workspace", "fits in h100-80gb", "9 documents: "):
         assert text in shown
-    assert (
-        f"\nBefore it runs, `hf download NAME --local-dir {model}` has to put the model there: {model} holds no"
-        in shown
-    )
+    assert f"\nFirst download the model, `hf download NAME --local-dir {model}`: {model} holds no" in shown
     config = with_initial_model(parse_arguments(words_of("torchrun" + shown.partition("torchrun")[2])))
     validate(config, 2)
     assert config.data.seq_length == 1024 and config.training.bf16 and config.model.hidden_size == 128
@@ -166,11 +163,14 @@ def test_what_cannot_be_planned_is_refused_with_what_can(
     [
         ("--num-gpus 0 --gpu h100-80gb", "--num-gpus: 0 must be a whole number of at least 1"),
         ("--num-gpus 2 --gpu h100-80gb --seq-length 128K", "--seq-length: 128K must be a whole number: 131072"),
-        ("--num-gpus 2 --gpu h100-80gb --link-gbs -1", "--link-gbs: -1 must be a number of at least 0"),
-        ("--num-gpus 2 --gpu h100-80gb --rotary-base 1e7x", "--rotary-base: 1e7x must be a number of at least 0"),
+        ("--num-gpus 2 --gpu h100-80gb --link-gbs -1", "--link-gbs: '-1' must be a finite number greater than 0"),
+        (
+            "--num-gpus 2 --gpu h100-80gb --rotary-base 1e7x",
+            "--rotary-base: '1e7x' must be a finite number of at least 0",
+        ),
         ("--num-gpus 2 --gpu h100-80gb --window-size 4095", "--window-size: '4095' must be full, or the tokens before"),
-        ("--num-gpus 2 --gpu h100-80gb --rotary-base 0", "--rotary-base: 0 must be greater than 1"),
-        ("--num-gpus 2 --gpu h100-80gb --link-gbs 0", "--link-gbs: 0 must be greater than 0"),
+        ("--num-gpus 2 --gpu h100-80gb --rotary-base 0", "--rotary-base: '0' must be greater than 1"),
+        ("--num-gpus 2 --gpu h100-80gb --link-gbs 0", "--link-gbs: '0' must be a finite number greater than 0"),
     ],
 )
 def test_numbers_that_are_none_are_said_to_be(
