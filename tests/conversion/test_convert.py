@@ -147,6 +147,12 @@ def test_a_window_stays_unless_it_is_dropped(tmp_path: Path) -> None:
     assert saved.model.window_size == Window(4095, 0)
     # The reference model is the one before training, with its own window.
     assert saved.objective.reference_window_size == Window(15, 0)
+    # transformers believes layer_types, where it is, before sliding_window.
+    layers = {"layer_types": ["sliding_attention"] * 4}
+    before = config_of(hf)
+    (hf / "config.json").write_text(json.dumps(before | layers))
+    assert exported() == before | layers
+    assert exported(window_size=Window()) == before | {"sliding_window": None}
 
 
 def test_a_window_that_the_architecture_cannot_say_is_refused(llama: Path, tmp_path: Path) -> None:
