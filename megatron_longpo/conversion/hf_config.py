@@ -134,7 +134,14 @@ def _window(path: Path, family: Family, config: Any) -> int | None:
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"{path}: sliding_window {window!r} must be null or a number of tokens")
     if family.sliding_window:
-        return window
+        # transformers takes a Mistral with layer_types for a Ministral, whose layers alternate.
+        if len(layers) > 1:
+            raise ValueError(
+                f"{path}: layer_types gives some layers a window of {window} tokens and others none, and windows of "
+                "some layers only are not supported: remove layer_types and set sliding_window to null to train with "
+                "full attention"
+            )
+        return None if layers == {"full_attention"} else window
     used = getattr(config, "use_sliding_window", False) and (not layers or "sliding_attention" in layers)
     if window is not None and used:
         raise ValueError(

@@ -73,6 +73,7 @@ def exported_config(template: HFModel, model: ModelConfig, dtype: torch.dtype) -
     if model.window_size != template.model.window_size:
         template.family.refuse_window(model)
         config["sliding_window"] = model.window_size.num_tokens
+        config.pop("layer_types", None)  # they would still say the old one, and transformers believes them
     return config
 
 

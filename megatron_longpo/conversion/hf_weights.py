@@ -165,4 +165,5 @@ def _open_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors by name")
     if wrong := [f"{name} ({type(value).__name__})" for name, value in content.items() if not torch.is_tensor(value)]:
         raise ValueError(f"{path} is not a dictionary of tensors alone: it has {listed(wrong)}")
-    return content
+    # Some programs save parameters, and what is read of one would want a gradient.
+    return {name: value.detach() for name, value in content.items()}

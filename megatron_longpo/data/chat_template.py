@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
@@ -14,6 +15,24 @@ TEMPLATE_DATE = "26 Jul 2024"
 
 NO_TEMPLATE = "{{ raise_exception('the tokenizer was loaded without one') }}"
 """Stands for the template where tokens are only counted, and a tokenizer that has none will do."""
+
+
+def strftime_now(pattern: str) -> str:
+    """The same date for templates that ask for today's (Mistral Small), in the form that they want."""
+    return datetime(2024, 7, 26).strftime(pattern)
+
+
+def with_fixed_date(template: str) -> str:
+    """The template for transformers' engine, whose own ``strftime_now`` gives today's date.
+
+    The engine takes data but no functions from its caller, so a macro in front of the template takes the name. The line
+    break behind it is no output: chat templates are rendered with ``trim_blocks``.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = [f"%{letter}" for letter in "aAbBdHIjmMpSyY"] + ["%-d", "%-m"]
+    replaced = "".join(f"|replace('{code}','{strftime_now(code)}')" for code in codes)
+    return f"{{% macro strftime_now(pattern) %}}{{{{ pattern{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
 def read_template(chat_template: str | None) -> str | None:
@@ -47,6 +66,7 @@ def compile_template(template: str) -> Callable[..., str]:
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     try:
         return environment.from_string(template).render
     except jinja2.TemplateSyntaxError as error:

@@ -13,8 +13,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_longpo.data.chat_template import TEMPLATE_DATE, compile_template, read_template, template_errors
+from megatron_longpo.data.chat_template import (
+    TEMPLATE_DATE,
+    compile_template,
+    read_template,
+    template_errors,
+    with_fixed_date,
+)
 from megatron_longpo.data.document import Tokens
+from megatron_longpo.data.stored_tokenizer import stored_backend
 
 HUGGING_FACE = "HuggingFaceTokenizer"
 SENTENCE_PIECE = "SentencePieceTokenizer"
@@ -132,13 +139,15 @@ class HuggingFaceChatTokenizer:
             )
         self.path = str(path)
         self.template = template or self._own_template()
-        self._backend = self._tokenizer.backend_tokenizer
+        self._dated_template = with_fixed_date(self.template)
+        self._backend = stored_backend(self._tokenizer, path)
         # tokenizer.json may carry both; a cut document or a padded one would be silently wrong here.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.vocab_size = len(self._tokenizer)
-        self.eos_id = _first_id(self._tokenizer.eos_token_id)
-        self.pad_id = _first_id(self._tokenizer.pad_token_id, self.eos_id)
+        self.vocab_size = int(self._backend.get_vocab_size())
+        eos, pad = self._tokenizer.eos_token, self._tokenizer.pad_token
+        self.eos_id = _first_id(self._backend.token_to_id(eos) if eos else None)
+        self.pad_id = _first_id(self._backend.token_to_id(pad) if pad else None, self.eos_id)
         self.symbol_ids = frozenset(self._backend.get_added_tokens_decoder())
 
     def _own_template(self) -> str:
@@ -168,7 +177,7 @@ class HuggingFaceChatTokenizer:
             return str(
                 self._tokenizer.apply_chat_template(
                     list(messages),
-                    chat_template=self.template,
+                    chat_template=self._dated_template,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                     date_string=TEMPLATE_DATE,
@@ -215,11 +224,8 @@ class SentencePieceChatTokenizer:
         self.pad_id = _first_id(self._model.pad_id(), self.eos_id)
         self._symbols = {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self._model.is_control(i)}
         self.symbol_ids = frozenset(self._symbols.values())
-        names = {
-            "bos_token": self._model.bos_id(),
-            "eos_token": self._model.eos_id(),
-            "pad_token": self._model.pad_id(),
-        }
+        model = self._model
+        names = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "pad_token": model.pad_id()}
         self._variables = {name: self._model.id_to_piece(i) for name, i in names.items() if i >= 0}
         alternatives = sorted(self._symbols, key=len, reverse=True)
         self._splitter = re.compile("|".join(map(re.escape, alternatives))) if alternatives else None
@@ -243,6 +249,8 @@ class SentencePieceChatTokenizer:
                     messages=[dict(message) for message in messages],
                     add_generation_prompt=add_generation_prompt,
                     date_string=TEMPLATE_DATE,
+                    tools=None,  # transformers gives them too, and templates ask whether they are none
+                    documents=None,
                     **self._variables,
                 )
             )

@@ -46,6 +46,16 @@ def test_bits_that_are_no_numbers_survive(tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "hf", tmp_path / "back")
 
 
+def test_a_pickled_file_may_hold_parameters(tmp_path: Path) -> None:
+    """``state_dict`` detaches its tensors, but not every program saves that."""
+    model = save_random_model(tmp_path / "hf", "qwen3")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    torch.save(dict(model.named_parameters()), tmp_path / "hf" / "pytorch_model.bin")
+    to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "back")
+    assert_same_weights(tmp_path, tmp_path / "back")
+
+
 def test_the_checkpoint_records_the_models_flags(tmp_path: Path) -> None:
     save_random_model(tmp_path / "hf", "llama3.1")
     to_megatron(tmp_path / "hf", tmp_path / "megatron", rotary_base=1e7, max_position_embeddings=131072)
@@ -147,6 +157,12 @@ def test_a_window_stays_unless_it_is_dropped(tmp_path: Path) -> None:
     assert saved.model.window_size == Window(4095, 0)
     # The reference model is the one before training, with its own window.
     assert saved.objective.reference_window_size == Window(15, 0)
+    # transformers believes layer_types, where it is, before sliding_window.
+    layers = {"layer_types": ["sliding_attention"] * 4}
+    before = config_of(hf)
+    (hf / "config.json").write_text(json.dumps(before | layers))
+    assert exported() == before | layers
+    assert exported(window_size=Window()) == before | {"sliding_window": None}
 
 
 def test_a_window_that_the_architecture_cannot_say_is_refused(llama: Path, tmp_path: Path) -> None:

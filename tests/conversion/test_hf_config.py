@@ -147,6 +147,8 @@ def test_a_window_counts_the_token_itself_in_transformers_and_not_in_megatron(tm
     assert read(tmp_path, MISTRAL_7B | {"sliding_window": 1}).window_size == Window(0, 0)
     left_out = {name: value for name, value in MISTRAL_7B.items() if name != "sliding_window"}
     assert read(tmp_path, left_out).window_size == Window(4095, 0), "what MistralConfig makes of it"
+    for kind, window in (("full_attention", Window()), ("sliding_attention", Window(4095, 0))):
+        assert read(tmp_path, MISTRAL_7B | {"sliding_window": 4096, "layer_types": [kind] * 32}).window_size == window
 
 
 def test_unused_windows_are_none(tmp_path: Path) -> None:
@@ -174,6 +176,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "qwen layer types": (
         QWEN3 | {"sliding_window": 4096, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 28},
         r"windows of some layers only are not supported",
+    ),
+    "ministral layer types": (
+        MISTRAL_7B | {"sliding_window": 32768, "layer_types": ["full_attention", *["sliding_attention"] * 3] * 8},
+        r"layer_types gives some layers a window of 32768 tokens and others none.*remove layer_types and set",
     ),
     "other layer types": (QWEN3 | {"layer_types": ["chunked_attention"] * 28}, r"layer_types has chunked_attention"),
     "attention bias": (LLAMA31_8B | {"attention_bias": True}, r"attention_bias is True; only attention_bias False"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec, load_tokenizer
@@ -92,14 +94,55 @@ def test_a_template_that_refuses_is_an_error(huggingface_folder: Path, sentencep
             tokenizer.render(system)
 
 
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}",
+            "26 Jul 2024",
+        ),
+        # Mistral Small's manner; the blanks and line breaks around the first block stay what they are to Jinja.
+        ("\n\n  {% set today = strftime_now('%Y-%m-%d') %}\n\n{{ today }}", "\n\n\n2024-07-26"),
+        ("{{ strftime_now('%A, %B %-d, %Y, %I:%M %p') }}", "Friday, July 26, 2024, 12:00 AM"),
+    ],
+)
 def test_a_template_that_prints_the_date_renders_the_same_every_day(
-    sentencepiece_file: Path, huggingface_folder: Path
+    sentencepiece_file: Path, huggingface_folder: Path, template: str, rendered: str
 ) -> None:
-    template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
-    )
     for path in (sentencepiece_file, huggingface_folder):
-        assert load_tokenizer(path, chat_template=template).render(CHAT) == "26 Jul 2024"
+        tokenizer = load_tokenizer(path, chat_template=template)
+        assert tokenizer.render(CHAT) == rendered
+        assert tokenizer.template == template
+
+
+def test_there_are_no_tools(sentencepiece_file: Path, huggingface_folder: Path) -> None:
+    """Mistral's templates list the tools unless they are none, which transformers says of them and of documents."""
+    template = "{% if tools is not none or documents is not none %}[TOOLS]{% endif %}{{ messages[0].content }}"
+    for path in (sentencepiece_file, huggingface_folder):
+        assert load_tokenizer(path, chat_template=template).render(CHAT) == CHAT[0]["content"]
+
+
+def test_tokens_are_those_of_tokenizer_json_whatever_class_the_folder_names(tmp_path: Path, text: str) -> None:
+    """Llama 2's: a normalizer puts a blank before every text, and "legacy": false makes transformers forget it."""
+    stored = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    stored.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    stored.train_from_iterator(text[:50_000].splitlines(), trainer)
+    stored.pre_tokenizer = None
+    stored.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    stored.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "chat_template": INST_TEMPLATE}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    tokenizer = load_tokenizer(tmp_path)
+    rendered = tokenizer.render(CHAT)
+    assert rendered.startswith("<s>[INST] Where")
+    ids, starts, ends = tokenizer.encode(rendered)
+    assert ids.tolist() == stored.encode(rendered, add_special_tokens=False).ids
+    assert [stored.id_to_token(int(token)) for token in ids[:3]] == ["<s>", "▁", "["]
+    assert (starts[2], ends[2]) == (3, 4)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (2, 300)
 
 
 def test_hashes_tell_tokenizers_and_templates_apart(
