@@ -54,12 +54,6 @@ class Tile:
         """Rows of the whole row's key and value tensors."""
         return slice(*self.key_span)
 
-    @property
-    def num_pairs(self) -> int:
-        """Query-key pairs that it computes."""
-        queries, keys = (stop - start for start, stop in (self.query_span, self.key_span))
-        return queries * (queries + 1) // 2 if self.causal else queries * keys
-
 
 @dataclass(frozen=True)
 class Plan:
