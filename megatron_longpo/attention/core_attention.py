@@ -11,9 +11,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_longpo.attention.context_parallel import HIERARCHICAL, context_parallel_attention
+from megatron_longpo.attention.context_parallel import context_parallel_attention
 from megatron_longpo.attention.function import follow
 from megatron_longpo.attention.hierarchical import Hierarchy
+from megatron_longpo.config.parallel import HIERARCHICAL
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
@@ -31,7 +32,7 @@ class SharedPrefixAttention(MegatronModule):
         attention_type: Unused: self-attention.
         attention_dropout: Must be 0, here and in ``config``.
         softmax_scale: Factor on the scores; ``1 / sqrt(kv_channels)`` if None.
-        cp_comm_type: One of `context_parallel.COMM_TYPES`.
+        cp_comm_type: A value of ``--cp-comm-type``.
         pg_collection: Gives the context-parallel group; Megatron's global one if None.
         backend: The kernel, a value of ``--attention-backend``.
 

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import RunConfig
 
-SWAPS_HEADS = ("a2a", "a2a+p2p")
-"""Values of ``--cp-comm-type`` that exchange heads for tokens."""
-
 
 @dataclass(frozen=True)
 class Repeated:
