@@ -47,7 +47,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         kv_channels=model.kv_channels,
-        num_query_groups=model.num_query_groups if model.group_query_attention else model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,

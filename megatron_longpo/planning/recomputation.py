@@ -50,8 +50,7 @@ def mlp_share(config: RunConfig) -> float:
     """The MLP's share of a layer's matrix products."""
     model = config.model
     mlp = 3 * model.ffn_hidden_size
-    heads = model.num_attention_heads * model.kv_channels
-    return mlp / (mlp + 2 * heads + 2 * model.num_query_groups * model.kv_channels)
+    return mlp / (mlp + 2 * model.query_width + 2 * model.kv_width)
 
 
 def local_layers(config: RunConfig) -> int:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.config import ModelConfig, RunConfig
-from megatron_longpo.model.flops import attention_flops, forward_flops, step_flops
-from megatron_longpo.planning.exchange_time import attention_s, context_parallel_s, kv_width
+from megatron_longpo.config import RunConfig
+from megatron_longpo.model.flops import attention_flops, forward_flops, layer_weights, step_flops
+from megatron_longpo.planning.exchange_time import attention_s, context_parallel_s
 from megatron_longpo.planning.hardware import GPU, MEASURED_LINK_SHARE
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, neighbour_s
 from megatron_longpo.planning.recomputation import Repeated, repeated
@@ -133,12 +133,6 @@ def parameters_of_rank(config: RunConfig) -> float:
     return (layers * layer_weights(model) + vocabulary * (2 if tied_or_first else 1)) / tp
 
 
-def layer_weights(model: ModelConfig) -> float:
-    """Weights of a layer's matrices."""
-    heads = model.num_attention_heads * model.kv_channels
-    return model.hidden_size * (2 * heads + 2 * kv_width(model) + 3 * model.ffn_hidden_size)
-
-
 def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[str, float]:
     model, parallel = config.model, config.parallel
     ranks = parallel.tensor_model_parallel_size * parallel.context_parallel_size
@@ -173,7 +167,7 @@ def _element_wise_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) ->
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
-    query, key = model.num_attention_heads * model.kv_channels, kv_width(model)
+    query, key = model.query_width, model.kv_width
     hidden = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     laid_out = 10 * hidden + (2 * (query + 2 * key) + 2 * query) / tp
     rotated = 2 * (query + key) / tp
