@@ -16,7 +16,6 @@ from megatron_longpo.planning.saved import (
     offloaded_share,
     whole_layer_bytes,
 )
-from megatron_longpo.planning.step_time import num_virtual
 from megatron_longpo.planning.workload import Work
 
 LAYERS_ON_THE_WAY = 2
@@ -85,8 +84,8 @@ def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> tuple
 def _rows_under_way(config: RunConfig, num_gpus: int, last: bool) -> float:
     """Micro-batches whose activations a stage holds, in units of all its layers (arXiv 2104.04473, section 2.2)."""
     stages, micro_batches = config.parallel.pipeline_model_parallel_size, config.num_microbatches(num_gpus)
-    virtual = num_virtual(config)
-    if virtual == 1:
+    virtual = config.num_virtual_stages
+    if virtual is None:
         return 1 if last else min(stages, micro_batches)
     warm_up = (virtual - 1) * stages + (0 if last else 2 * (stages - 1)) + 1
     return min(warm_up, virtual * micro_batches) / virtual

@@ -36,7 +36,7 @@ def repeated(config: RunConfig) -> Repeated:
     if training.recompute_granularity == "full":
         share = 1.0
         if training.recompute_method == "block":
-            share = (training.recompute_num_layers or 0) / local_layers(config)
+            share = (training.recompute_num_layers or 0) / config.layers_per_chunk
         attention = 0.0 if training.recompute_keep_attention else share
         return Repeated(share, share + pieces, attention, share, 2 * share + in_pieces)
     if training.recompute_granularity == "selective":
@@ -51,9 +51,3 @@ def mlp_share(config: RunConfig) -> float:
     model = config.model
     mlp = 3 * model.ffn_hidden_size
     return mlp / (mlp + 2 * model.query_width + 2 * model.kv_width)
-
-
-def local_layers(config: RunConfig) -> int:
-    """Layers of one (virtual) pipeline stage."""
-    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
-    return config.parallel.num_layers_per_virtual_pipeline_stage or layers

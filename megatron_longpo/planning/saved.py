@@ -10,7 +10,7 @@ made again (`model.remade`). The same counting as in arXiv 2205.05198, section 4
 from __future__ import annotations
 
 from megatron_longpo.config import RunConfig
-from megatron_longpo.planning.recomputation import local_layers, repeated
+from megatron_longpo.planning.recomputation import repeated
 from megatron_longpo.planning.workload import Work
 
 
@@ -47,7 +47,7 @@ def kept_bytes(config: RunConfig, work: Work) -> float:
 
 def offloaded_share(config: RunConfig) -> float:
     """Share of the layers whose saved tensors wait on the host."""
-    return config.training.cpu_offloading_num_layers / local_layers(config)
+    return config.training.cpu_offloading_num_layers / config.layers_per_chunk
 
 
 def local_tokens(config: RunConfig, work: Work) -> float:

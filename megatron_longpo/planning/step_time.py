@@ -91,7 +91,6 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in
     gpu = gpu.of_run(num_gpus)
     parallel, training = config.parallel, config.training
     stages = parallel.pipeline_model_parallel_size
-    virtual = num_virtual(config)
     micro_batches = config.num_microbatches(num_gpus)
     again = repeated(config)
     compute = _compute(config, work, gpu, again)
@@ -104,7 +103,7 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in
         "pipeline transfers": _pipeline_s(config, num_gpus, work, gpu),
     }
     parts = {name: micro_batches * seconds for name, seconds in one.items()}
-    parts["pipeline bubble"] = (stages - 1) / virtual * sum(one.values())
+    parts["pipeline bubble"] = (stages - 1) / (config.num_virtual_stages or 1) * sum(one.values())
     parts |= _once_per_step(config, num_gpus, gpu)
     documents = training.global_batch_size
     rows = documents // training.micro_batch_size
@@ -116,12 +115,6 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in
         num_gpus,
         gpu.peak_tflops,
     )
-
-
-def num_virtual(config: RunConfig) -> int:
-    """Model chunks of one pipeline rank."""
-    per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size // per_stage if per_stage else 1
 
 
 def parameters_of_rank(config: RunConfig) -> float:
