@@ -11,7 +11,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -40,9 +39,7 @@ class TransformersEngine:
         await asyncio.to_thread(self._load)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._model = None
 
     async def make_request(self, payload: dict[str, Any]) -> dict[str, Any]:
