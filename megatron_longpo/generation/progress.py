@@ -9,6 +9,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from megatron_longpo.generation.corpus import count_documents
+from megatron_longpo.generation.report import in_words
 from megatron_longpo.generation.rollout import Outcome
 from megatron_longpo.generation.settings import GenerationSettings
 
@@ -67,7 +68,7 @@ class Progress:
         shown = {"pairs": f"{self._pairs:,}", "tokens/s": f"{per_second:,.0f}"}
         if self._dropped:
             most = self._dropped.most_common(_MOST_REASONS)
-            reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in most)
+            reasons = ", ".join(f"{count} {in_words(reason)}" for reason, count in most)
             more = ", …" if len(self._dropped) > _MOST_REASONS else ""
             shown["dropped"] = f"{self._dropped.total():,} ({reasons}{more})"
         self._bar.set_postfix(shown, refresh=False)
