@@ -99,7 +99,7 @@ def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
 class SidecarWriterOnRank0:
     """A `SidecarWriter` on rank 0; the other ranks send it what they have."""
 
-    def __init__(self, folder: Any, key: ReferenceKey, num_documents: int) -> None:
+    def __init__(self, folder: Path, key: ReferenceKey, num_documents: int) -> None:
         self.writer = SidecarWriter(folder, key, num_documents) if is_rank_0() else None
         done = [self.writer.finished() if self.writer else None]
         dist.broadcast_object_list(done, src=0)
