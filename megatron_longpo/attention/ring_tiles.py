@@ -64,7 +64,7 @@ def ring_plan(layout: RowLayout, cp_rank: int) -> RingPlan:
         steps.append(Plan(tuple(cut), (), complement(stored_keys, num_keys[step])))
     # Own keys hold at least a query itself, so after step 0 every true query has a result.
     steps[0] = replace(steps[0], unstored_queries=complement(stored, layout.local_tokens))
-    # Every rank takes part in every hop, if only with a token that nobody sees: NCCL asks that of a group's first one.
+    # Every rank takes part in every hop, if only with a token that nobody sees: NCCL requires it in a group's first.
     return RingPlan(tuple(steps), tuple(num_keys), tuple(run.place for run in sent[cp_rank]) or ((0, 1),))
 
 
@@ -129,7 +129,7 @@ def _on_neighbours(tile: Tile, parts: list[Run]) -> Iterator[Tile]:
 
 
 def _of_flipped_square(tile: Tile, parts: list[Run]) -> Iterator[Tile]:
-    """A square in which query i sees the keys from i on: those before a part see all of it, a rectangle."""
+    """A square in which query i sees the keys from i on: queries before a part of the keys see all of it."""
     query_start, key_start = tile.query_span[0], tile.key_span[0]
     for part in parts:
         first = query_start + part.row - key_start

@@ -30,7 +30,7 @@ class Tile:
     """One kernel call: a range of the local queries on a range of the row's keys.
 
     ``query_span`` is where the queries lie in the local query tensor, ``key_span`` the keys in the whole row's tensors.
-    ``causal`` is said of a square; ``flipped`` of a causal one whose queries and keys count backwards in time.
+    Only squares are ``causal``, and only those are ``flipped``: their queries and keys count backwards in time.
     ``queries_first`` says that no earlier tile of the plan has any of these queries, ``keys_first`` the same of its
     keys: such a tile may store its result, where others must merge or add theirs to what is there. ``of_branch`` tells
     a branch's queries from a prefix's, for profiles.

@@ -92,7 +92,7 @@ class Trainer:
         return progress
 
     def _require_reference_weights(self) -> None:
-        """Refuse weights that were trained without a reference model to take themselves for it."""
+        """Refuse to take weights for the reference model that a run without one has trained already."""
         progress, objective = self.progress, self.config.objective.objective
         if progress.iteration > 0 and progress.reference_fingerprint is None:
             raise ValueError(

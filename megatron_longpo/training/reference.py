@@ -73,7 +73,7 @@ def reference_logprobs(
     # A scaled RoPE makes another model of the same weights.
     fingerprint = fingerprint or weights_fingerprint(chunks) + rope_scaling_mark(config.reference_rope)
     key = reference_key(config, dataset, fingerprint)
-    # All ranks must take the same way, also when a file appears while they look.
+    # All ranks must decide alike, even if a file appears while they look.
     found = [(folder / "manifest.json").exists()]
     dist.broadcast_object_list(found, src=0)
     if not found[0]:
