@@ -89,7 +89,6 @@ def through_module(rank: int, comm_type: str, row_number: int) -> tuple[torch.Te
     """bf16 output and gradients of one rank through the Megatron module, whose views are cut from one projection."""
     # Imported here: it takes seconds, and the ranks of the other test do without.
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_longpo.attention.core_attention import SharedPrefixAttention
 
@@ -106,7 +105,7 @@ def through_module(rank: int, comm_type: str, row_number: int) -> tuple[torch.Te
         window_size=(layout.window_tokens - 1, 0) if layout.window_tokens else None,
     )
     groups = SimpleNamespace(cp=dist.group.WORLD)
-    module = SharedPrefixAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    module = SharedPrefixAttention(config, pg_collection=groups)
     mine = layout.local_index(rank)
     fused = torch.cat([x[mine] for x in row], 1).unsqueeze(1).requires_grad_()
     query, key, value = fused.split((HEADS, GROUPS, GROUPS), 2)
