@@ -42,8 +42,8 @@ def draw_growth(summaries: Sequence[Summary], output: Path) -> None:
     main = [s for s in summaries if (s["case"]["turns"], s["case"]["response_tokens"]) == (1, 128)]
     _growth(time, main, "step_s", "Time of a step")
     _growth(memory, main, "peak_gib", "Peak memory of a step")
-    _ratio(faster, summaries, "speedup_vs_", "Times faster", 1.0)
-    _ratio(smaller, summaries, "memory_ratio_vs_", "Share of the rival's peak memory", 1.0)
+    _ratio(faster, summaries, "speedup_vs_", "Times faster")
+    _ratio(smaller, summaries, "memory_ratio_vs_", "Share of the rival's peak memory")
     for axes in (time, memory, faster, smaller):
         _style(axes, sorted({s["case"]["prefix_tokens"] for s in summaries}))
     figure.tight_layout(rect=(0, 0, 1, 0.94), h_pad=2.0, w_pad=2.5)
@@ -70,7 +70,7 @@ def _growth(axes: Axes, summaries: Sequence[Summary], key: str, title: str) -> N
     axes.legend(**_LEGEND)
 
 
-def _ratio(axes: Axes, summaries: Sequence[Summary], key: str, title: str, level: float) -> None:
+def _ratio(axes: Axes, summaries: Sequence[Summary], key: str, title: str) -> None:
     axes.set_title(f"{title}\ncircles: one turn, responses of 128", **_TITLE)
     for name, (label, colour) in _RATIOS.items():
         for shape in ((1, 128), *_MORE):
@@ -90,7 +90,7 @@ def _ratio(axes: Axes, summaries: Sequence[Summary], key: str, title: str, level
                 axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linestyle="none")
     for label, marker in _MORE.values():
         axes.plot([], [], color=MUTED, marker=marker, markersize=5, linestyle="none", label=label)
-    axes.axhline(level, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.axhline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_ylim(bottom=0)
     axes.legend(**_LEGEND)
 

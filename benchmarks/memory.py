@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.live_bytes import LiveBytes
-from benchmarks.step.case import DATASET, StepCase, write_files
+from benchmarks.step.case import DATASET, WEIGHTS, StepCase, write_files
 from benchmarks.step.summary import ROOT
 from megatron_longpo.help_format import HelpFormatter, at_least_1
 
@@ -47,7 +47,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def measure(folder: Path, name: str, case: StepCase) -> dict[str, float]:
     """Loss, peak GiB of activations and seconds of forward and backward pass, in this process."""
     from benchmarks.step.case import ReferenceNumbers
-    from benchmarks.step.trainer import run_config, shared_prefix_batch
+    from benchmarks.step.trainer import LONGPO, run_config, shared_prefix_batch
     from megatron_longpo.data.dataset import PreferenceDataset
     from megatron_longpo.model.remade import Remaking
     from megatron_longpo.training.distributed import initialize, shut_down
@@ -57,7 +57,7 @@ def measure(folder: Path, name: str, case: StepCase) -> dict[str, float]:
     if name == NOTHING_REMADE:
         Remaking.note = lambda *_: None  # type: ignore[method-assign,assignment]
     flags = [flag.format(layers=case.num_layers) for flag in VARIANTS[name]]
-    config = run_config(case, folder, ["--objective=longpo", *flags], 1)
+    config = run_config(case, folder, [*LONGPO, f"--load-hf={folder / WEIGHTS}", *flags], 1)
     initialize(config)
     try:
         trainer = Trainer(config, PreferenceDataset(folder / DATASET))

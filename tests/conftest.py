@@ -1,8 +1,10 @@
-"""Settings of all tests."""
+"""Settings of all tests, and a world of one process for those that build models."""
 
 import os
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # One BLAS thread a process, also without make: two workers, each with up to four ranks, share the cores, and kernels
@@ -16,3 +18,14 @@ settings.load_profile("longpo")
 # A shell that starts pytest in the background lets it ignore Ctrl-C, and every command that the tests start too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def world_of_one() -> Iterator[None]:
+    """Megatron's parallel state for this process alone."""
+    from megatron_longpo.config import RunConfig  # most tests need no Megatron
+    from megatron_longpo.training.distributed import initialize, shut_down
+
+    initialize(RunConfig.from_flat_dict({"use_cpu": True, "distributed_backend": "gloo"}))
+    yield
+    shut_down()

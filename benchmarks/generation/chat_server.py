@@ -26,8 +26,6 @@ from aiohttp import web
 from megatron_longpo.help_format import HelpFormatter, number_at_least_0
 
 MODEL = "words"
-FAULTS = ("429", "500", "503", "cut", "garbage", "hang", "refuse")
-"""Statuses; a connection cut within the body; a body that is not JSON; no reply; a connection closed at once."""
 
 _HANG_S = 30.0
 _WORDS = re.compile(r"[A-Za-z]{3,}")
@@ -40,7 +38,9 @@ class ChatServer:
     Args:
         model: The name that it is served under.
         latency_s: Time that every answer takes.
-        faults: Given to the requests in turn, each prompt's first request only, so that asking again helps.
+        faults: Given to the requests in turn, each prompt's first request only, so that asking again helps: ``429``
+            and other statuses; ``cut``, a connection cut within the body; ``garbage``, a body that is not JSON;
+            ``hang``, no reply; ``refuse``, a connection closed at once.
         fault_every: One request in so many gets a fault.
         context_chars: Longer prompts get the error of a too long context.
         retry_after_s: Sent with 429.

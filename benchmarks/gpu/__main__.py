@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.gpu.processes import RESULT, Measurements, OutOfTime, workers
 from benchmarks.gpu.results import StoredResults
-from benchmarks.gpu.settings import PEAK_TFLOPS, REAL, TINY, Settings
+from benchmarks.gpu.settings import REAL, TINY, Settings
 from benchmarks.step.summary import circumstances
 from benchmarks.suite import DOCS, RESULTS
 from megatron_longpo.help_format import HelpFormatter, number_above_0
@@ -138,10 +138,14 @@ def _tabulate(arguments: argparse.Namespace) -> int:
 
 
 def _peak_tflops(arguments: argparse.Namespace, device: str) -> float:
-    peak = arguments.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in device), None)
-    if peak is None:
+    from benchmarks.gpu.summary import known_gpu
+
+    if arguments.peak_tflops:
+        return float(arguments.peak_tflops)
+    gpu = known_gpu(device)
+    if gpu is None:
         raise ValueError(f"the peak of {device!r} is not known: give --peak-tflops (dense, in the training dtype)")
-    return float(peak)
+    return gpu.peak_tflops
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,9 +6,6 @@ from dataclasses import dataclass, replace
 
 from benchmarks.step.case import StepCase
 
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Dense bf16 of the vendor's data sheets, SXM modules, by a part of the device's name."""
-
 
 @dataclass(frozen=True)
 class Runs:

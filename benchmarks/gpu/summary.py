@@ -47,7 +47,7 @@ def summary(settings: Settings, measured: Measured, peak_tflops: float, device: 
         peak_tflops: Of the device, in the training dtype.
         device: Its name; if the planner knows it, its predictions stand beside the times.
     """
-    gpu = next((gpu for name, gpu in GPUS.items() if name.split("-")[0].upper() in device), None)
+    gpu = known_gpu(device)
     backend = fastest_backend(measured)
     rates = {
         "matmul": measured.get("matmul", {}).get("tflops"),
@@ -72,6 +72,11 @@ def summary(settings: Settings, measured: Measured, peak_tflops: float, device: 
         "rivals": cases,
         "rivals_failed": failed,
     }
+
+
+def known_gpu(device: str) -> GPU | None:
+    """What the planner knows of a device, by the name that CUDA gives it."""
+    return next((gpu for name, gpu in GPUS.items() if name.split("-")[0].upper() in device), None)
 
 
 def _against_rates(

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.step.case import DATASET, ReferenceNumbers, StepCase, write_document
-from benchmarks.step.trainer import LONGPO, shared_prefix_batch
+from benchmarks.step.trainer import LONGPO, run_config, shared_prefix_batch
 from megatron_longpo import platform
-from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import OBJECTIVE_ROLES
@@ -136,7 +135,6 @@ def _prepared(
 
 
 def _config(case: StepCase, more_flags: Sequence[str], folder: Path) -> RunConfig:
-    num_tokens = case.prefix_tokens + case.branch_tokens
     flags = [
         *LONGPO,
         *more_flags,
@@ -144,15 +142,8 @@ def _config(case: StepCase, more_flags: Sequence[str], folder: Path) -> RunConfi
         *(f"--ffn-hidden-size={case.ffn_hidden_size}", f"--num-attention-heads={case.num_attention_heads}"),
         *("--group-query-attention", f"--num-query-groups={case.num_query_groups}", f"--vocab-size={case.vocab_size}"),
         *("--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"),
-        *(f"--seq-length={num_tokens}", f"--max-position-embeddings={num_tokens}", "--rotary-base=1e7"),
-        f"--data-path={folder / DATASET}",
-        *(f"--train-iters={1 + _MOST_STEPS}", "--global-batch-size=1", "--split=100,0", "--num-workers=0"),
-        *("--lr-decay-style=constant", "--lr-warmup-fraction=0", "--progress-bar=off"),
-        *(["--bf16"] if case.bf16 else []),
-        *(["--use-cpu"] if case.device == "cpu" else []),
+        *(f"--max-position-embeddings={case.prefix_tokens + case.branch_tokens}", "--rotary-base=1e7"),
     ]
-    config = parse_arguments(flags)
-    platform.prepare(config.training.use_cpu)
-    config = config.with_device_defaults(*platform.device_defaults())
+    config = run_config(case, folder, flags, 1 + _MOST_STEPS)
     validate(config, 1)
     return config

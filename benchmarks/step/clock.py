@@ -1,13 +1,11 @@
-"""Time and peak memory of the process that asks."""
+"""Times of the steps of the process that asks."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from megatron_longpo import platform
 
@@ -50,14 +48,3 @@ class StepClock:
         self.start()
         yield
         self.stop()
-
-
-def peak_memory_gib() -> float:
-    """Peak memory of this process so far, GiB: allocated on CUDA, the resident set on a CPU."""
-    status = Path("/proc/self/status")
-    if platform.has_cuda() or not status.exists():
-        return platform.peak_memory_gib()
-    # Not from getrusage: that counts the program too that started this process and was replaced by it.
-    kib = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
-    assert kib is not None
-    return int(kib[1]) / 2**20

@@ -42,7 +42,8 @@ class Measurement:
 
 def measure(variant: str, folder: Path, num_steps: int, case: StepCase, tell: Callable[[Any], None]) -> Measurement:
     """Run a variant's steps in this process, which must not have done anything else."""
-    from benchmarks.step.clock import StepClock, peak_memory_gib
+    from benchmarks.step.clock import StepClock
+    from megatron_longpo.platform import peak_memory_gib
 
     module, function = VARIANTS[variant].split(":")
     run = getattr(importlib.import_module(module), function)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
@@ -61,7 +62,7 @@ def _run(
     shared: bool = True,
     full_logits: bool = False,
 ) -> list[float]:
-    config = run_config(case, folder, objective, num_steps)
+    config = run_config(case, folder, [*objective, f"--load-hf={folder / WEIGHTS}"], num_steps)
     dataset = PreferenceDataset(folder / DATASET)
     initialize(config)
     try:
@@ -82,11 +83,10 @@ def _run(
         shut_down()
 
 
-def run_config(case: StepCase, folder: Path, objective: list[str], num_steps: int) -> RunConfig:
-    """The trainer's configuration of a case."""
-    flags = [
-        *objective,
-        f"--load-hf={folder / WEIGHTS}",
+def run_config(case: StepCase, folder: Path, flags: Sequence[str], num_steps: int) -> RunConfig:
+    """The trainer's configuration of a case; the flags give objective and model, and more if wanted."""
+    words = [
+        *flags,
         f"--data-path={folder / DATASET}",
         f"--seq-length={case.prefix_tokens + case.branch_tokens}",
         f"--train-iters={num_steps}",
@@ -99,7 +99,7 @@ def run_config(case: StepCase, folder: Path, objective: list[str], num_steps: in
         *(["--bf16"] if case.bf16 else []),
         *(["--use-cpu"] if case.device == "cpu" else []),
     ]
-    config = with_initial_model(parse_arguments(flags))
+    config = with_initial_model(parse_arguments(words))
     platform.prepare(config.training.use_cpu)
     return config.with_device_defaults(*platform.device_defaults())
 

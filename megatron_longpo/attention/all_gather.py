@@ -48,22 +48,10 @@ def all_gather_attention(
     scale: float,
     backend: str = FLASH,
 ) -> torch.Tensor:
-    """Attention of this rank's queries on the whole row.
+    """Attention for ``--cp-comm-type all_gather``; arguments and result are those of `context_parallel_attention`.
 
     Collectives, per chunk of heads (1 to `MAX_HEAD_CHUNKS`): 1 CP all-gather forward; 1 CP all-gather and 1 CP
     reduce-scatter backward. K and V travel together.
-
-    Args:
-        q: ``[t, N, D]``, in the rank's local order.
-        k: ``[t, G, D]``, likewise.
-        v: ``[t, G, D]``, likewise.
-        layout: The whole row.
-        cp_group: The context-parallel group, of ``layout.cp_size`` ranks.
-        scale: Factor on the scores.
-        backend: The kernel, a value of ``--attention-backend``.
-
-    Returns:
-        ``[t, N, D]``.
 
     Raises:
         ValueError: Shapes do not fit the layout or each other.

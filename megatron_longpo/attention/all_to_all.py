@@ -32,21 +32,9 @@ def all_to_all_attention(
     scale: float,
     backend: str = FLASH,
 ) -> torch.Tensor:
-    """Attention of this rank's queries on the whole row.
+    """Attention for ``--cp-comm-type a2a``; arguments and result are those of `context_parallel_attention`.
 
     Collectives: 2 CP all-to-alls forward, 2 backward. Q, K and V travel together.
-
-    Args:
-        q: ``[t, N, D]``, in the rank's local order.
-        k: ``[t, G, D]``, likewise.
-        v: ``[t, G, D]``, likewise.
-        layout: The whole row.
-        cp_group: The context-parallel group, of ``layout.cp_size`` ranks.
-        scale: Factor on the scores.
-        backend: The kernel, a value of ``--attention-backend``.
-
-    Returns:
-        ``[t, N, D]``.
 
     Raises:
         ValueError: The key/value heads do not divide over the ranks; shapes do not fit the layout or each other.

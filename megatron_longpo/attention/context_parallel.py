@@ -10,12 +10,11 @@ from megatron_longpo.attention.all_to_all import all_to_all_attention
 from megatron_longpo.attention.hierarchical import Hierarchy, hierarchical_attention
 from megatron_longpo.attention.ring import ring_attention
 from megatron_longpo.attention.shared_prefix import shared_prefix_attention
+from megatron_longpo.config.parallel import CP_COMM_TYPES, HIERARCHICAL
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
-HIERARCHICAL = "a2a+p2p"
 _FLAT = {"all_gather": all_gather_attention, "a2a": all_to_all_attention, "p2p": ring_attention}
-COMM_TYPES = (*_FLAT, HIERARCHICAL)
 
 
 def context_parallel_attention(
@@ -40,7 +39,7 @@ def context_parallel_attention(
         v: ``[local_tokens, kv_heads, head_dim]``.
         layout: The whole row.
         cp_group: The context-parallel group; None means a size of 1.
-        comm_type: One of `COMM_TYPES`; of no effect at size 1.
+        comm_type: A value of ``--cp-comm-type``; of no effect at size 1.
         scale: Factor on the scores.
         hierarchy: The two groups of ``a2a+p2p``.
         backend: The kernel, a value of ``--attention-backend``.
@@ -59,8 +58,8 @@ def context_parallel_attention(
         )
     if cp_group is None or cp_size == 1:
         return shared_prefix_attention(q, k, v, layout, scale, backend)
-    if comm_type not in COMM_TYPES:
-        raise ValueError(f"--cp-comm-type {comm_type!r} is not one of {', '.join(COMM_TYPES)}")
+    if comm_type not in CP_COMM_TYPES:
+        raise ValueError(f"--cp-comm-type {comm_type!r} is not one of {', '.join(CP_COMM_TYPES)}")
     if comm_type == HIERARCHICAL:
         if hierarchy is None:
             raise ValueError(f"--cp-comm-type {HIERARCHICAL} needs --hierarchical-context-parallel-sizes")

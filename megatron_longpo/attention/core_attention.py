@@ -11,9 +11,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 
-from megatron_longpo.attention.context_parallel import HIERARCHICAL, context_parallel_attention
+from megatron_longpo.attention.context_parallel import context_parallel_attention
 from megatron_longpo.attention.function import follow
 from megatron_longpo.attention.hierarchical import Hierarchy
+from megatron_longpo.config.parallel import HIERARCHICAL
 from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
@@ -26,14 +27,13 @@ class SharedPrefixAttention(MegatronModule):
 
     Args:
         config: Megatron's configuration; ``window_size`` is read, and ``cp_comm_type`` where the argument is None.
-        layer_number: 1-based; unused.
-        attn_mask_type: Unused: the layout says who sees whom.
-        attention_type: Unused: self-attention.
+        pg_collection: Gives the context-parallel group.
         attention_dropout: Must be 0, here and in ``config``.
         softmax_scale: Factor on the scores; ``1 / sqrt(kv_channels)`` if None.
-        cp_comm_type: One of `context_parallel.COMM_TYPES`.
-        pg_collection: Gives the context-parallel group; Megatron's global one if None.
+        cp_comm_type: A value of ``--cp-comm-type``.
         backend: The kernel, a value of ``--attention-backend``.
+
+    Whatever else Megatron passes is unused, kinds of masks above all: the layout says who sees whom.
 
     Raises:
         ValueError: The configuration asks for something that this attention does not do.
@@ -42,13 +42,11 @@ class SharedPrefixAttention(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
+        *,
+        pg_collection: ProcessGroupCollection,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
         backend: str = FLASH,
         **_: Any,
     ) -> None:
@@ -69,8 +67,6 @@ class SharedPrefixAttention(MegatronModule):
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         self.cp_comm_type = cp_comm_type or config.cp_comm_type or "all_gather"
         self.backend = backend
-        if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group = pg_collection.cp
         self.cp_hierarchy: Hierarchy | None = None
         if self.cp_comm_type == HIERARCHICAL and config.context_parallel_size > 1:

@@ -119,7 +119,7 @@ def follow(row: torch.Tensor, out: torch.Tensor) -> None:
     """Let the backward pass of an attention start that of the attention in front of it.
 
     Args:
-        row: A tensor that all layers get in one forward pass, best in no other: it is by what they know each other.
+        row: A tensor that all layers of a forward pass get, and preferably no other pass: it identifies the pass.
         out: What `RowAttention.__call__` returned for the layer that computes now; other tensors are passed over.
     """
     node: Any = out.grad_fn

@@ -6,7 +6,7 @@ and the ring needs only P steps. The zigzag chunks of A neighbouring ranks are t
 holds is what one rank of a row over P ranks holds.
 """
 
-# t=local tokens N=query heads G=key/value heads D=head_dim A=ranks of the inner group P=ranks of the ring
+# A=ranks of the inner group P=ranks of the ring
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from megatron_longpo.config.training import FLASH
 from megatron_longpo.data.layout import RowLayout
 
 Hierarchy = tuple[dist.ProcessGroup, dist.ProcessGroup]
-"""The group of A neighbouring ranks, and the ring of P ranks with the same place in their groups."""
+"""The group of A neighbouring ranks, and the ring of P ranks with the same place in their groups, as Megatron's
+``get_hierarchical_context_parallel_groups`` makes them."""
 
 
 def hierarchical_attention(
@@ -33,21 +34,9 @@ def hierarchical_attention(
     scale: float,
     backend: str = FLASH,
 ) -> torch.Tensor:
-    """Attention of this rank's queries on the whole row.
+    """Attention for ``--cp-comm-type a2a+p2p``; arguments and result are those of `context_parallel_attention`.
 
     Collectives: 2 all-to-alls in the inner group forward, 2 backward; those of `ring_attention` on P ranks.
-
-    Args:
-        q: ``[t, N, D]``, in the rank's local order.
-        k: ``[t, G, D]``, likewise; G a multiple of A.
-        v: ``[t, G, D]``, likewise.
-        layout: The whole row, over A * P ranks.
-        hierarchy: The two groups of this rank, as Megatron's ``get_hierarchical_context_parallel_groups`` makes them.
-        scale: Factor on the scores.
-        backend: The kernel, a value of ``--attention-backend``.
-
-    Returns:
-        ``[t, N, D]``.
 
     Raises:
         ValueError: The key/value heads do not divide over A; sizes that do not fit each other.

@@ -40,22 +40,10 @@ def ring_attention(
     scale: float,
     backend: str = FLASH,
 ) -> torch.Tensor:
-    """Attention of this rank's queries on the whole row.
+    """Attention for ``--cp-comm-type p2p``; arguments and result are those of `context_parallel_attention`.
 
     Collectives: cp - 1 sends of keys and values to the next rank forward; cp - 1 of these and cp - 1 of their
     gradients, in fp32 at least, backward; each but the last behind the computation of a step.
-
-    Args:
-        q: ``[t, N, D]``, in the rank's local order.
-        k: ``[t, G, D]``, likewise.
-        v: ``[t, G, D]``, likewise.
-        layout: The whole row.
-        cp_group: The context-parallel group, of ``layout.cp_size`` ranks.
-        scale: Factor on the scores.
-        backend: The kernel, a value of ``--attention-backend``.
-
-    Returns:
-        ``[t, N, D]``.
 
     Raises:
         ValueError: Shapes do not fit the layout or each other.

@@ -55,17 +55,16 @@ def ring_plan(layout: RowLayout, cp_rank: int) -> RingPlan:
             num_keys.append(max(1, sum(run.length for run in runs)))
         cut: list[Tile] = []
         for tile in _cut(tiles, runs):
-            queries, keys = (tile.query_start, tile.query_stop), (tile.key_start, tile.key_stop)
-            queries_first = all(disjoint(queries, span) for span in stored)
-            keys_first = all(disjoint(keys, (t.key_start, t.key_stop)) for t in cut)
+            queries_first = all(disjoint(tile.query_span, span) for span in stored)
+            keys_first = all(disjoint(tile.key_span, t.key_span) for t in cut)
             if queries_first:
-                stored.append(queries)
+                stored.append(tile.query_span)
             cut.append(replace(tile, queries_first=queries_first, keys_first=keys_first))
-        stored_keys = [(t.key_start, t.key_stop) for t in cut if t.keys_first]
+        stored_keys = [t.key_span for t in cut if t.keys_first]
         steps.append(Plan(tuple(cut), (), complement(stored_keys, num_keys[step])))
     # Own keys hold at least a query itself, so after step 0 every true query has a result.
     steps[0] = replace(steps[0], unstored_queries=complement(stored, layout.local_tokens))
-    # Every rank takes part in every hop, if only with a token that nobody sees: NCCL asks that of a group's first one.
+    # Every rank takes part in every hop, if only with a token that nobody sees: NCCL requires it in a group's first.
     return RingPlan(tuple(steps), tuple(num_keys), tuple(run.place for run in sent[cp_rank]) or ((0, 1),))
 
 
@@ -111,7 +110,7 @@ def _side_by_side(runs: Iterable[Run]) -> Iterator[Run]:
 def _cut(tiles: Iterable[Tile], runs: list[Run]) -> Iterator[Tile]:
     """The parts of tiles that need the keys of these runs, with keys by their local index."""
     for tile in tiles:
-        parts = [part for run in runs if (part := run.overlap(tile.key_start, tile.key_stop))]
+        parts = [part for run in runs if (part := run.overlap(*tile.key_span))]
         yield from _of_flipped_square(tile, parts) if tile.flipped else _on_neighbours(tile, parts)
 
 
@@ -123,17 +122,17 @@ def _on_neighbours(tile: Tile, parts: list[Run]) -> Iterator[Tile]:
         if spans and spans[-1][1] == start:
             start, _ = spans.pop()
         spans.append((start, stop))
+    key_start, key_stop = tile.key_span
     for start, stop in spans:
-        assert not tile.causal or stop - start == tile.key_stop - tile.key_start, "own keys are held in one run"
-        yield replace(tile, key_start=start, key_stop=stop)
+        assert not tile.causal or stop - start == key_stop - key_start, "own keys are held in one run"
+        yield replace(tile, key_span=(start, stop))
 
 
 def _of_flipped_square(tile: Tile, parts: list[Run]) -> Iterator[Tile]:
-    """A square in which query i sees the keys from i on: those before a part see all of it, a rectangle."""
+    """A square in which query i sees the keys from i on: queries before a part of the keys see all of it."""
+    query_start, key_start = tile.query_span[0], tile.key_span[0]
     for part in parts:
-        first = tile.query_start + part.row - tile.key_start
-        start, stop = part.place
-        of_part = replace(tile, key_start=start, key_stop=stop)
-        if first > tile.query_start:
-            yield replace(of_part, query_stop=first, causal=False, flipped=False)
-        yield replace(of_part, query_start=first, query_stop=first + part.length)
+        first = query_start + part.row - key_start
+        if first > query_start:
+            yield replace(tile, query_span=(query_start, first), key_span=part.place, causal=False, flipped=False)
+        yield replace(tile, query_span=(first, first + part.length), key_span=part.place)

@@ -29,16 +29,15 @@ from megatron_longpo.data.layout import PREFIX, RowLayout, Segment
 class Tile:
     """One kernel call: a range of the local queries on a range of the row's keys.
 
-    ``causal`` is said of a square; ``flipped`` of a causal one whose queries and keys count backwards in time.
+    ``query_span`` is where the queries lie in the local query tensor, ``key_span`` the keys in the whole row's tensors.
+    Only squares are ``causal``, and only those are ``flipped``: their queries and keys count backwards in time.
     ``queries_first`` says that no earlier tile of the plan has any of these queries, ``keys_first`` the same of its
     keys: such a tile may store its result, where others must merge or add theirs to what is there. ``of_branch`` tells
     a branch's queries from a prefix's, for profiles.
     """
 
-    query_start: int
-    query_stop: int
-    key_start: int
-    key_stop: int
+    query_span: Span
+    key_span: Span
     causal: bool
     queries_first: bool
     keys_first: bool
@@ -48,18 +47,12 @@ class Tile:
     @property
     def queries(self) -> slice:
         """Rows of the local query tensor."""
-        return slice(self.query_start, self.query_stop)
+        return slice(*self.query_span)
 
     @property
     def keys(self) -> slice:
         """Rows of the whole row's key and value tensors."""
-        return slice(self.key_start, self.key_stop)
-
-    @property
-    def num_pairs(self) -> int:
-        """Query-key pairs that it computes."""
-        queries, keys = self.query_stop - self.query_start, self.key_stop - self.key_start
-        return queries * (queries + 1) // 2 if self.causal else queries * keys
+        return slice(*self.key_span)
 
 
 @dataclass(frozen=True)
@@ -131,8 +124,8 @@ def plan(layout: RowLayout, cp_rank: int | None = None) -> Plan:
     num_queries = layout.padded_tokens if cp_rank is None else layout.local_tokens
     return Plan(
         tuple(tiles),
-        complement([(t.query_start, t.query_stop) for t in tiles if t.queries_first], num_queries),
-        complement([(t.key_start, t.key_stop) for t in tiles if t.keys_first], layout.padded_tokens),
+        complement([t.query_span for t in tiles if t.queries_first], num_queries),
+        complement([t.key_span for t in tiles if t.keys_first], layout.padded_tokens),
     )
 
 
@@ -165,10 +158,10 @@ def _of_document(runs: list[Run], layout: RowLayout) -> list[Tile]:
         return list(_windowed(runs, layout.window_tokens))
     tiles: list[Tile] = []
     for queries, keys, causal in _shapes(runs):
-        queries_first = all(disjoint(queries, (t.query_start, t.query_stop)) for t in tiles)
-        keys_first = all(disjoint(keys, (t.key_start, t.key_stop)) for t in tiles)
+        queries_first = all(disjoint(queries, t.query_span) for t in tiles)
+        keys_first = all(disjoint(keys, t.key_span) for t in tiles)
         of_branch = any(run.segment.branch != PREFIX and run.local == queries[0] for run in runs)
-        tiles.append(Tile(*queries, *keys, causal, queries_first, keys_first, of_branch))
+        tiles.append(Tile(queries, keys, causal, queries_first, keys_first, of_branch))
     return tiles
 
 
@@ -208,7 +201,7 @@ def _windowed(runs: list[Run], window_tokens: int) -> Iterator[Tile]:
     blocks = [block for run in runs for block in run.blocks(window_tokens)]
     for block in blocks:
         own = block.row, block.row + block.length
-        yield Tile(*block.place, *own, True, True, True, of_branch=block.segment.branch != PREFIX)
+        yield Tile(block.place, own, True, True, True, of_branch=block.segment.branch != PREFIX)
     for block in blocks:
         segment, first = block.segment, block.position
         # Keys by position, and the row index of position 0.
@@ -220,10 +213,8 @@ def _windowed(runs: list[Run], window_tokens: int) -> Iterator[Tile]:
                 (first, first + block.length), keys, window_tokens
             ):
                 yield Tile(
-                    block.local + start - first,
-                    block.local + stop - first,
-                    origin + key_start,
-                    origin + key_stop,
+                    (block.local + start - first, block.local + stop - first),
+                    (origin + key_start, origin + key_stop),
                     causal=flipped,
                     queries_first=False,
                     keys_first=False,

@@ -180,6 +180,16 @@ class ModelConfig:
             if getattr(self, name) == 0:
                 object.__setattr__(self, name, value)
 
+    @property
+    def query_width(self) -> int:
+        """Width of a token's queries, all heads."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def kv_width(self) -> int:
+        """Width of a token's keys, all heads; that of its values too."""
+        return self.num_query_groups * self.kv_channels
+
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding over all TP ranks: the vocabulary, padded as Megatron-LM pads it."""
         multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size

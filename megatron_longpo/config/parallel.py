@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from megatron_longpo.config.field import AUTO, above, equals, flag, given
 
+HIERARCHICAL = "a2a+p2p"
+CP_COMM_TYPES = ("all_gather", "a2a", "p2p", HIERARCHICAL)
+"""Values of ``--cp-comm-type``."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -26,7 +30,7 @@ class ParallelConfig:
         "all_gather",
         "exchange of keys and values: gathered per layer, sequence swapped for heads (Ulysses), passed around a ring "
         "behind the computation, or swapped among neighbours with a ring between them",
-        choices=("all_gather", "a2a", "p2p", "a2a+p2p"),
+        choices=CP_COMM_TYPES,
         needs=above("context_parallel_size", 1),
     )
     hierarchical_context_parallel_sizes: tuple[int, ...] | None = flag(
@@ -35,7 +39,7 @@ class ParallelConfig:
         "context-parallel size",
         unit="ranks",
         at_least=2,
-        needs=equals("cp_comm_type", "a2a+p2p"),
+        needs=equals("cp_comm_type", HIERARCHICAL),
         default_text="required with a2a+p2p",
     )
     sequence_parallel: bool = flag(

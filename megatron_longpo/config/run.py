@@ -92,6 +92,19 @@ class RunConfig:
         return self.training.global_batch_size // rows
 
     @property
+    def layers_per_chunk(self) -> int:
+        """Layers of one model chunk: of a pipeline stage, or with the interleaved schedule of a virtual one."""
+        of_stage = self.model.num_layers // self.parallel.pipeline_model_parallel_size
+        return self.parallel.num_layers_per_virtual_pipeline_stage or of_stage
+
+    @property
+    def num_virtual_stages(self) -> int | None:
+        """Model chunks of a pipeline rank with the interleaved schedule, or None for 1F1B."""
+        if self.parallel.num_layers_per_virtual_pipeline_stage is None:
+            return None
+        return self.model.num_layers // self.parallel.pipeline_model_parallel_size // self.layers_per_chunk
+
+    @property
     def row_multiple(self) -> int:
         """`RowLayout.row_multiple`: that of the parallel layout, and with fp8 whole blocks on every rank.
 

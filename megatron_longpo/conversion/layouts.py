@@ -103,7 +103,7 @@ class Columns:
     attention: bool
 
     def _input(self, model: ModelConfig) -> int:
-        return model.num_attention_heads * model.kv_channels if self.attention else model.ffn_hidden_size
+        return model.query_width if self.attention else model.ffn_hidden_size
 
     def hf_shapes(self, model: ModelConfig) -> tuple[Shape, ...]:
         """One matrix ``[H, input]``."""

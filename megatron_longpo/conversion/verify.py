@@ -54,7 +54,7 @@ class LogitsRow:
     same_argmax: float
 
 
-def compare_tensors(hf_model: str | Path, megatron: str | Path, show_progress: bool = True) -> list[TensorRow]:
+def compare_tensors(hf_model: str | Path, megatron: str | Path) -> list[TensorRow]:
     """Compare every tensor; one parameter is in memory at a time.
 
     Raises:
@@ -67,7 +67,7 @@ def compare_tensors(hf_model: str | Path, megatron: str | Path, show_progress: b
     with HFWeights(hf_model) as files:
         weights = planned_weights(template.family, template.model, files)
         total = sum(files.tensors[name].num_bytes for weight in weights for name in weight.hf)
-        with tqdm(total=total, desc="comparing", unit="B", unit_scale=True, disable=not show_progress) as progress:
+        with tqdm(total=total, desc="comparing", unit="B", unit_scale=True) as progress:
             for weight in weights:
                 for name, ours in zip(weight.hf, stored.read(weight), strict=True):
                     pattern = name.replace(f".{weight.layer}.", ".*.", 1)

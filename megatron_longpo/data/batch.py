@@ -16,8 +16,6 @@ from megatron_longpo.data.predictions import ObjectiveSettings, Predictions, Ref
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.data.sending import sent
 
-__all__ = ["Batch", "Predictions", "ReferenceLookup", "collate"]
-
 
 @dataclass(frozen=True)
 class Batch:

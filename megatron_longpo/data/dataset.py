@@ -47,6 +47,11 @@ class PreferenceDataset:
         """The key of everything computed from this dataset's tokens."""
         return self.manifest.dataset_hash
 
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's vocabulary size; where it is not recorded, the least that has all of the tokens."""
+        return int(self.manifest.tokenizer.get("vocab_size") or self.manifest.max_token_id + 1)
+
     def __len__(self) -> int:
         return len(self._reader)
 

@@ -59,11 +59,6 @@ class GlobalBatchSampler:
         self._length_of = dict(zip(self._documents.tolist(), self._lengths.tolist(), strict=True))
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
 
-    @property
-    def epoch(self) -> int:
-        """Whole passes over the documents already made."""
-        return self.consumed_samples // len(self._documents)
-
     def __iter__(self) -> Iterator[list[int]]:
         return self
 

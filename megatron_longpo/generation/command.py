@@ -48,13 +48,13 @@ def _run(settings: GenerationSettings, task: int | None) -> int:
     from megatron_longpo.generation.logs import log_to
     from megatron_longpo.generation.output import PAIRS, all_finished, is_finished, prepare_output, write_results
     from megatron_longpo.generation.runner import run_task
-    from megatron_longpo.generation.store import STATE
+    from megatron_longpo.generation.store import task_folder
 
     prepare_output(settings)
     for number in range(settings.num_tasks) if task is None else [task]:
         if is_finished(settings, number):
             continue  # it needs no model any more, nor a server that answers
-        log_to(Path(settings.output, STATE, f"{number:05d}", "log"))
+        log_to(task_folder(settings.output, number) / "log")
         run_task(settings, number)
     if not all_finished(settings):
         print(f"task {task} of {settings.num_tasks} is finished; the last one to finish writes {PAIRS}")

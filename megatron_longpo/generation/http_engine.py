@@ -18,7 +18,6 @@ import os
 import random
 import re
 import time
-from types import TracebackType
 from typing import Any
 
 import aiohttp
@@ -69,9 +68,7 @@ class HttpEngine:
             raise
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._session is not None
         await self._session.close()
 

@@ -12,7 +12,7 @@ _MARKED = re.compile(
     rf"(?:(?:instruction|question|task|prompt|q|no|nr)\s*(?:\#|no\.?)?\s*{_NUMBER}\s*[*_]*\s*[.:)\-–—]"
     rf"|[(\[]{_NUMBER}[)\]]"
     rf"|{_NUMBER}\s*[.:)）、．](?!\d)"
-    rf"|\#{{0,1}}\d{{1,2}}\s*[-–—](?=\s)"
+    r"|\#?\d{1,2}\s*[-–—](?=\s)"
     r"|[①②③④⑤⑥⑦⑧⑨⑩]"
     r")[*_`]*\s*",
     re.IGNORECASE,

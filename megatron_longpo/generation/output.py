@@ -135,8 +135,7 @@ def _documents(settings: GenerationSettings, report: GenerationReport, timings: 
 
 def is_finished(settings: GenerationSettings, task: int) -> bool:
     """Whether a task has come to its end, and its outcomes are there."""
-    work = Path(settings.output, STATE)
-    return finished_mark(work, task).exists() and store_file(work, task).exists()
+    return finished_mark(settings.output, task).exists() and store_file(settings.output, task).exists()
 
 
 def all_finished(settings: GenerationSettings) -> bool:
@@ -145,7 +144,7 @@ def all_finished(settings: GenerationSettings) -> bool:
 
 
 def _outcomes(settings: GenerationSettings, task: int) -> Iterator[tuple[Outcome, float]]:
-    file = store_file(Path(settings.output, STATE), task)
+    file = store_file(settings.output, task)
     if not file.exists():
         raise ValueError(
             f"--output {settings.output}: task {task} of {settings.num_tasks} has not run; start it with --task {task}"

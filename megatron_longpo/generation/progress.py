@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from types import TracebackType
 
 from tqdm import tqdm
 
 from megatron_longpo.generation.corpus import count_documents
+from megatron_longpo.generation.report import in_words
 from megatron_longpo.generation.rollout import Outcome
 from megatron_longpo.generation.settings import GenerationSettings
 
@@ -47,9 +47,7 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def was_finished(self) -> None:
@@ -70,7 +68,7 @@ class Progress:
         shown = {"pairs": f"{self._pairs:,}", "tokens/s": f"{per_second:,.0f}"}
         if self._dropped:
             most = self._dropped.most_common(_MOST_REASONS)
-            reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in most)
+            reasons = ", ".join(f"{count} {in_words(reason)}" for reason, count in most)
             more = ", …" if len(self._dropped) > _MOST_REASONS else ""
             shown["dropped"] = f"{self._dropped.total():,} ({reasons}{more})"
         self._bar.set_postfix(shown, refresh=False)

@@ -33,7 +33,15 @@ from megatron_longpo.generation.prompts import prompt_writer
 from megatron_longpo.generation.refusals import document_error
 from megatron_longpo.generation.rollout import DocumentPlan, Outcome, Rollout
 from megatron_longpo.generation.settings import OPENAI, GenerationSettings
-from megatron_longpo.generation.store import STATE, StoredOutcomes, TaskStore, damage_named, finished_mark, store_file
+from megatron_longpo.generation.store import (
+    STATE,
+    StoredOutcomes,
+    TaskStore,
+    damage_named,
+    finished_mark,
+    store_file,
+    task_folder,
+)
 
 
 def generation_pipeline(settings: GenerationSettings) -> list[PipelineStep]:
@@ -90,8 +98,7 @@ class PairsRunner(InferenceRunner):
             ),
             output_writer=nullcontext(),
         )
-        work = Path(settings.output, STATE)
-        self.request_cache = TaskStore(work)
+        self.request_cache = TaskStore(Path(settings.output, STATE))
         self.checkpoint_manager = StoredOutcomes(self.request_cache)
         self._rollout = Rollout(settings, prompt_writer(settings))
         self._planner: Callable[[CorpusDocument], DocumentPlan] | None = None
@@ -99,9 +106,9 @@ class PairsRunner(InferenceRunner):
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         """Bring every document of a task to its outcome; raises what `run_task` does."""
-        folder = Path(self.settings.output, STATE, f"{rank:05d}")
+        output = self.settings.output
         complaint = (
-            f"--output {self.settings.output}: another process is working on task {rank} of {world_size} there; wait "
+            f"--output {output}: another process is working on task {rank} of {world_size} there; wait "
             "for it, stop it, or give another folder"
         )
         if self.settings.num_workers == 1:
@@ -110,8 +117,8 @@ class PairsRunner(InferenceRunner):
             load_model()
         # What is loaded stays: the collector need not look through it again while requests wait.
         gc.freeze()
-        lock = exclusive_lock(folder / "lock", complaint)
-        with lock, damage_named(store_file(folder.parent, rank)), Progress(self.settings, rank) as self._progress:
+        lock = exclusive_lock(task_folder(output, rank) / "lock", complaint)
+        with lock, damage_named(store_file(output, rank)), Progress(self.settings, rank) as self._progress:
             try:
                 super().run(data, rank, world_size)
             except ServerError as error:
@@ -121,7 +128,7 @@ class PairsRunner(InferenceRunner):
                 if isinstance(error.error, Exception):
                     raise error.error from error
                 raise
-        finished_mark(folder.parent, rank).touch()
+        finished_mark(output, rank).touch()
 
     async def run_async(self, *arguments: Any, **named: Any) -> None:
         """Answer all documents of a task; the error of the first that fails is raised."""

@@ -39,14 +39,19 @@ _ADD_REQUEST = (
 )
 
 
-def store_file(work: Path, task: int) -> Path:
+def task_folder(output: str, task: int) -> Path:
+    """Where a task keeps its state; datatrove's name."""
+    return Path(output, STATE, f"{task:05d}")
+
+
+def store_file(output: str, task: int) -> Path:
     """The database of a task; datatrove's name."""
-    return work / f"{task:05d}" / "replay.sqlite3"
+    return task_folder(output, task) / "replay.sqlite3"
 
 
-def finished_mark(work: Path, task: int) -> Path:
+def finished_mark(output: str, task: int) -> Path:
     """An empty file that says that a task has come to its end."""
-    return work / f"{task:05d}" / "finished"
+    return task_folder(output, task) / "finished"
 
 
 class TaskStore(RequestCache):

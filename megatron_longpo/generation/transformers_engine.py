@@ -10,7 +10,6 @@ import asyncio
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -39,9 +38,7 @@ class TransformersEngine:
         await asyncio.to_thread(self._load)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self._model = None
 
     async def make_request(self, payload: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,7 @@ class Length:
     tokens: int | None = None
 
     def __str__(self) -> str:
-        units = (("character", self.characters), ("word", self.words), ("token", self.tokens))
-        return " · ".join(f"{count:,} {unit}{'' if count == 1 else 's'}" for unit, count in units if count is not None)
+        return " · ".join(f"{count:,} {unit.removesuffix('s') if count == 1 else unit}" for unit, count in self.items())
 
     def items(self) -> list[tuple[str, int]]:
         """The units and counts that are known."""

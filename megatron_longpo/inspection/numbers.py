@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,11 +59,6 @@ def histogram(values: NDArray[np.float64], num_bins: int = 20) -> Histogram:
     counts, _ = np.histogram(np.minimum(values, edges[-1]), edges)
     above = bool(len(values)) and float(values.max()) > edges[-1]
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()), above)
-
-
-def counts_between(values: NDArray[np.float64], edges: Iterable[float]) -> list[int]:
-    """Counts between given edges; the last bin holds its upper edge too."""
-    return [int(count) for count in np.histogram(values, list(edges))[0]]
 
 
 def round_step(at_least: float) -> float:

@@ -63,18 +63,14 @@ def html_page(inspection: Inspection, max_chars: int) -> str:
 
 def _tiles(statistics: PairStatistics) -> list[tuple[str, str]]:
     """The most telling numbers, each with what it is."""
-    what = next((name for name in (DOCUMENTS, LONG_PROMPTS) for key in statistics.lengths if key[0] == name), DOCUMENTS)
-    unit, numbers = next(
-        (unit, numbers)
-        for wanted in ("tokens", "characters")
-        for (name, unit), numbers in statistics.lengths.items()
-        if name == what and unit == wanted
-    )
-    one = what.removesuffix("s")
+    what = DOCUMENTS if _unit(statistics, DOCUMENTS) else LONG_PROMPTS
+    unit = _unit(statistics, what)
+    assert unit is not None, "every row has a document or a long prompt"
+    median = statistics.lengths[what, unit].quantiles()[1]
     return [
         (f"{statistics.num_documents:,}", _plural(statistics.num_documents, "document")),
         (f"{statistics.num_pairs:,}", _plural(statistics.num_pairs, "pair")),
-        (f"{numbers.quantiles()[1]:,.0f}", f"{unit} in the median {one}"),
+        (f"{median:,.0f}", f"{unit} in the median {what.removesuffix('s')}"),
         (f"{statistics.similarity.quantiles()[1]:.2f}", "median similarity of the answers"),
         (f"{statistics.num_chosen_longer / statistics.num_pairs * 100:.0f} %", "of chosen are the longer answer"),
     ]
@@ -110,11 +106,16 @@ def _plots(statistics: PairStatistics) -> list[dict[str, Any]]:
 
 def _length_plot(statistics: PairStatistics, what: str) -> dict[str, Any]:
     """How long documents or chunks are; nothing if there are none."""
-    unit = next((unit for unit in ("tokens", "characters") if (what, unit) in statistics.lengths), None)
+    unit = _unit(statistics, what)
     if unit is None:
         return {}
     svg = distribution(histogram(statistics.lengths[what, unit].values()))
     return {"title": what.capitalize(), "about": f"Length in {unit}", "svg": svg}
+
+
+def _unit(statistics: PairStatistics, what: str) -> str | None:
+    """What documents or chunks are measured in; None where there are none."""
+    return next((unit for unit in ("tokens", "characters") if (what, unit) in statistics.lengths), None)
 
 
 def _answers(statistics: PairStatistics, unit: str) -> Markup:

@@ -45,9 +45,8 @@ def pair_lines(view: PairView, terminal: Terminal, max_chars: int) -> Iterator[s
     yield from _block(name, view.instruction, terminal, max_chars)
     yield ""
     if terminal.width < _MIN_SIDE_BY_SIDE:
-        for answer, style in (("chosen", "chosen"), ("rejected", "rejected")):
-            text = view.chosen if answer == "chosen" else view.rejected
-            yield terminal.paint(padded(answer, _LABEL), style) + terminal.paint(str(text.length), "dim")
+        for name, text in (("chosen", view.chosen), ("rejected", view.rejected)):
+            yield terminal.paint(padded(name, _LABEL), name) + terminal.paint(str(text.length), "dim")
             yield from (f"  {line}".rstrip() for line in _text_lines(text, terminal.width - 2, max_chars))
     else:
         yield from _side_by_side(view, terminal, max_chars)

@@ -12,19 +12,19 @@ _WIDTH, _HEIGHT = 340, 168
 _LEFT, _RIGHT, _TOP, _BOTTOM = 38, 8, 8, 22
 
 
-def bars(labels: Sequence[str], values: Sequence[float], titles: Sequence[str], style: str = "bar") -> Markup:
+def bars(labels: Sequence[str], values: Sequence[float], titles: Sequence[str]) -> Markup:
     """Bars beside one another, each with a label below and a title that shows when pointed at."""
     plot = _Plot(max(values, default=0.0), is_share=False)
     step = (plot.right - plot.left) / len(values)
     for number, (label, value, title) in enumerate(zip(labels, values, titles, strict=True)):
         x = plot.left + number * step
         width = min(step * 0.82, 56)
-        plot.rectangle(x + (step - width) / 2, width, value, style, title)
+        plot.rectangle(x + (step - width) / 2, width, value, "bar", title)
         plot.text(x + step / 2, _HEIGHT - 7, label, "middle")
     return plot.svg()
 
 
-def distribution(shown: Histogram, style: str = "bar") -> Markup:
+def distribution(shown: Histogram) -> Markup:
     """A histogram with its scale below."""
     plot = _Plot(max(shown.counts), is_share=False)
     step = (plot.right - plot.left) / len(shown.counts)
@@ -32,7 +32,7 @@ def distribution(shown: Histogram, style: str = "bar") -> Markup:
         low, high = shown.edges[number], shown.edges[number + 1]
         above = " and more" if shown.has_more_above and number == len(shown.counts) - 1 else ""
         title = f"{short_number(low)} to {short_number(high)}{above}: {count:,}"
-        plot.rectangle(plot.left + number * step + 0.5, step - 1, count, style, title)
+        plot.rectangle(plot.left + number * step + 0.5, step - 1, count, "bar", title)
     plot.scale(shown.edges[-1], shown.has_more_above)
     return plot.svg()
 

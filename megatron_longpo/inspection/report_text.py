@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from megatron_longpo.generation.report import GenerationReport, in_words
 from megatron_longpo.inspection.inspect import Inspection
-from megatron_longpo.inspection.numbers import counts_between
 from megatron_longpo.inspection.statistics import NUM_PARTS, PairStatistics
 from megatron_longpo.inspection.terminal import Terminal, bar
 
@@ -63,7 +64,7 @@ def _turns(statistics: PairStatistics, terminal: Terminal) -> Iterator[str]:
 
 def _similarity(statistics: PairStatistics, terminal: Terminal) -> Iterator[str]:
     values = statistics.similarity.values()
-    counts = counts_between(values, [step / 10 for step in range(11)])
+    counts, _ = np.histogram(values, [step / 10 for step in range(11)])
     rows = [(f"{step / 10:.1f} to {step / 10 + 0.1:.1f}", count, f"{count:,}") for step, count in enumerate(counts)]
     _, median, _, _ = statistics.similarity.quantiles()
     title = f"similarity of chosen and rejected: share of words in common, median {median:.2f}"

@@ -21,14 +21,6 @@ from megatron_longpo.model.rope import attention_factor, rotate
 from megatron_longpo.model.specs import block_spec
 
 
-def num_virtual_stages(config: RunConfig) -> int | None:
-    """Model chunks per pipeline rank of the interleaved schedule, or None for 1F1B."""
-    per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
-    if per_stage is None:
-        return None
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size // per_stage
-
-
 def transformer_config(config: RunConfig) -> TransformerConfig:
     """Megatron's transformer configuration for a run.
 
@@ -39,7 +31,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
     model, parallel, training = config.model, config.parallel, config.training
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     factor = attention_factor(model)
-    interleaved = num_virtual_stages(config) is not None
+    interleaved = config.num_virtual_stages is not None
     rope_utils.fused_apply_rotary_pos_emb = rotate  # where Megatron's attention looks for a fused kernel
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -47,7 +39,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         kv_channels=model.kv_channels,
-        num_query_groups=model.num_query_groups if model.group_query_attention else model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
@@ -68,7 +60,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         use_cpu_initialization=not platform.has_cuda(),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_virtual_stages(config),
+        virtual_pipeline_model_parallel_size=config.num_virtual_stages,
         context_parallel_size=parallel.context_parallel_size,
         cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.sequence_parallel,
@@ -99,7 +91,7 @@ def build_model(config: RunConfig) -> list[torch.nn.Module]:
     Needs Megatron's parallel state. Weights are random; a checkpoint replaces them.
     """
     settings = transformer_config(config)
-    virtual_stages = num_virtual_stages(config)
+    virtual_stages = config.num_virtual_stages
     chunks: list[torch.nn.Module] = []
     with platform.construction():
         for stage in range(virtual_stages or 1):

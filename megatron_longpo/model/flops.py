@@ -29,7 +29,13 @@ def attended_pairs(layout: RowLayout) -> int:
 def attention_flops(model: ModelConfig, layout: RowLayout) -> float:
     """Forward FLOPs of attention in all layers: 4·N·D per pair (QKᵀ and PV) that the model's window holds."""
     pairs = attended_pairs(replace(layout, window_tokens=model.window_size.num_tokens))
-    return 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels * pairs
+    return 4.0 * model.num_layers * model.query_width * pairs
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Weights of a layer's matrices."""
+    mlp_matrices = 3 if model.swiglu else 2
+    return model.hidden_size * (2 * model.query_width + 2 * model.kv_width + mlp_matrices * model.ffn_hidden_size)
 
 
 def forward_flops(model: ModelConfig, layout: RowLayout, num_predictions: int) -> float:
@@ -37,12 +43,7 @@ def forward_flops(model: ModelConfig, layout: RowLayout, num_predictions: int) -
 
     Matrix products 2·T·weights, `attention_flops`, LM head 2·H·V per prediction.
     """
-    head_width = model.num_attention_heads * model.kv_channels
-    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    kv_width = groups * model.kv_channels
-    mlp_matrices = 3 if model.swiglu else 2
-    weights = model.hidden_size * (2 * head_width + 2 * kv_width + mlp_matrices * model.ffn_hidden_size)
-    matmul = 2.0 * model.num_layers * layout.num_tokens * weights
+    matmul = 2.0 * model.num_layers * layout.num_tokens * layer_weights(model)
     head = 2.0 * model.hidden_size * model.vocab_size * num_predictions
     return matmul + attention_flops(model, layout) + head
 

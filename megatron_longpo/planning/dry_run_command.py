@@ -61,8 +61,7 @@ def resolved(config: RunConfig, num_gpus: int) -> tuple[RunConfig, list[Training
     if not config.model.vocab_size:
         if dataset is None:
             raise ConfigError("--vocab-size is required without --data-path: the dataset's tokenizer would give it")
-        size = int(dataset.manifest.tokenizer.get("vocab_size") or dataset.manifest.max_token_id + 1)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=dataset.vocab_size))
     if dataset is None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, data_path=NO_DATA))
     config = config.with_device_defaults("local", "gloo" if on_cpu else "nccl")

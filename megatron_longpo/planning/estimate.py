@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_longpo.config import RunConfig
+from megatron_longpo.model.flops import layer_weights
 from megatron_longpo.planning.recomputation import repeated
 from megatron_longpo.planning.saved import (
     element_bytes,
@@ -15,7 +16,6 @@ from megatron_longpo.planning.saved import (
     offloaded_share,
     whole_layer_bytes,
 )
-from megatron_longpo.planning.step_time import layer_weights, num_virtual
 from megatron_longpo.planning.workload import Work
 
 LAYERS_ON_THE_WAY = 2
@@ -68,7 +68,7 @@ def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> tuple
     inner_tokens = tokens if training.mlp_chunk_tokens is None else min(tokens, training.mlp_chunk_tokens)
     inner = size * inner_tokens * model.ffn_hidden_size / tp
     device += one_layer * again + 3 * inner + (3 * inner if training.mlp_chunk_tokens is not None else 0.0)
-    keys = size * 2 * work.layout.padded_tokens * model.num_query_groups * model.kv_channels / tp
+    keys = size * 2 * work.layout.padded_tokens * model.kv_width / tp
     # What a layer gets and its gradient, of all tensor-parallel ranks where they are gathered as a whole.
     own_tokens = tokens / tp if parallel.sequence_parallel else tokens
     at_once = own_tokens if training.projection_chunk_tokens is not None else tokens
@@ -84,8 +84,8 @@ def _of_stage(config: RunConfig, num_gpus: int, work: Work, last: bool) -> tuple
 def _rows_under_way(config: RunConfig, num_gpus: int, last: bool) -> float:
     """Micro-batches whose activations a stage holds, in units of all its layers (arXiv 2104.04473, section 2.2)."""
     stages, micro_batches = config.parallel.pipeline_model_parallel_size, config.num_microbatches(num_gpus)
-    virtual = num_virtual(config)
-    if virtual == 1:
+    virtual = config.num_virtual_stages
+    if virtual is None:
         return 1 if last else min(stages, micro_batches)
     warm_up = (virtual - 1) * stages + (0 if last else 2 * (stages - 1)) + 1
     return min(warm_up, virtual * micro_batches) / virtual

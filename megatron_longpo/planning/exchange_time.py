@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_longpo.attention.all_gather import head_chunks
-from megatron_longpo.config import ModelConfig, RunConfig
+from megatron_longpo.config import RunConfig
 from megatron_longpo.model.flops import attention_flops
 from megatron_longpo.planning.hardware import GPU
 from megatron_longpo.planning.links import all_gather_s, all_to_all_s, neighbour_s
@@ -47,7 +47,7 @@ def context_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated,
     )
     layers = model.num_layers / parallel.pipeline_model_parallel_size
     size = element_bytes(config)
-    query, key = model.num_attention_heads * model.kv_channels / tp, kv_width(model) / tp
+    query, key = model.query_width / tp, model.kv_width / tp
     one_way = all_to_all_s(gpu, size * work.layout.padded_tokens / cp * (2 * query + 2 * key), inner, stride=tp)
     seconds = layers * (2 + again.exchange) * one_way
     if ring > 1:
@@ -70,10 +70,10 @@ def _gather_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated, in_chunk
     model, parallel = config.model, config.parallel
     cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
     layers = model.num_layers / parallel.pipeline_model_parallel_size
-    values, size = work.layout.padded_tokens * 2 * kv_width(model) / tp, element_bytes(config)
+    values, size = work.layout.padded_tokens * 2 * model.kv_width / tp, element_bytes(config)
     forward_s, backward_s = attention_s(config, work, gpu)
     gather, scatter = (layers * all_gather_s(gpu, each * values, cp, stride=tp) for each in (size, 4))
-    heads, key_heads = model.num_attention_heads // tp, kv_width(model) // model.kv_channels // tp
+    heads, key_heads = model.num_attention_heads // tp, model.num_query_groups // tp
     shared = 1 / len(head_chunks(heads, key_heads, round(size * values / cp))) if in_chunks else 1.0
 
     def waited(transfer_s: float, hidden_behind_s: float, ahead_s: float = 0.0) -> float:
@@ -97,9 +97,3 @@ def _ring_s(keys_s: float, steps_s: Sequence[float], gradients_s: float = 0.0) -
     last = len(steps_s) - 1
     sent_s = [keys_s * (step < last) + gradients_s * (step > 1) for step in range(last + 1)]
     return gradients_s + sum(max(0.0, sent - step) for sent, step in zip(sent_s, steps_s, strict=True))
-
-
-def kv_width(model: ModelConfig) -> int:
-    """Width of the keys of a token, all heads."""
-    groups = model.num_query_groups if model.group_query_attention else model.num_attention_heads
-    return groups * model.kv_channels

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ConfigError, ModelConfig, RunConfig
+from megatron_longpo.config.parallel import CP_COMM_TYPES, HIERARCHICAL
 from megatron_longpo.planning.options import MEMORY_OPTIONS, MemoryOption
 from megatron_longpo.validation import validate
-
-CP_COMM_TYPES = ("all_gather", "a2a", "p2p", "a2a+p2p")
 
 MAX_VIRTUAL_STAGES = 8
 """More model chunks per rank save little of a bubble that they have divided by 8 already."""
@@ -96,7 +95,7 @@ def _exchanges(tp: int, cp: int, node: int) -> Iterator[list[str]]:
         return
     for kind in CP_COMM_TYPES:
         words = ["--context-parallel-size", str(cp), "--cp-comm-type", kind]
-        if kind != "a2a+p2p":
+        if kind != HIERARCHICAL:
             yield words
             continue
         for inner in _divisors(math.gcd(cp, node // tp), cp - 1):

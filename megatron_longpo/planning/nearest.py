@@ -8,8 +8,8 @@ from itertools import islice
 
 from megatron_longpo.planning.hardware import usable_gib, usable_host_gib
 from megatron_longpo.planning.layouts import Candidate, candidates
-from megatron_longpo.planning.search import Search, Timed, timed_layouts
 from megatron_longpo.planning.tables import layout_text
+from megatron_longpo.planning.timed_layouts import Search, Timed, timed_layouts
 from megatron_longpo.planning.workload import made_up_rows
 
 LARGEST_FACTOR = 32

@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.planning.recomputation import local_layers
 
 PIECE_TOKENS, MOST_PIECES = 4096, 32
 """Of a row in pieces: still large matrix products, and activations that are small beside a long row's."""
@@ -67,7 +66,7 @@ class MemoryOption:
 
     def of(self, config: RunConfig) -> RunConfig | None:
         """A run with this option; None where it cannot be or has no effect."""
-        layers = local_layers(config)
+        layers = config.layers_per_chunk
         if self.optimizer and not config.parallel.use_distributed_optimizer:
             return None
         tokens = config.data.seq_length // config.parallel.context_parallel_size

@@ -13,10 +13,11 @@ from megatron_longpo.config.field import AUTO
 from megatron_longpo.config.flags import show
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel, read_hf_folder, read_hf_model
 from megatron_longpo.conversion.hf_weights import HFWeights
-from megatron_longpo.planning.command import launch_command
 from megatron_longpo.planning.hardware import GPU, gpu_named
-from megatron_longpo.planning.search import HOST_GAIN, Plan, Search, find_plans
+from megatron_longpo.planning.launch_command import launch_command
+from megatron_longpo.planning.search import Plan, find_plans
 from megatron_longpo.planning.tables import cost_line, memory_table, plans_table, rows_line, time_table
+from megatron_longpo.planning.timed_layouts import HOST_GAIN, Search
 from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.validation import nearest_multiple
 

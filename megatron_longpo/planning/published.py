@@ -16,10 +16,10 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.config.training import FUSED
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from megatron_longpo.help_format import HelpFormatter
-from megatron_longpo.model.flops import attended_pairs, step_flops
+from megatron_longpo.model.flops import attended_pairs, layer_weights, step_flops
 from megatron_longpo.planning.hardware import GPUS, H100
 from megatron_longpo.planning.links import all_gather_s
-from megatron_longpo.planning.step_time import StepTime, layer_weights, step_time
+from megatron_longpo.planning.step_time import StepTime, step_time
 from megatron_longpo.planning.tables import table
 from megatron_longpo.planning.workload import Work
 
@@ -190,7 +190,7 @@ def torchtitan(attention_tflops: tuple[float, float]) -> list[Comparison]:
 
 def _non_causal_tflops(config: RunConfig, layout: RowLayout, step: StepTime) -> float:
     model = config.model
-    per_pair = 3 * 4.0 * model.num_layers * model.num_attention_heads * model.kv_channels
+    per_pair = 3 * 4.0 * model.num_layers * model.query_width
     skipped = layout.num_tokens**2 - attended_pairs(layout)
     flops = step.flops + step.documents * per_pair * skipped
     return flops / step.seconds / step.num_gpus / 1e12

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from megatron_longpo.config import RunConfig
 
-SWAPS_HEADS = ("a2a", "a2a+p2p")
-"""Values of ``--cp-comm-type`` that exchange heads for tokens."""
-
 
 @dataclass(frozen=True)
 class Repeated:
@@ -39,7 +36,7 @@ def repeated(config: RunConfig) -> Repeated:
     if training.recompute_granularity == "full":
         share = 1.0
         if training.recompute_method == "block":
-            share = (training.recompute_num_layers or 0) / local_layers(config)
+            share = (training.recompute_num_layers or 0) / config.layers_per_chunk
         attention = 0.0 if training.recompute_keep_attention else share
         return Repeated(share, share + pieces, attention, share, 2 * share + in_pieces)
     if training.recompute_granularity == "selective":
@@ -53,11 +50,4 @@ def mlp_share(config: RunConfig) -> float:
     """The MLP's share of a layer's matrix products."""
     model = config.model
     mlp = 3 * model.ffn_hidden_size
-    heads = model.num_attention_heads * model.kv_channels
-    return mlp / (mlp + 2 * heads + 2 * model.num_query_groups * model.kv_channels)
-
-
-def local_layers(config: RunConfig) -> int:
-    """Layers of one (virtual) pipeline stage."""
-    layers = config.model.num_layers // config.parallel.pipeline_model_parallel_size
-    return config.parallel.num_layers_per_virtual_pipeline_stage or layers
+    return mlp / (mlp + 2 * model.query_width + 2 * model.kv_width)

@@ -10,7 +10,7 @@ made again (`model.remade`). The same counting as in arXiv 2205.05198, section 4
 from __future__ import annotations
 
 from megatron_longpo.config import RunConfig
-from megatron_longpo.planning.recomputation import local_layers, repeated
+from megatron_longpo.planning.recomputation import repeated
 from megatron_longpo.planning.workload import Work
 
 
@@ -23,10 +23,9 @@ def whole_layer_bytes(config: RunConfig, work: Work) -> float:
     """A layer that recomputes nothing of itself; with ``--mlp-chunk-tokens`` its MLP half saves its input alone."""
     model, parallel = config.model, config.parallel
     tp, size = parallel.tensor_model_parallel_size, element_bytes(config)
-    query, key = (heads * model.kv_channels for heads in (model.num_attention_heads, model.num_query_groups))
     in_pieces = config.training.mlp_chunk_tokens is not None
     hidden = 2 * model.hidden_size / (tp if parallel.sequence_parallel else 1)
-    inner = 2 * query + 2 * key + (0 if in_pieces else 2 * model.ffn_hidden_size)
+    inner = 2 * model.query_width + 2 * model.kv_width + (0 if in_pieces else 2 * model.ffn_hidden_size)
     return size * local_tokens(config, work) * (hidden + inner / tp + 4 * model.kv_channels)
 
 
@@ -39,7 +38,7 @@ def kept_bytes(config: RunConfig, work: Work) -> float:
         recomputed = repeated(config).layers
         hidden = size * tokens * model.hidden_size / (tp if parallel.sequence_parallel else 1)
         if training.recompute_keep_attention:
-            hidden += size * tokens * model.num_attention_heads * model.kv_channels / tp
+            hidden += size * tokens * model.query_width / tp
         return recomputed * hidden + (1 - recomputed) * layer
     if training.recompute_granularity == "selective" and "mlp" in training.recompute_modules:
         return layer - size * 2 * tokens * model.ffn_hidden_size / tp
@@ -48,7 +47,7 @@ def kept_bytes(config: RunConfig, work: Work) -> float:
 
 def offloaded_share(config: RunConfig) -> float:
     """Share of the layers whose saved tensors wait on the host."""
-    return config.training.cpu_offloading_num_layers / local_layers(config)
+    return config.training.cpu_offloading_num_layers / config.layers_per_chunk
 
 
 def local_tokens(config: RunConfig, work: Work) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,23 +9,20 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from megatron_longpo.arguments import parse_arguments
-from megatron_longpo.config import ConfigError, ModelConfig
+from megatron_longpo.config import ConfigError
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory
-from megatron_longpo.planning.estimate import Estimate, estimate
 from megatron_longpo.planning.hardware import GPU, usable_gib, usable_host_gib
 from megatron_longpo.planning.layouts import Candidate, candidates, fills_nodes
+from megatron_longpo.planning.nearest import no_layout, nothing_fits
 from megatron_longpo.planning.parallel_dry_runs import dry_runs
-from megatron_longpo.planning.step_time import StepTime, step_time
-from megatron_longpo.planning.workload import Work, made_up_rows, num_predictions, work_of
+from megatron_longpo.planning.step_time import StepTime
+from megatron_longpo.planning.timed_layouts import Search, Timed, rank, timed_layouts
+from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.validation import validate
 
 ESTIMATE_MARGIN = 1.03
 """Layouts whose estimate is above the memory by more than this are not measured; it errs by a few percent."""
-
-HOST_GAIN = 1.1
-"""How many times faster what uses the host's memory must be to come before what does not: links shared with network
-cards, and other programs on the host, are not predicted."""
 
 MAX_MEASURED = 12
 """Layouts to measure at most."""
@@ -61,56 +57,12 @@ class Plan:
         return self.gib <= usable_gib(gpu) and self.host_gib <= usable_host_gib(gpu)
 
 
-@dataclass(frozen=True)
-class Timed:
-    """A layout, its predicted step and its estimated memory."""
-
-    candidate: Candidate
-    time: StepTime
-    memory: Estimate
-
-    def may_fit(self, gpu: GPU, margin: float = 1.0) -> bool:
-        """Whether the estimate is not above a GPU's memory and its share of the host's, times a margin."""
-        return self.memory.gib <= margin * usable_gib(gpu) and self.memory.host_gib <= margin * usable_host_gib(gpu)
-
-
-@dataclass(frozen=True)
-class Search:
-    """What is to be planned.
-
-    Args:
-        base: Flags of the run that no layout changes.
-        model: The checkpoint's shape.
-        source: Names the checkpoint in error messages.
-        num_gpus: Ranks.
-        gpu: What they are.
-        num_turns, response_tokens: Of the documents, which are as long as ``--seq-length`` allows.
-        num_plans: How many layouts to find.
-    """
-
-    base: Sequence[str]
-    model: ModelConfig
-    source: str
-    num_gpus: int
-    gpu: GPU
-    num_turns: int
-    response_tokens: int
-    num_plans: int
-
-    def on(self, num_gpus: int) -> Search:
-        """The same on another number of GPUs."""
-        return dataclasses.replace(self, num_gpus=num_gpus)
-
-
 def find_plans(search: Search) -> list[Plan]:
     """The fastest layouts that fit, fastest first, their memory measured.
 
     Raises:
         ConfigError: No layout can run on this many GPUs, or none fits; the message has the nearest that can.
     """
-    # The messages search again, on other numbers of GPUs.
-    from megatron_longpo.planning.nearest import no_layout, nothing_fits
-
     _check(search)
     legal = list(candidates(search.base, search.model, search.num_gpus, search.gpu.gpus_per_node, search.source))
     if not legal:
@@ -138,7 +90,7 @@ def find_plans(search: Search) -> list[Plan]:
             plans = [plan for plan in _measured(search, [leanest], rows, bar) if plan.fits(search.gpu)]
     if not plans:
         raise ConfigError(nothing_fits(search, timed))
-    return sorted(plans, key=_rank)[: search.num_plans]
+    return sorted(plans, key=lambda plan: rank(plan.candidate, plan.time))[: search.num_plans]
 
 
 def _check(search: Search) -> None:
@@ -152,28 +104,6 @@ def _check(search: Search) -> None:
         )
     config = parse_arguments(search.base).with_model(search.model, search.source)
     validate(config.with_device_defaults("local", "nccl"), 1)
-
-
-def timed_layouts(search: Search, legal: Sequence[Candidate], rows: Sequence[TrainingRow]) -> list[Timed]:
-    """Every layout with its predicted step and its estimated memory, the best first, equals in `candidates`' order."""
-    predictions = num_predictions(legal[0].config, rows)
-    works: dict[tuple[int, int], Work] = {}
-    timed = []
-    for option in legal:
-        of_row = (option.config.parallel.context_parallel_size, option.config.row_multiple)
-        if of_row not in works:
-            works[of_row] = work_of(option.config, rows, predictions)
-        work = works[of_row]
-        time = step_time(option.config, search.num_gpus, work, search.gpu)
-        timed.append(Timed(option, time, estimate(option.config, search.num_gpus, work)))
-    return sorted(timed, key=_rank)
-
-
-def _rank(entry: Timed | Plan) -> float:
-    """Predicted seconds; more by `HOST_GAIN` with something in host memory."""
-    config = entry.candidate.config
-    on_host = config.training.cpu_offloading_num_layers > 0 or config.optimizer.optimizer_cpu_offload
-    return entry.time.seconds * (HOST_GAIN if on_host else 1.0)
 
 
 def _best_of_sizes(timed: Sequence[Timed]) -> list[Timed]:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.config import ModelConfig, RunConfig
-from megatron_longpo.model.flops import attention_flops, forward_flops, step_flops
-from megatron_longpo.planning.exchange_time import attention_s, context_parallel_s, kv_width
+from megatron_longpo.config import RunConfig
+from megatron_longpo.model.flops import attention_flops, forward_flops, layer_weights, step_flops
+from megatron_longpo.planning.exchange_time import attention_s, context_parallel_s
 from megatron_longpo.planning.hardware import GPU, MEASURED_LINK_SHARE
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, neighbour_s
 from megatron_longpo.planning.recomputation import Repeated, repeated
@@ -91,7 +91,6 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in
     gpu = gpu.of_run(num_gpus)
     parallel, training = config.parallel, config.training
     stages = parallel.pipeline_model_parallel_size
-    virtual = num_virtual(config)
     micro_batches = config.num_microbatches(num_gpus)
     again = repeated(config)
     compute = _compute(config, work, gpu, again)
@@ -104,7 +103,7 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in
         "pipeline transfers": _pipeline_s(config, num_gpus, work, gpu),
     }
     parts = {name: micro_batches * seconds for name, seconds in one.items()}
-    parts["pipeline bubble"] = (stages - 1) / virtual * sum(one.values())
+    parts["pipeline bubble"] = (stages - 1) / (config.num_virtual_stages or 1) * sum(one.values())
     parts |= _once_per_step(config, num_gpus, gpu)
     documents = training.global_batch_size
     rows = documents // training.micro_batch_size
@@ -118,12 +117,6 @@ def step_time(config: RunConfig, num_gpus: int, work: Work, gpu: GPU, gathers_in
     )
 
 
-def num_virtual(config: RunConfig) -> int:
-    """Model chunks of one pipeline rank."""
-    per_stage = config.parallel.num_layers_per_virtual_pipeline_stage
-    return config.model.num_layers // config.parallel.pipeline_model_parallel_size // per_stage if per_stage else 1
-
-
 def parameters_of_rank(config: RunConfig) -> float:
     """Weights that a rank of the last stage holds."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
@@ -131,12 +124,6 @@ def parameters_of_rank(config: RunConfig) -> float:
     tied_or_first = config.parallel.pipeline_model_parallel_size == 1 and model.untie_embeddings_and_output_weights
     layers = model.num_layers / config.parallel.pipeline_model_parallel_size
     return (layers * layer_weights(model) + vocabulary * (2 if tied_or_first else 1)) / tp
-
-
-def layer_weights(model: ModelConfig) -> float:
-    """Weights of a layer's matrices."""
-    heads = model.num_attention_heads * model.kv_channels
-    return model.hidden_size * (2 * heads + 2 * kv_width(model) + 3 * model.ffn_hidden_size)
 
 
 def _compute(config: RunConfig, work: Work, gpu: GPU, again: Repeated) -> dict[str, float]:
@@ -173,7 +160,7 @@ def _element_wise_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated) ->
     """
     model, parallel = config.model, config.parallel
     tp = parallel.tensor_model_parallel_size
-    query, key = model.num_attention_heads * model.kv_channels, kv_width(model)
+    query, key = model.query_width, model.kv_width
     hidden = model.hidden_size / (tp if parallel.sequence_parallel else 1)
     laid_out = 10 * hidden + (2 * (query + 2 * key) + 2 * query) / tp
     rotated = 2 * (query + key) / tp

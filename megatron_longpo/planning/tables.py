@@ -46,8 +46,8 @@ def layout_text(config: RunConfig, num_gpus: int) -> str:
     """``TP 8 · PP 2 × 4 · CP 4 all_gather · DP 1``; × is the number of virtual stages."""
     parallel = config.parallel
     stages = f"PP {parallel.pipeline_model_parallel_size}"
-    if (layers := parallel.num_layers_per_virtual_pipeline_stage) is not None:
-        stages += f" × {config.model.num_layers // parallel.pipeline_model_parallel_size // layers}"
+    if config.num_virtual_stages is not None:
+        stages += f" × {config.num_virtual_stages}"
     context = f"CP {parallel.context_parallel_size}"
     if parallel.context_parallel_size > 1:
         context += f" {parallel.cp_comm_type}"

@@ -11,8 +11,6 @@ Modules that import Megatron-Core import this package first: on a CPU it imports
 from megatron_longpo.platform.attention import default_attention_backend, device_defaults, use_attention_backend
 from megatron_longpo.platform.cpu_patches import construction
 from megatron_longpo.platform.devices import (
-    default_backend,
-    default_transformer_impl,
     device,
     device_name,
     has_cuda,
@@ -33,8 +31,6 @@ __all__ = [
     "async_save_options",
     "construction",
     "default_attention_backend",
-    "default_backend",
-    "default_transformer_impl",
     "device",
     "device_defaults",
     "device_name",

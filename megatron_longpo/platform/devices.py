@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -47,6 +49,10 @@ def peak_memory_gib() -> float:
     """Peak memory of this process: allocated CUDA memory, or the resident set on a CPU. GiB."""
     if has_cuda():
         return torch.cuda.max_memory_allocated() / 2**30
+    # Better than getrusage, which counts the program too that started this process and was replaced by it.
+    status = Path("/proc/self/status")
+    if status.exists() and (kib := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(kib[1]) / 2**20
     kib_per_unit = 1 / 1024 if sys.platform == "darwin" else 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib_per_unit / 2**20
 

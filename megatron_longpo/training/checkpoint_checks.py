@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.training.checkpoint_folder import TRACKER
+from megatron_longpo.training.checkpoint_folder import TRACKER, saved_flags
 
 
 def check_model(checkpoint: Path, common: dict[str, Any], config: RunConfig) -> None:
@@ -26,7 +25,7 @@ def check_model(checkpoint: Path, common: dict[str, Any], config: RunConfig) -> 
     Raises:
         ValueError: The message names the flags that differ.
     """
-    saved = _flags_of(common)
+    saved = saved_flags(common)
     names = [key for key, spec in FLAGS.items() if spec.group == "model" and not spec.info.changeable]
     if different := _differing(names, saved, config):
         raise ValueError(f"{checkpoint} is a checkpoint of another model: {different}")
@@ -51,7 +50,7 @@ def check_optimizer(checkpoint: Path, common: dict[str, Any], config: RunConfig)
     names = ["optimizer", "use_distributed_optimizer"]
     if not config.parallel.use_distributed_optimizer:
         names.append("bf16")  # the distributed optimizer has fp32 weights of its own either way
-    if different := _differing(names, _flags_of(common), config):
+    if different := _differing(names, saved_flags(common), config):
         raise ValueError(
             f"{checkpoint} holds the state of another kind of optimizer: {different}. Give what the checkpoint was "
             "written with, or --no-load-optim to start with a fresh optimizer"
@@ -68,12 +67,8 @@ def check_random_states(checkpoint: Path, common: dict[str, Any]) -> None:
     Raises:
         ValueError: The message names the fix.
     """
-    if _flags_of(common).get("no_save_rng"):
+    if saved_flags(common).get("no_save_rng"):
         raise ValueError(f"{checkpoint} holds no random states: give --no-load-rng to start with those of --seed")
-
-
-def _flags_of(common: dict[str, Any]) -> dict[str, Any]:
-    return vars(common.get("args", Namespace()))
 
 
 def _differing(names: list[str], saved: dict[str, Any], config: RunConfig) -> str:

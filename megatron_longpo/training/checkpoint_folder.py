@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing, safe_globals
 
@@ -71,7 +72,7 @@ def saved_config(checkpoint: Path) -> RunConfig:
         ValueError: The checkpoint was written by another program.
     """
     safe_globals.register_safe_globals()
-    saved = vars(dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args", Namespace()))
+    saved = saved_flags(dist_checkpointing.load_common_state_dict(str(checkpoint)))
     wanted = {key for key, spec in FLAGS.items() if spec.group == "model"} | set(OF_REFERENCE)
     values = {key: saved[key] for key in wanted if key in saved}
     if "hidden_size" not in values:
@@ -79,3 +80,12 @@ def saved_config(checkpoint: Path) -> RunConfig:
             f"{checkpoint} does not record its model's shape: give the model's flags instead of --use-checkpoint-args"
         )
     return RunConfig.from_flat_dict(values)
+
+
+def saved_flags(common: dict[str, Any]) -> dict[str, Any]:
+    """The flags that a checkpoint records, by key; empty where it has none.
+
+    Args:
+        common: What Megatron's ``load_common_state_dict`` reads from it.
+    """
+    return vars(common.get("args", Namespace()))

@@ -77,7 +77,7 @@ def training_batches(micro_batches: MicroBatches, sampler: GlobalBatchSampler) -
 
 
 def _leave_signals_to_rank(exit_signal_handler: bool, worker: int) -> None:
-    """A worker that dies of a signal takes its rank along, or speaks of it; the rank ends its workers itself."""
+    """Ignore signals: a worker that dies of one ends its rank or prints over it; the rank ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _silent_about_connections
     if exit_signal_handler:
@@ -85,7 +85,7 @@ def _leave_signals_to_rank(exit_signal_handler: bool, worker: int) -> None:
 
 
 def _silent_about_connections(kind: type[BaseException], *error: Any) -> None:
-    """An interrupted rank closes the connection on which a thread of its worker is sending."""
+    """Keep quiet about the connection that an interrupted rank closes while a thread of its worker sends on it."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, *error)
 

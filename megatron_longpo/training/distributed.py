@@ -12,7 +12,6 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
-from megatron_longpo.model.build import num_virtual_stages
 
 
 def world_size() -> int:
@@ -34,7 +33,7 @@ def initialize(config: RunConfig) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=num_virtual_stages(config),
+        virtual_pipeline_model_parallel_size=config.num_virtual_stages,
         context_parallel_size=parallel.context_parallel_size,
         hierarchical_context_parallel_sizes=list(parallel.hierarchical_context_parallel_sizes or ()) or None,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_longpo import platform
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.config.flags import show
 from megatron_longpo.model.build import unwrap
@@ -49,7 +50,7 @@ def weights_fingerprint(chunks: list[torch.nn.Module]) -> str:
             if name.startswith(("embedding.word_embeddings", "output_layer")):
                 values = values[: max(0, model.model_shape.vocab_size - tp_rank * len(values))]
             total += _factor(_canonical(name)) * _mixed_sum(values).cpu()
-    total = total.to(_device(chunks))
+    total = total.to(platform.device())
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return f"{int(total.item()) & (1 << 64) - 1:016x}"
 
@@ -83,7 +84,3 @@ def _mixed_sum(values: torch.Tensor) -> torch.Tensor:
         mixed = (mixed ^ (mixed >> 29)) * _MIX[1]
         total += (mixed ^ (mixed >> 32)).sum()
     return total
-
-
-def _device(chunks: list[torch.nn.Module]) -> torch.device:
-    return next(chunks[0].parameters()).device

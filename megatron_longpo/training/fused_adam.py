@@ -13,7 +13,7 @@ def fuse_adam(optimizer: MegatronOptimizer) -> None:
 
     By itself it goes over lists of tensors, a dozen times, with a temporary of all weights in fp32. Between steps the
     parameter groups and step counts are those of an optimizer that was left alone, so checkpoints are the same and load
-    on either side. Nothing waits for the device, but where counts were loaded.
+    on either side. Nothing waits for the device, except where counts were loaded.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam: Any = getattr(part, "optimizer", None)  # None on a rank without weights
@@ -42,7 +42,7 @@ class _Fused:
                 optimizer.state[param]["step"] = self._counts[param][1]
 
     def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Leave no trace of it."""
+        """Leave groups and counts as an optimizer without the hooks leaves them."""
         for group in optimizer.param_groups:
             group["fused"] = group["foreach"] = None
             for param in group["params"]:

@@ -92,7 +92,7 @@ class Trainer:
         return progress
 
     def _require_reference_weights(self) -> None:
-        """Refuse weights that were trained without a reference model to take themselves for it."""
+        """Refuse to take weights for the reference model that a run without one has trained already."""
         progress, objective = self.progress, self.config.objective.objective
         if progress.iteration > 0 and progress.reference_fingerprint is None:
             raise ValueError(
@@ -103,7 +103,6 @@ class Trainer:
 
     def _train(self, reporter: Reporter, micro_batches: MicroBatches) -> None:
         config, progress = self.config, self.progress
-        saved_at = progress.iteration
         if progress.iteration >= self.total_steps:
             reporter.print(f"nothing is left to train: the run has made all of its {self.total_steps} steps")
         skipped_in_a_row = 0
@@ -135,9 +134,9 @@ class Trainer:
                     last or reason is not None or (interval and progress.iteration % interval == 0)
                 ):
                     self._save(reporter)
-                    saved_at = progress.iteration
                 if reason is not None and not last:
-                    reporter.print(f"leaving after iteration {progress.iteration}: {reason}; saved at {saved_at}")
+                    saved = "it is saved" if config.checkpoint.save else "nothing is saved without --save"
+                    reporter.print(f"leaving after iteration {progress.iteration}: {reason}; {saved}")
                     break
         self.checkpointer.finish(blocking=True)
         self.profiler.close()

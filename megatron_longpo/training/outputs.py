@@ -1,4 +1,4 @@
-"""Where a run writes, looked at before the first step: found out at the first checkpoint, a mistake costs the run."""
+"""Checks, before the first step, of where a run writes: a mistake that shows at the first checkpoint costs the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint
 from megatron_longpo.training.distributed import is_rank_0
 
 _BEGINNING = '{"iteration"'
-"""Of every line of metrics."""
+"""How every line of metrics begins."""
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _refuse_other_run(settings: CheckpointConfig) -> None:
 
 
 def _refuse_other_content(path: Path) -> None:
-    """What is no line of metrics would be removed when the file is opened."""
+    """Refuse a file with lines that are no metrics: they would be removed when it is opened."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:

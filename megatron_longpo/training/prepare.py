@@ -27,8 +27,7 @@ def prepared(config: RunConfig) -> RunConfig:
         raise ConfigError("--data-path is missing: the PREFIX that tools/preprocess_pairs.py wrote")
     config = with_initial_model(config)
     if not config.model.vocab_size:
-        dataset = PreferenceDataset(config.data.data_path)
-        size = int(dataset.manifest.tokenizer.get("vocab_size") or dataset.manifest.max_token_id + 1)
+        size = PreferenceDataset(config.data.data_path).vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     config = config.with_device_defaults(*platform.device_defaults())
     validate(config, world_size())

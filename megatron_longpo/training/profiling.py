@@ -19,7 +19,7 @@ _OTHER = "other (projections, norms, element-wise)"
 
 
 class StepProfiler:
-    """Profiles the steps behind ``--profile-step-start`` up to and including ``--profile-step-end`` on chosen ranks.
+    """Profiles the steps after ``--profile-step-start`` up to and including ``--profile-step-end`` on chosen ranks.
 
     Args:
         config: The run.

@@ -32,10 +32,10 @@ def random_state() -> ShardedObject:
 
 
 def set_random_state(loaded: list[dict[str, Any]]) -> None:
-    """Go on with the random states that `random_state` gave.
+    """Continue from the random states of a checkpoint.
 
     Args:
-        loaded: The data of its sharded object.
+        loaded: The data of `random_state`'s sharded object.
     """
     state = loaded[0]
     random.setstate(state["random_rng_state"])

@@ -73,7 +73,7 @@ def reference_logprobs(
     # A scaled RoPE makes another model of the same weights.
     fingerprint = fingerprint or weights_fingerprint(chunks) + rope_scaling_mark(config.reference_rope)
     key = reference_key(config, dataset, fingerprint)
-    # All ranks must take the same way, also when a file appears while they look.
+    # All ranks must decide alike, even if a file appears while they look.
     found = [(folder / "manifest.json").exists()]
     dist.broadcast_object_list(found, src=0)
     if not found[0]:
@@ -99,7 +99,7 @@ def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
 class SidecarWriterOnRank0:
     """A `SidecarWriter` on rank 0; the other ranks send it what they have."""
 
-    def __init__(self, folder: Any, key: ReferenceKey, num_documents: int) -> None:
+    def __init__(self, folder: Path, key: ReferenceKey, num_documents: int) -> None:
         self.writer = SidecarWriter(folder, key, num_documents) if is_rank_0() else None
         done = [self.writer.finished() if self.writer else None]
         dist.broadcast_object_list(done, src=0)

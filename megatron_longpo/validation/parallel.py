@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_longpo.config import RunConfig
+from megatron_longpo.config.parallel import HIERARCHICAL
 from megatron_longpo.validation.multiples import largest_divisor, nearest_multiple
 
 
@@ -65,7 +66,7 @@ def _context(config: RunConfig, world_size: int) -> Iterator[str]:
     parallel, groups = config.parallel, config.model.num_query_groups
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     name = "--num-query-groups" if config.model.group_query_attention else "--num-attention-heads"
-    if cp > 1 and parallel.cp_comm_type == "a2a+p2p":
+    if cp > 1 and parallel.cp_comm_type == HIERARCHICAL:
         yield from _hierarchical(config, name)
     if cp > 1 and parallel.cp_comm_type == "a2a" and groups % (tp * cp):
         yield (

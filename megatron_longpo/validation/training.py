@@ -12,8 +12,7 @@ from megatron_longpo.validation.multiples import nearest_multiple
 
 def _training(config: RunConfig, world_size: int) -> Iterator[str]:
     training, parallel = config.training, config.parallel
-    local = config.model.num_layers // parallel.pipeline_model_parallel_size
-    local = parallel.num_layers_per_virtual_pipeline_stage or local
+    local = config.layers_per_chunk
     if training.train_samples is not None and training.train_samples < training.global_batch_size:
         yield (
             f"--train-samples {training.train_samples} is less than one step; at least --global-batch-size "

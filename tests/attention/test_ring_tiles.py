@@ -91,8 +91,7 @@ def test_steps_between_groups_of_ranks(layout: RowLayout, ring_size: int) -> Non
 def test_a_flipped_square_is_cut_where_its_keys_change_hands() -> None:
     layout = RowLayout((DocumentLayout(32, ()),), cp_size=4, window_tokens=8)  # chunks of 4, a window of two
     parts = [
-        [((t.query_start, t.query_stop), (t.key_start, t.key_stop), t.causal, t.flipped) for t in plan.tiles]
-        for plan in ring_plan(layout, 3).steps
+        [(t.query_span, t.key_span, t.causal, t.flipped) for t in plan.tiles] for plan in ring_plan(layout, 3).steps
     ]
     # Tokens 12 to 19 are one block: token 12 + i sees tokens 5 + i to 11, of chunks 1 and 2 on ranks 1 and 2.
     assert parts == [
@@ -124,5 +123,5 @@ def test_a_window_sends_what_other_ranks_see() -> None:
 def test_two_chunks_of_a_rank_are_one_rectangle() -> None:
     layout = RowLayout((DocumentLayout(64, (8, 8)),), cp_size=4)
     for step, plan in enumerate(ring_plan(layout, 1).steps):
-        on_prefix = [tile for tile in plan.tiles if tile.of_branch and tile.key_start < 16 and not tile.causal]
-        assert [(tile.key_start, tile.key_stop) for tile in on_prefix] == [(0, 16)], step
+        on_prefix = [tile for tile in plan.tiles if tile.of_branch and tile.key_span[0] < 16 and not tile.causal]
+        assert [tile.key_span for tile in on_prefix] == [(0, 16)], step

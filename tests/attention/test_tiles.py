@@ -29,7 +29,7 @@ def times_covered(tiles: Plan, num_queries: int, num_keys: int) -> torch.Tensor:
     """How many tiles hold each (query, key) pair: int64 ``[num_queries, num_keys]``."""
     count = torch.zeros(num_queries, num_keys, dtype=torch.int64)
     for tile in tiles.tiles:
-        part = torch.ones(tile.query_stop - tile.query_start, tile.key_stop - tile.key_start, dtype=torch.int64)
+        part = torch.ones_like(count[tile.queries, tile.keys])
         assert part.numel() > 0
         assert not tile.causal or part.shape[0] == part.shape[1]
         if tile.causal:

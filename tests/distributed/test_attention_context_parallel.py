@@ -10,13 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_longpo.attention import all_gather
-from megatron_longpo.attention.context_parallel import (
-    COMM_TYPES,
-    HIERARCHICAL,
-    context_parallel_attention,
-)
+from megatron_longpo.attention.context_parallel import context_parallel_attention
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.row_order import to_rank_order, to_row_order
+from megatron_longpo.config.parallel import CP_COMM_TYPES, HIERARCHICAL
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from tests.distributed.harness import run_ranks
 from tests.distributed.late import late_transfers
@@ -35,7 +32,7 @@ ROWS = (
     ((DocumentLayout(61, (9, 14)),), 1, 65),  # longer than the prefix
     *(((DocumentLayout(45, FOUR_TURNS[turns]),), 1, window) for turns in FOUR_TURNS for window in (4, 11, 50)),
 )
-FLAT = tuple(name for name in COMM_TYPES if name != HIERARCHICAL)
+FLAT = tuple(name for name in CP_COMM_TYPES if name != HIERARCHICAL)
 MODULE_CASES = tuple(itertools.product(FLAT, range(5)))
 
 
@@ -59,7 +56,7 @@ def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
     comm_types, hierarchy = FLAT, None
     if cp_size == 4:
         groups = [[dist.new_group(ranks) for ranks in level] for level in ([[0, 1], [2, 3]], [[0, 2], [1, 3]])]
-        comm_types, hierarchy = COMM_TYPES, (groups[0][rank // 2], groups[1][rank % 2])
+        comm_types, hierarchy = CP_COMM_TYPES, (groups[0][rank // 2], groups[1][rank % 2])
     cases = [*((name, 2**60) for name in comm_types), ("all_gather", 0)]  # the last one in chunks of heads
     for number, layout in enumerate(layouts(cp_size)):
         mine = layout.local_index(rank)
@@ -82,7 +79,7 @@ def errors_of_rank(rank: int, cp_size: int) -> dict[str, float]:
 @pytest.mark.parametrize("cp_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_equals_dense_twin(cp_size: int) -> None:
     for rank, errors in enumerate(run_ranks(errors_of_rank, cp_size, cp_size)):
-        comm_types = FLAT if cp_size == 2 else COMM_TYPES
+        comm_types = FLAT if cp_size == 2 else CP_COMM_TYPES
         assert len(errors) == 4 * (len(comm_types) + 1) * len(ROWS)
         for what, error in errors.items():
             assert error < 1e-12, f"rank {rank}, {what}: off by {error:.1e}"
@@ -92,7 +89,6 @@ def through_module(rank: int, comm_type: str, row_number: int) -> tuple[torch.Te
     """bf16 output and gradients of one rank through the Megatron module, whose views are cut from one projection."""
     # Imported here: it takes seconds, and the ranks of the other test do without.
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.enums import AttnMaskType
 
     from megatron_longpo.attention.core_attention import SharedPrefixAttention
 
@@ -109,7 +105,7 @@ def through_module(rank: int, comm_type: str, row_number: int) -> tuple[torch.Te
         window_size=(layout.window_tokens - 1, 0) if layout.window_tokens else None,
     )
     groups = SimpleNamespace(cp=dist.group.WORLD)
-    module = SharedPrefixAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+    module = SharedPrefixAttention(config, pg_collection=groups)
     mine = layout.local_index(rank)
     fused = torch.cat([x[mine] for x in row], 1).unsqueeze(1).requires_grad_()
     query, key, value = fused.split((HEADS, GROUPS, GROUPS), 2)

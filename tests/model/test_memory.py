@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks.live_bytes import LiveBytes
-from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.attention.kernels import CpuFlashKernel
 from megatron_longpo.data.dataset import PreferenceDataset
@@ -20,7 +18,6 @@ from megatron_longpo.model.build import unwrap
 from megatron_longpo.model.remade import Remaking
 from megatron_longpo.model.rope import rotate
 from megatron_longpo.training.data import MicroBatches, training_batches
-from megatron_longpo.training.distributed import initialize, shut_down
 from megatron_longpo.training.loop import Trainer
 from megatron_longpo.training.step import document_loss, run_schedule
 from megatron_longpo.validation import validate
@@ -56,14 +53,6 @@ class Result:
     backward_calls: int
     peak_bytes: int
     host_bytes: int
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[None]:
-    platform.prepare()
-    initialize(parse_arguments(MODEL_FLAGS).with_device_defaults("local", "gloo"))
-    yield
-    shut_down()
 
 
 def run(flags: list[str], data: Path, patch: pytest.MonkeyPatch) -> Result:
@@ -110,7 +99,7 @@ def run(flags: list[str], data: Path, patch: pytest.MonkeyPatch) -> Result:
 
 
 @pytest.fixture(scope="module")
-def results(world: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+def results(world_of_one: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     data = write_tiny_dataset(tmp_path_factory.mktemp("memory") / "tiny", num_documents=4)
     with pytest.MonkeyPatch.context() as patch:
         measured = {name: run(flags, data, patch) for name, flags in CASES.items()}
@@ -149,7 +138,9 @@ def test_peak_memory_falls(results: dict[str, Result]) -> None:
         assert (result.host_bytes > 0) == ("offload" in name)
 
 
-def test_megatron_s_attention_rotates_with_ours(world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatron_s_attention_rotates_with_ours(
+    world_of_one: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Queries and keys of every layer; Megatron's own rotation would keep cosines and sines."""
     calls: list[torch.Size] = []
 

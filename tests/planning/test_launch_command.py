@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.planning import plan_command
-from megatron_longpo.planning.command import launch_command
+from megatron_longpo.planning.launch_command import launch_command
 from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.plan_command import search_of
 from megatron_longpo.training.initial import with_initial_model

@@ -22,7 +22,8 @@ from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.options import MEMORY_OPTIONS, MemoryOption
 from megatron_longpo.planning.parts import Part
 from megatron_longpo.planning.plan_command import search_of
-from megatron_longpo.planning.search import Plan, Search, find_plans, timed_layouts
+from megatron_longpo.planning.search import Plan, find_plans
+from megatron_longpo.planning.timed_layouts import Search, timed_layouts
 from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_longpo.attention.ring_tiles import ring_plan
+from megatron_longpo.attention.tiles import Tile
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from megatron_longpo.model.flops import attended_pairs
 from megatron_longpo.planning.ring_work import hop_tokens, step_pairs
@@ -21,5 +22,11 @@ def test_the_work_of_a_ring_is_that_of_its_tiles(documents: Documents, window_to
         plans = [ring_plan(layout, rank) for rank in range(layout.cp_size)]
         assert hop_tokens(layout) == max(plan.num_sent for plan in plans)
         steps = zip(*(plan.steps for plan in plans), strict=True)
-        of_tiles = [sum(tile.num_pairs for plan in step for tile in plan.tiles) for step in steps]
+        of_tiles = [sum(num_pairs(tile) for plan in step for tile in plan.tiles) for step in steps]
         assert step_pairs(layout, window_tokens) == of_tiles and sum(of_tiles) == attended_pairs(layout)
+
+
+def num_pairs(tile: Tile) -> int:
+    """Query-key pairs that a tile computes."""
+    queries, keys = (stop - start for start, stop in (tile.query_span, tile.key_span))
+    return queries * (queries + 1) // 2 if tile.causal else queries * keys

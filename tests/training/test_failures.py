@@ -182,6 +182,7 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("pretrain_longpo.py", [*COMMON, *SFT, data, f"--save={places['save']}"]),
         ("tools/compute_reference_logprobs.py", foreign),
         ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0", *background]),
+        ("pretrain_longpo.py", [*COMMON, *SFT, data, "--train-iters=3", "--exit-interval=1"]),
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
@@ -196,7 +197,7 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     last = results[2][1].rpartition("saving checkpoint at iteration ")[2].split()[0]
     assert (places["poisoned"] / "latest_checkpointed_iteration.txt").read_text() == last
     results = [(code, output.replace(str(folder), "FOLDER")) for code, output in results]
-    return dict(zip(["saved", "foreign reference", "poisoned", *MISTAKES], results, strict=True))
+    return dict(zip(["saved", "foreign reference", "poisoned", "unsaved", *MISTAKES], results, strict=True))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -211,3 +212,9 @@ def test_reference_of_another_model_is_refused(mistakes: dict[str, tuple[int, st
     code, output = mistakes["foreign reference"]
     assert code == 1
     assert "were made from something else: weights" in output and "--reference-dir" in output
+
+
+def test_a_run_that_leaves_without_a_folder_says_that_nothing_is_saved(mistakes: dict[str, tuple[int, str]]) -> None:
+    code, output = mistakes["unsaved"]
+    assert code == 0
+    assert "leaving after iteration 1: --exit-interval 1 was reached; nothing is saved without --save" in output

@@ -16,7 +16,6 @@ import torch
 from megatron.core.optimizer.cpu_offloading import hybrid_optimizer
 from torch.overrides import TorchFunctionMode
 
-from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.dataset import PreferenceDataset
@@ -24,7 +23,6 @@ from megatron_longpo.model.build import unwrap
 from megatron_longpo.training.checkpoint import Progress
 from megatron_longpo.training.checkpoint_folder import find_checkpoint
 from megatron_longpo.training.data import MicroBatches, training_batches
-from megatron_longpo.training.distributed import initialize, shut_down
 from megatron_longpo.training.loop import Trainer
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
@@ -93,14 +91,6 @@ def emulated() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def world() -> Iterator[None]:
-    platform.prepare()
-    initialize(parse_arguments(MODEL_FLAGS).with_device_defaults("local", "gloo"))
-    yield
-    shut_down()
-
-
 def trainer(config: RunConfig) -> Trainer:
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +111,7 @@ def steps(of: Trainer, batches: list[Any]) -> list[float]:
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    world: None, emulated: None, tmp_path: Path, flags: list[str]
+    world_of_one: None, emulated: None, tmp_path: Path, flags: list[str]
 ) -> None:
     data = write_tiny_dataset(tmp_path / "tiny", num_documents=8)
     fixed = ["--global-batch-size=2", "--train-iters=4", "--split=100,0", "--seq-length=512", "--num-workers=0"]

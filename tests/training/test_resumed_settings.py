@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.training.checkpoint import Progress
 from megatron_longpo.training.data import MicroBatches, training_batches
-from megatron_longpo.training.distributed import initialize, shut_down
 from megatron_longpo.training.loop import Trainer
-from tests.tiny import MODEL_FLAGS, write_tiny_dataset
+from tests.tiny import write_tiny_dataset
 from tests.training.commands import FLAGS
 
 
-@pytest.fixture
-def world() -> Iterator[None]:
-    platform.prepare()
-    initialize(parse_arguments(MODEL_FLAGS).with_device_defaults("local", "gloo"))
-    yield
-    shut_down()
-
-
 @pytest.mark.parametrize("optimizer", [[], ["--use-distributed-optimizer"]], ids=["plain", "distributed"])
-def test_optimizer_and_schedule_are_those_of_the_flags(world: None, optimizer: list[str], tmp_path: Path) -> None:
+def test_optimizer_and_schedule_are_those_of_the_flags(
+    world_of_one: None, optimizer: list[str], tmp_path: Path
+) -> None:
     data = write_tiny_dataset(tmp_path / "tiny", num_documents=12)
     common = [*FLAGS, *optimizer, f"--data-path={data}", "--objective=sft-chosen", "--lr-decay-style=constant"]
 
@@ -51,7 +42,7 @@ def test_optimizer_and_schedule_are_those_of_the_flags(world: None, optimizer: l
 
 
 @pytest.mark.parametrize("more", [[], ["--bf16"], ["--sgd-momentum=0"]], ids=["fp32", "bf16", "no momentum"])
-def test_sgd_resumes_exactly(world: None, more: list[str], tmp_path: Path) -> None:
+def test_sgd_resumes_exactly(world_of_one: None, more: list[str], tmp_path: Path) -> None:
     data = write_tiny_dataset(tmp_path / "tiny", num_documents=12)
     common = [*FLAGS, *more, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=3"]
     common += ["--optimizer=sgd", "--lr=1e-2", "--lr-decay-style=constant", "--lr-warmup-fraction=0"]
