@@ -114,6 +114,8 @@ MISTAKES = {
     "too few ranks": (2, ["--tensor-model-parallel-size=2"], "--tensor-model-parallel-size"),
     "vocabulary": (1, ["--vocab-size=100"], "token id"),
     "length": (1, ["--seq-length=16"], "above --seq-length 16"),
+    # The step that is made takes others.
+    "length of a later one": (1, [*SFT, "--seq-length=62"], "'tiny-3' has a conversation of 63 tokens, above --seq-l"),
     "unknown flag": (2, ["--learning-rate=1"], "--learning-rate is not a flag"),
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
     "other optimizer": (
