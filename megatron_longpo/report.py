@@ -55,7 +55,7 @@ class Panel:
 PANELS = (
     Panel("Negative log-likelihood", "nats per token of the chosen sequence", (("longpo/nll_loss", "NLL"),)),
     Panel("Preference loss", "−log σ(margin)", (("longpo/preference_loss", "loss"),), (0.6931, "no preference")),
-    Panel("Constraint", "nats per response token", (("longpo/kl", "KL"),)),
+    Panel("Constraint", "nats, summed over the chosen answers", (("longpo/kl", "KL"),)),
     Panel("Rewards", "β (log π − log π reference)", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     Panel("Reward margin", "chosen − rejected", (("rewards/margins", "margin"),), (0.0, "no preference")),
     Panel(
@@ -71,7 +71,7 @@ PANELS = (
 TABLE = (
     ("longpo/nll_loss", "NLL (nats/token)", ".3f"),
     ("longpo/preference_loss", "preference loss", ".3f"),
-    ("longpo/kl", "KL (nats/token)", ".3f"),
+    ("longpo/kl", "KL (nats)", ".3f"),
     ("rewards/chosen", "reward, chosen", "+.3f"),
     ("rewards/rejected", "reward, rejected", "+.3f"),
     ("rewards/margins", "reward margin", "+.3f"),

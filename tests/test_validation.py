@@ -155,6 +155,19 @@ def test_good_configurations_pass(words: str, world_size: int) -> None:
             1,
             "--recompute-keep-attention does not know fp8 recomputation",
         ),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --bf16 "
+            "--cpu-offloading-num-layers 2 --fp8-format hybrid --transformer-impl transformer_engine",
+            1,
+            "--cpu-offloading-num-layers 2 with --recompute-granularity full does not know fp8 recomputation",
+        ),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 3 --bf16 "
+            "--fp8-format hybrid --transformer-impl transformer_engine",
+            1,
+            "--recompute-num-layers 3 must divide the 8 layers of a pipeline stage with --recompute-method uniform and "
+            "--fp8-format hybrid; largest that fits: 2",
+        ),
         ("--cpu-offloading-num-layers 9", 1, "--cpu-offloading-num-layers 9 must be at most the 8 layers"),
         (
             "--mlp-chunk-tokens 8 --bf16 --fp8-format hybrid --transformer-impl transformer_engine",

@@ -80,3 +80,8 @@ class ObjectiveConfig:
     def needs_reference(self) -> bool:
         """Whether the loss reads log-probs of the reference model."""
         return self.objective in ("longpo", "dpo", "sft-chosen-constraint")
+
+    @property
+    def has_nll(self) -> bool:
+        """Whether the loss has a negative log-likelihood; without it the predictions it would need are not made."""
+        return self.objective in ("sft-chosen", "sft-rejected") or self.nll_weight != 0

@@ -13,7 +13,7 @@ import torch
 
 from megatron_longpo.data.layout import RowLayout
 from megatron_longpo.data.predictions import ObjectiveSettings, Predictions, ReferenceLookup, predictions_of
-from megatron_longpo.data.rows import TrainingRow
+from megatron_longpo.data.rows import TrainingRow, too_long
 from megatron_longpo.data.sending import sent
 
 
@@ -81,11 +81,7 @@ def collate(
     """
     for row in rows:
         if max_sequence_tokens is not None and row.longest_sequence_tokens > max_sequence_tokens:
-            raise ValueError(
-                f"document {row.id!r} has a conversation of {row.longest_sequence_tokens} tokens, above --seq-length "
-                f"{max_sequence_tokens}: raise --seq-length, or run tools/preprocess_pairs.py again with "
-                f"--max-seq-length {max_sequence_tokens} (and --truncate-document to cut instead of drop)"
-            )
+            raise too_long(row.id, row.longest_sequence_tokens, max_sequence_tokens)
     layout = RowLayout(tuple(row.layout for row in rows), cp_size, row_multiple)
     tokens = np.zeros(layout.padded_tokens, dtype=np.int64)
     for document, row in enumerate(rows):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_longpo.data.document import CHOSEN, REJECTED, TURNS, TokenizedDocument
 from megatron_longpo.data.manifest import Manifest
 from megatron_longpo.data.records import RecordReader
-from megatron_longpo.data.rows import TrainingRow, short_rows, training_row
+from megatron_longpo.data.rows import TrainingRow, short_rows, too_long, training_row
 
 
 class PreferenceDataset:
@@ -82,6 +82,25 @@ class PreferenceDataset:
                 f"{other}, or run tools/preprocess_pairs.py again with --turns {turns}"
             )
         return np.array(lengths, dtype=np.int64)
+
+    def check_lengths(self, numbers: Sequence[int], turns: str, roles: Sequence[int], limit: int) -> None:
+        """Refuse documents with a conversation of more than ``limit`` tokens, without reading any tokens.
+
+        Args:
+            numbers: The documents that are used.
+            turns: ``--turns``.
+            roles: The roles whose conversations are used.
+            limit: ``--seq-length``.
+
+        Raises:
+            ValueError: Names the first one, and the fix; the dataset lacks this kind of conversation in some document.
+        """
+        row_tokens = self.row_tokens(turns)
+        # A row holds each of its conversations, so most documents are known to fit without a look at them.
+        for number in (number for number in numbers if row_tokens[number] > limit):
+            num_tokens = self._reader.conversation_tokens(number, turns, roles)
+            if num_tokens > limit:
+                raise too_long(self._reader.document_id(number), num_tokens, limit)
 
     def split(self, shares: str) -> tuple[NDArray[np.int64], ...]:
         """Divide the documents, each with all of its turns, by a hash of their ids.

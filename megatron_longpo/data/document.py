@@ -107,6 +107,12 @@ class TokenizedDocument:
         branches = [branch for pair in self._long_pairs() for branch in pair]
         return len(self.document_tokens) + max(len(branch.tokens) for branch in branches)
 
+    @property
+    def longest_short_tokens(self) -> int:
+        """Tokens of the longest short prompt with one of its responses; 0 without short prompts."""
+        responses = [(short, branch) for short in self.short for branch in (short.chosen, short.rejected)]
+        return max((len(short.prefix_tokens) + len(branch.tokens) for short, branch in responses), default=0)
+
     def all_tokens(self) -> Iterator[Tokens]:
         """Every token array of the document, each once."""
         yield self.document_tokens

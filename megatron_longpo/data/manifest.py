@@ -27,7 +27,7 @@ class Manifest:
         idx_hash: SHA-256 of the .idx file.
         num_documents: Documents stored.
         num_turns: Turns stored, over all documents.
-        longest_sequence_tokens: The longest single conversation: what ``--seq-length`` must hold.
+        longest_sequence_tokens: The longest conversation, short prompts included: what ``--seq-length`` must hold.
         max_token_id: Largest token id: a model's vocabulary must be larger.
         row_tokens: For each value of ``--turns`` every document's row length in tokens, chosen and rejected branches
             included; an empty list where some document lacks that kind of conversation.

@@ -95,12 +95,11 @@ def make_worker(options: PreprocessOptions) -> Callable[[PairsRow], Outcome]:
         document = tokenize(row) if isinstance(row, PreferenceDocument) else tokenized_pair(row)
         if _prefers_nothing(document):
             return Outcome(row.id, row.location, dropped=IDENTICAL, num_tokens=document.longest_sequence_tokens)
-        longest_short = _longest_short(document)
-        num_tokens = max(document.longest_sequence_tokens, longest_short)
+        num_tokens = max(document.longest_sequence_tokens, document.longest_short_tokens)
         if limit is None or num_tokens <= limit:
             return Outcome(row.id, row.location, document)
         cut = None
-        if options.truncate_document and longest_short <= limit:
+        if options.truncate_document and document.longest_short_tokens <= limit:
             if isinstance(row, PreferenceDocument):
                 cut = cut_text(row, document, limit, tokenize, tokenizer)
             else:
@@ -119,10 +118,4 @@ def _prefers_nothing(document: TokenizedDocument) -> bool:
         np.array_equal(pair[CHOSEN].response(turn), pair[REJECTED].response(turn))
         for pair in pairs
         for turn, _, _ in pair[CHOSEN].spans
-    )
-
-
-def _longest_short(document: TokenizedDocument) -> int:
-    return max(
-        (len(s.prefix_tokens) + max(len(s.chosen.tokens), len(s.rejected.tokens)) for s in document.short), default=0
     )

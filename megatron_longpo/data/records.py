@@ -76,7 +76,7 @@ class RecordWriter:
         self._builder.end_document()
         self.num_documents += 1
         self._num_turns += document.num_turns
-        self._longest = max(self._longest, document.longest_sequence_tokens)
+        self._longest = max(self._longest, document.longest_sequence_tokens, document.longest_short_tokens)
         self._max_token_id = max(self._max_token_id, *(int(t.max()) for t in document.all_tokens() if len(t)))
         if document.joint is not None:
             self._row_tokens["joint"].append(training_row(document, "joint").num_tokens)
@@ -150,6 +150,15 @@ class RecordReader:
     def document_id(self, number: int) -> str:
         """The id of one document, without reading its tokens."""
         return _decode_header(self._dataset[int(self._dataset.document_indices[number])])[0]
+
+    def conversation_tokens(self, number: int, turns: str, roles: Sequence[int]) -> int:
+        """Tokens of one document's longest conversation, of what ``training_row`` would take, without reading them."""
+        first, stop = (int(index) for index in self._dataset.document_indices[number : number + 2])
+        _, flags, num_turns, _ = _decode_header(self._dataset[first])
+        _, document, *branches = self._dataset.sequence_lengths[first:stop].tolist()
+        pair_at = 2 if turns == "independent" and flags & _HAS_JOINT and num_turns > 1 else 0
+        num_pairs = num_turns if turns == "independent" else 1
+        return document + max(branches[pair_at + 2 * pair + role] for pair in range(num_pairs) for role in roles)
 
     def verify(self) -> None:
         """Read everything and compare it with the manifest's hash.

@@ -129,6 +129,15 @@ def short_rows(
     return [_short_row(document, short, roles, number) for short in document.short]
 
 
+def too_long(id: str, num_tokens: int, limit: int) -> ValueError:
+    """The error that a document's conversation is longer than ``--seq-length``."""
+    return ValueError(
+        f"document {id!r} has a conversation of {num_tokens} tokens, above --seq-length {limit}: raise --seq-length, "
+        f"or run tools/preprocess_pairs.py again with --max-seq-length {limit} (and --truncate-document to cut instead "
+        f"of drop)"
+    )
+
+
 def _short_row(document: TokenizedDocument, short: ShortPrompt, roles: Sequence[int], number: int) -> TrainingRow:
     pair = (short.chosen, short.rejected)
     branches = [(role, pair[role]) for role in roles]

@@ -113,11 +113,11 @@ def build_model(config: RunConfig) -> list[torch.nn.Module]:
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
             )
-            frugal = config.training.recompute_keep_attention or config.training.cpu_offloading_num_layers
-            if frugal:
-                make_frugal(
-                    chunk.decoder, config.training.recompute_keep_attention, config.training.cpu_offloading_num_layers
-                )
+            training = config.training
+            # Megatron's own loop fails if groups of layers do not divide a stage, and is the one that knows fp8.
+            recomputes = training.recompute_granularity == "full" and training.fp8_format is None
+            if recomputes or training.cpu_offloading_num_layers:
+                make_frugal(chunk.decoder, training.recompute_keep_attention, training.cpu_offloading_num_layers)
             chunk.to(platform.device())
             chunks.append(Float16Module(settings, chunk) if config.training.bf16 else chunk)
     return chunks

@@ -18,9 +18,10 @@ from megatron_longpo.model.offload import LayerOffload, OffloadChain
 class FrugalBlock(TransformerBlock):
     """Megatron's transformer block with another loop of recomputed layers.
 
-    Megatron makes the block itself, so this class is given to an instance (`make_frugal`). Between forward and backward
-    pass it keeps, per group of ``--recompute-num-layers``, the group's input ``[T, H]`` and, per layer, attention's
-    output ``[T, H]`` and log-sum-exps (``--recompute-keep-attention``).
+    Megatron's own knows fp8, which this one does not, and fails where groups of layers do not divide a stage. Megatron
+    makes the block itself, so this class is given to an instance (`make_frugal`). Between forward and backward pass it
+    keeps, per group of ``--recompute-num-layers``, the group's input ``[T, H]`` and, per layer, attention's output
+    ``[T, H]`` and log-sum-exps (``--recompute-keep-attention``).
     """
 
     keeps_attention: bool

@@ -44,17 +44,19 @@ def objective_loss(
     """
     kind = config.objective
     sums = _document_sums(logps.double(), predictions, cp_group, with_kl=kind == "sft-chosen-constraint")
+    # Of what was not predicted nothing is said: a mean over no predictions would read 0.
+    nll = {"longpo/nll_loss": sums.nll} if config.has_nll else {}
     if kind in ("longpo", "dpo"):
         preference, metrics = preference_loss(config, sums, predictions.turn_mask)
         losses = config.preference_weight * preference + config.nll_weight * sums.nll
-        metrics = {"longpo/preference_loss": preference, "longpo/nll_loss": sums.nll, **metrics}
+        metrics = {"longpo/preference_loss": preference, **nll, **metrics}
     elif kind == "sft-chosen-constraint":
         losses = config.nll_weight * sums.nll + config.beta * sums.kl
-        metrics = {"longpo/nll_loss": sums.nll, "longpo/kl": sums.kl, "logps/chosen": sums.chosen.sum(dim=1)}
+        metrics = {**nll, "longpo/kl": sums.kl, "logps/chosen": sums.chosen.sum(dim=1)}
     elif kind == "sft-chosen":
-        losses, metrics = sums.nll, {"longpo/nll_loss": sums.nll, "logps/chosen": sums.chosen.sum(dim=1)}
+        losses, metrics = sums.nll, {**nll, "logps/chosen": sums.chosen.sum(dim=1)}
     elif kind == "sft-rejected":
-        losses, metrics = sums.nll, {"longpo/nll_loss": sums.nll, "logps/rejected": sums.rejected.sum(dim=1)}
+        losses, metrics = sums.nll, {**nll, "logps/rejected": sums.rejected.sum(dim=1)}
     else:
         raise ValueError(
             f"--objective {kind} is unknown; choose longpo, dpo, sft-chosen, sft-rejected or sft-chosen-constraint"

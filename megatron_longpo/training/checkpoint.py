@@ -33,6 +33,7 @@ from megatron_longpo.training.checkpoint_checks import (
 )
 from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder, iteration_of
 from megatron_longpo.training.distributed import is_rank_0
+from megatron_longpo.training.optimizer import awaits_first_step
 from megatron_longpo.training.random_state import random_state, set_random_state
 
 
@@ -102,6 +103,7 @@ class Checkpointer:
         } | self._model_state()
         if self.optimizer is not None and not settings.no_save_optim:
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=False, metadata=_format())
+            state["optimizer_awaits_first_step"] = awaits_first_step(self.optimizer)
             state["opt_param_scheduler"] = self.scheduler.state_dict()
         if not settings.no_save_rng:
             state["rng_state"] = random_state()
@@ -157,7 +159,9 @@ class Checkpointer:
             check_random_states(checkpoint, common)
         with_rng = with_rng and common.get("parallel_sizes") == _parallel_sizes()
         state = self._model_state()
-        if with_optimizer:
+        # Such an optimizer has nothing to load, and makes its state in its first step as it would have.
+        with_state = with_optimizer and not common.get("optimizer_awaits_first_step", False)
+        if with_state:
             metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
             state["optimizer"] = self.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
         if with_rng:
@@ -166,16 +170,17 @@ class Checkpointer:
             loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
             unwrap(chunk).load_state_dict(loaded[key])
-        if with_optimizer:
+        if with_state:
             if self.config.optimizer.optimizer == "sgd":
                 # Without momentum it has no state, and what is empty is not written.
                 state = loaded["optimizer"].get("optimizer", loaded["optimizer"])
                 state.setdefault("state", {})
             with _settings_kept(self.optimizer):
                 self.optimizer.load_state_dict(loaded["optimizer"])
-            self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         elif self.optimizer is not None:
             self.optimizer.reload_model_params()
+        if with_optimizer:
+            self.scheduler.load_state_dict(loaded["opt_param_scheduler"])
         if with_rng:
             set_random_state(loaded["rng_state"])
         if weights_only:

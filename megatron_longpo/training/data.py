@@ -42,6 +42,17 @@ class MicroBatches(Dataset[Batch]):
         )
 
 
+def check_lengths(
+    config: RunConfig, dataset: PreferenceDataset, train_numbers: list[int], eval_numbers: list[int]
+) -> None:
+    """Refuse a run that would meet a document longer than ``--seq-length``, which may be days after its start."""
+    settings = config.training
+    used = [] if settings.skip_train else train_numbers
+    used = used + eval_numbers[: settings.eval_iters * settings.global_batch_size]
+    roles = OBJECTIVE_ROLES[config.objective.objective]
+    dataset.check_lengths(used, config.objective.turns, roles, config.data.seq_length)
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """One step's data on one rank: its micro-batches, and the documents of the whole global batch."""

@@ -26,7 +26,7 @@ from megatron_longpo.processes import one_voice_on_ctrl_c
 from megatron_longpo.ranges import DATA, OPTIMIZER, named_range
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
 from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint, iteration_of
-from megatron_longpo.training.data import GlobalBatch, MicroBatches, training_batches
+from megatron_longpo.training.data import GlobalBatch, MicroBatches, check_lengths, training_batches
 from megatron_longpo.training.distributed import any_rank, is_rank_0
 from megatron_longpo.training.evaluation import evaluate
 from megatron_longpo.training.initial import load_initial_state
@@ -52,6 +52,7 @@ class Trainer:
         self.config, self.dataset = config, dataset
         self.started_s = time.monotonic()
         self.train_numbers, self.eval_numbers = self._split()
+        check_lengths(config, dataset, self.train_numbers, self.eval_numbers)
         self.total_samples, self.total_steps = self._duration()
         self.chunks: list[Any] = build_model(config)
         self.optimizer: Any = None

@@ -6,6 +6,7 @@ import gc
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_longpo import platform
@@ -64,6 +65,19 @@ def _start_momentum(optimizer: torch.optim.Optimizer, config: OptimizerConfig | 
         if group["momentum"]:
             for param in group["params"]:
                 optimizer.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+
+def awaits_first_step(optimizer: MegatronOptimizer) -> bool:
+    """Whether an optimizer has no state yet, as every step so far was skipped, and needs some.
+
+    torch's optimizers make it in their first step, so a checkpoint has none; Megatron's distributed one always has it.
+    """
+    parts = [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
+    if any(isinstance(part, DistributedOptimizer) for part in parts):
+        return False
+    groups = [group for part in parts for group in part.optimizer.param_groups]
+    is_stateless = all(group.get("momentum") == 0 for group in groups)
+    return not is_stateless and not any(part.optimizer.state for part in parts)
 
 
 def refuse_offload_without_gpu() -> None:

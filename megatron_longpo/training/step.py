@@ -144,11 +144,12 @@ def global_batch_metrics(
 def metric_names(objective: ObjectiveConfig) -> tuple[str, ...]:
     """The metrics that an objective defines, in the order in which they are written."""
     kind = objective.objective
+    nll = ("longpo/nll_loss",) if objective.has_nll else ()
     if kind in ("longpo", "dpo"):
         return (
             "loss",
             "longpo/preference_loss",
-            "longpo/nll_loss",
+            *nll,
             "rewards/chosen",
             "rewards/rejected",
             "rewards/accuracies",
@@ -158,7 +159,7 @@ def metric_names(objective: ObjectiveConfig) -> tuple[str, ...]:
         )
     side = ("logps/rejected",) if kind == "sft-rejected" else ("logps/chosen",)
     constraint = ("longpo/kl",) if kind == "sft-chosen-constraint" else ()
-    return ("loss", "longpo/nll_loss", *constraint, *side)
+    return ("loss", *nll, *constraint, *side)
 
 
 def gradients_are_finite(chunks: list[torch.nn.Module]) -> bool:

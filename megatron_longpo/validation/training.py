@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.field import AUTO
 from megatron_longpo.config.training import FLASH
-from megatron_longpo.validation.multiples import nearest_multiple
+from megatron_longpo.validation.multiples import largest_divisor, nearest_multiple
 
 
 def _training(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -34,8 +34,8 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
             "pipeline stage"
         )
     yield from _chunks(config)
-    if training.recompute_keep_attention and training.fp8_format is not None:
-        yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
+    if training.fp8_format is not None and training.recompute_granularity == "full":
+        yield from _fp8_recomputation(config, local)
     if training.fp8_format is not None and not training.bf16:
         yield f"--fp8-format {training.fp8_format} needs --bf16"
     if training.use_cpu and training.attention_backend not in (AUTO, FLASH):
@@ -44,6 +44,30 @@ def _training(config: RunConfig, world_size: int) -> Iterator[str]:
         yield "--transformer-impl transformer_engine needs a GPU: remove it or --use-cpu"
     if training.use_cpu and parallel.distributed_backend == "nccl":
         yield "--distributed-backend nccl needs GPUs: remove it or --use-cpu"
+
+
+def _fp8_recomputation(config: RunConfig, local: int) -> Iterator[str]:
+    """What Megatron's own loop of recomputed layers, the only one that knows fp8, cannot do.
+
+    Args:
+        config: The run.
+        local: Layers of a pipeline stage, or of a virtual one.
+    """
+    training = config.training
+    if training.recompute_keep_attention:
+        yield "--recompute-keep-attention does not know fp8 recomputation: leave it or --fp8-format out"
+    if training.cpu_offloading_num_layers:
+        yield (
+            f"--cpu-offloading-num-layers {training.cpu_offloading_num_layers} with --recompute-granularity full does "
+            "not know fp8 recomputation: leave one of the two or --fp8-format out"
+        )
+    group = training.recompute_num_layers
+    if training.recompute_method == "uniform" and group and group <= local and local % group:
+        yield (
+            f"--recompute-num-layers {group} must divide the {local} layers of a pipeline stage with "
+            f"--recompute-method uniform and --fp8-format {training.fp8_format}; largest that fits: "
+            f"{largest_divisor(local, group)}"
+        )
 
 
 def _chunks(config: RunConfig) -> Iterator[str]:

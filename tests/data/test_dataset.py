@@ -54,6 +54,22 @@ def test_a_token_beyond_the_vocabulary_names_both(dataset: PreferenceDataset) ->
         PreferenceDataset(dataset.prefix, vocab_size=largest)
 
 
+@pytest.mark.parametrize("changes", [{}, {"joint": None}, {"independent": ()}])
+@pytest.mark.parametrize("roles", [(0, 1), (0,), (1,)])
+def test_lengths_are_checked_without_the_tokens(tmp_path: Path, changes: dict, roles: tuple[int, ...]) -> None:
+    documents = [replace(random_document(n, num_turns=n % 3 + 1), **changes) for n in range(9)]
+    dataset = make(tmp_path / "pairs", documents)
+    for turns in [kind for kind in ("joint", "independent") if dataset.manifest.row_tokens[kind]]:
+        longest = [dataset.row(n, turns, roles).longest_sequence_tokens for n in range(9)]
+        dataset.check_lengths(range(9), turns, roles, max(longest))
+        most = longest.index(max(longest))
+        others = [n for n in range(9) if longest[n] < max(longest)]
+        dataset.check_lengths(others, turns, roles, max(longest) - 1)
+        message = f"'document-{most}' has a conversation of {max(longest)} tokens, above --seq-length"
+        with pytest.raises(ValueError, match=message):
+            dataset.check_lengths(range(9), turns, roles, max(longest) - 1)
+
+
 def test_the_split_follows_the_documents_not_their_order(dataset: PreferenceDataset, tmp_path: Path) -> None:
     shuffled = make(tmp_path / "shuffled", [dataset[number] for number in range(19, -1, -1)])
     for one, other in zip(dataset.split("80,20"), shuffled.split("80,20"), strict=True):

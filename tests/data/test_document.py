@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,6 +29,9 @@ def test_a_document_knows_its_turns_and_its_longest_conversation() -> None:
     assert document.num_turns == 3
     longest = max(len(branch.tokens) for pair in (document.joint, *document.independent) for branch in pair)
     assert document.longest_sequence_tokens == 30 + longest
+    prompts = [(s.prefix_tokens, branch.tokens) for s in document.short for branch in (s.chosen, s.rejected)]
+    assert document.longest_short_tokens == max(len(prompt) + len(tokens) for prompt, tokens in prompts)
+    assert replace(document, short=()).longest_short_tokens == 0
 
 
 def test_a_branch_finds_the_response_of_a_turn() -> None:

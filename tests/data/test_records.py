@@ -79,6 +79,11 @@ def test_the_manifest_counts(tmp_path: Path) -> None:
     assert manifest == Manifest.load(tmp_path / "pairs")
     assert (manifest.num_documents, manifest.num_turns) == (3, 6)
     assert manifest.longest_sequence_tokens == max(document.longest_sequence_tokens for document in written)
+    # TRL's short prompts may be longer than the long ones, and the reference reads them.
+    short = replace(written[0].short[0], prefix_tokens=np.zeros(200, np.int32))
+    longest = replace(written[0], short=(short,))
+    manifest_of_short = write(tmp_path / "short", [longest])
+    assert manifest_of_short.longest_sequence_tokens == longest.longest_short_tokens > longest.longest_sequence_tokens
     assert manifest.max_token_id == max(int(t.max()) for d in written for t in d.all_tokens()) < VOCAB
     for turns in ("joint", "independent"):
         assert manifest.row_tokens[turns] == [training_row(document, turns).num_tokens for document in written]

@@ -29,6 +29,7 @@ PIECES = ["--mlp-chunk-tokens=16", "--projection-chunk-tokens=16"]
 CASES = {
     "plain": [],
     "full recompute": FULL,
+    "full recompute, groups of 3": [*FULL, "--recompute-num-layers=3"],
     "attention kept": KEPT,
     "MLP in pieces": ["--mlp-chunk-tokens=7"],
     "projections in pieces": ["--projection-chunk-tokens=7"],

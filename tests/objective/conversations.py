@@ -48,7 +48,7 @@ def make_case(
     """
     generator = torch.Generator().manual_seed(len(num_turns))
     nll_role = 1 if config.objective == "sft-rejected" else 0
-    with_nll = config.nll_weight != 0 or config.objective.startswith("sft")
+    with_nll = config.has_nll
     rows: list[tuple[int, int, float, bool]] = []  # document, slot, weight, has a reference
 
     def length(low: int, high: int) -> int:
@@ -130,6 +130,7 @@ def by_hand(config: ObjectiveConfig, case: Case, logps: torch.Tensor) -> tuple[t
             nll = -logps[[*document.prefix, *itertools.chain(*conversations)]].mean()
         else:
             nll = -torch.stack([logps[document.prefix + tokens].mean() for tokens in conversations]).mean()
+        anchored = config.nll_weight * nll if config.has_nll else 0.0  # else nothing of the document is predicted
         chosen = [logps[t.chosen].sum() for t in document.turns]
         rejected = [logps[t.rejected].sum() for t in document.turns]
         if config.objective in ("longpo", "dpo"):
@@ -143,9 +144,7 @@ def by_hand(config: ObjectiveConfig, case: Case, logps: torch.Tensor) -> tuple[t
                 margins = [c - r for c, r in zip(reward_chosen, reward_rejected, strict=True)]
                 preference = -torch.stack([torch.log(torch.sigmoid(m)) for m in margins]).mean()
                 accuracy = torch.stack([m > 0 for m in margins]).double().mean()
-            if config.nll_weight == 0:
-                nll = torch.zeros_like(preference)
-            losses.append(config.preference_weight * preference + config.nll_weight * nll)
+            losses.append(config.preference_weight * preference + anchored)
             note(
                 longpo__preference_loss=preference,
                 rewards__chosen=sum(reward_chosen),
@@ -158,7 +157,7 @@ def by_hand(config: ObjectiveConfig, case: Case, logps: torch.Tensor) -> tuple[t
         elif config.objective == "sft-chosen-constraint":
             ratios = [torch.exp(reference[k] - logps[k]) for t in document.turns for k in t.chosen]
             kl = torch.stack([r - 1 - torch.log(r) for r in ratios]).sum()
-            losses.append(config.nll_weight * nll + config.beta * kl)
+            losses.append(anchored + config.beta * kl)
             note(longpo__kl=kl, logps__chosen=sum(chosen))
         elif config.objective == "sft-chosen":
             losses.append(nll)
@@ -166,5 +165,6 @@ def by_hand(config: ObjectiveConfig, case: Case, logps: torch.Tensor) -> tuple[t
         else:
             losses.append(nll)
             note(logps__rejected=sum(rejected))
-        note(longpo__nll_loss=nll)
+        if config.has_nll:
+            note(longpo__nll_loss=nll)
     return torch.stack(losses), {name: torch.stack(values) for name, values in metrics.items()}

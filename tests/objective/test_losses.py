@@ -24,7 +24,7 @@ CONFIGS += [
     for objective in ("sft-chosen", "sft-rejected", "sft-chosen-constraint")
     for turns in ("joint", "independent")
 ]
-CONFIGS += [ObjectiveConfig(objective="sft-chosen-constraint", nll_weight=0.4)]
+CONFIGS += [ObjectiveConfig(objective="sft-chosen-constraint", nll_weight=weight) for weight in (0.0, 0.4)]
 
 
 def name_of(config: ObjectiveConfig) -> str:

@@ -45,6 +45,25 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(poisoned: Path, tmp_
     assert all((step["grad_norm"] is None) == (step in broken) for step in steps)
 
 
+def test_a_run_that_has_skipped_every_step_goes_on(poisoned: Path, tmp_path: Path) -> None:
+    """Its optimizer has made no state that a checkpoint could hold."""
+    # The first of three batches has the poisoned document.
+    common = [*FLAGS, f"--data-path={poisoned}", "--global-batch-size=4", "--train-iters=3", "--lr=1e-3"]
+    optimizers = {"adam": [], "sgd": ["--optimizer=sgd"]}
+    commands = []
+    for name, optimizer in optimizers.items():
+        save = [f"--save={tmp_path / name}", f"--load={tmp_path / name}", f"--metrics-jsonl={tmp_path / name}.jsonl"]
+        for flags in ([f"--metrics-jsonl={tmp_path / name}-whole.jsonl"], [*save, "--exit-interval=1"], save):
+            commands.append(("pretrain_longpo.py", [*common, *optimizer, *flags]))
+    for code, output in run_in_one_process(commands):
+        assert code == 0, output[-3000:]
+    for name in optimizers:
+        whole, parts = (metrics(tmp_path / f"{name}{kind}.jsonl") for kind in ("-whole", ""))
+        for step, expected in zip(parts, whole, strict=True):
+            assert (step["grad_norm"] is None) == (step["iteration"] == 1)
+            assert all(step[key] == expected[key] for key in ("loss", "grad_norm", "learning_rate", "skipped_steps"))
+
+
 def test_too_many_skipped_steps_stop_the_run_and_name_the_samples(mistakes: dict[str, tuple[int, str]]) -> None:
     code, output = mistakes["poisoned"]
     assert code == 1
@@ -114,6 +133,8 @@ MISTAKES = {
     "too few ranks": (2, ["--tensor-model-parallel-size=2"], "--tensor-model-parallel-size"),
     "vocabulary": (1, ["--vocab-size=100"], "token id"),
     "length": (1, ["--seq-length=16"], "above --seq-length 16"),
+    # The step that is made takes others.
+    "length of a later one": (1, [*SFT, "--seq-length=62"], "'tiny-3' has a conversation of 63 tokens, above --seq-l"),
     "unknown flag": (2, ["--learning-rate=1"], "--learning-rate is not a flag"),
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
     "other optimizer": (
