@@ -121,6 +121,7 @@ class Trainer:
                 skipped_in_a_row = skipped_in_a_row + 1 if bad is not None else 0
                 self._report(reporter, metrics, bad)
                 if skipped_in_a_row > config.training.max_skipped_steps:
+                    self._report_interval(reporter)
                     self.checkpointer.finish(blocking=True)  # what is being written is of an earlier, good step
                     raise FloatingPointError(
                         f"{skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
@@ -136,6 +137,7 @@ class Trainer:
                 ):
                     self._save(reporter)
                 if reason is not None and not last:
+                    self._report_interval(reporter)
                     saved = "it is saved" if config.checkpoint.save else "nothing is saved without --save"
                     reporter.print(f"leaving after iteration {progress.iteration}: {reason}; {saved}")
                     break
@@ -200,11 +202,15 @@ class Trainer:
             shown = ", ".join(bad[:8]) + (", …" if len(bad) > 8 else "")
             reporter.print(f"iteration {progress.iteration} was skipped: loss or gradient is not finite in {shown}")
         self.unreported.append((metrics, bad is not None))
-        if progress.iteration % self.config.logging.log_interval and progress.iteration != self.total_steps:
+        if progress.iteration % self.config.logging.log_interval == 0 or progress.iteration == self.total_steps:
+            self._report_interval(reporter)
+
+    def _report_interval(self, reporter: Reporter) -> None:
+        if not self.unreported:
             return
         means = interval_means(self.unreported)
         self.unreported.clear()
-        reporter.report(self._counters() | means | {"skipped_steps": progress.skipped_steps})
+        reporter.report(self._counters() | means | {"skipped_steps": self.progress.skipped_steps})
 
     def _maybe_evaluate(self, reporter: Reporter, micro_batches: MicroBatches, last: bool) -> None:
         settings, progress = self.config.training, self.progress

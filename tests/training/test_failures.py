@@ -203,7 +203,7 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("pretrain_longpo.py", [*COMMON, *SFT, data, f"--save={places['save']}"]),
         ("tools/compute_reference_logprobs.py", foreign),
         ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0", *background]),
-        ("pretrain_longpo.py", [*COMMON, *SFT, data, "--train-iters=3", "--exit-interval=1"]),
+        ("pretrain_longpo.py", [*COMMON, *SFT, data, "--train-iters=3", "--exit-interval=1", "--log-interval=2"]),
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
@@ -235,7 +235,10 @@ def test_reference_of_another_model_is_refused(mistakes: dict[str, tuple[int, st
     assert "were made from something else: weights" in output and "--reference-dir" in output
 
 
-def test_a_run_that_leaves_without_a_folder_says_that_nothing_is_saved(mistakes: dict[str, tuple[int, str]]) -> None:
+def test_a_run_that_leaves_without_a_folder_says_so_and_reports_its_last_steps(
+    mistakes: dict[str, tuple[int, str]],
+) -> None:
     code, output = mistakes["unsaved"]
     assert code == 0
+    assert f" iteration {1:8d}/{3:8d} | consumed samples" in output
     assert "leaving after iteration 1: --exit-interval 1 was reached; nothing is saved without --save" in output
