@@ -215,6 +215,7 @@ def test_a_layout_that_fails_is_not_followed_by_those_that_hold_as_much(model: P
     assert search_module._may_fit_beside(replace(failed, candidate=other), failed, plan, small)
 
 
+@pytest.mark.slow
 def test_where_the_fastest_were_estimated_too_low_the_leanest_is_measured(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
