@@ -75,12 +75,10 @@ Case = tuple[str, str]
 
 DEFAULT: list[Case] = [
     ("longpo", "DP 4"),
-    ("longpo", "DP 2 of two documents a row"),
     ("longpo", "TP 2 + sequence parallel"),
     ("longpo", "interleaved PP 2"),
     ("longpo", "CP 2 ring + attention kept"),
     ("longpo", "CP 2 x 2 all-to-all and ring"),
-    ("longpo", "PP 2 + attention kept"),
     ("longpo", "TP 2 + sequence parallel + in pieces"),
     ("dpo", "TP 2 x CP 2"),
 ]

@@ -15,10 +15,15 @@ from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 LAYOUTS = {
     "TP 2 x CP 2": ["--tensor-model-parallel-size=2", "--context-parallel-size=2", "--sequence-parallel"],
+    "CP 2": ["--context-parallel-size=2"],
     "PP 2": ["--pipeline-model-parallel-size=2"],
 }
 OBJECTIVES = {"short": ["--objective=longpo"], "long-independent": ["--objective=dpo", "--turns=independent"]}
-PASSES = [("TP 2 x CP 2", "short"), ("PP 2", "long-independent")]
+PASSES = {
+    2: [("CP 2", "short"), ("PP 2", "long-independent")],
+    4: [("TP 2 x CP 2", "short"), ("PP 2", "long-independent")],
+}
+"""By the number of processes; data parallelism fills the rest."""
 
 
 def compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[str]:
@@ -54,27 +59,27 @@ def save_model_and_compute(rank: int, runs: list[tuple[list[str], str]], folder:
     return compute(rank, runs, folder)
 
 
-@pytest.fixture(scope="module")
-def sidecars(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("reference")
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def sidecars(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder, num_ranks = tmp_path_factory.mktemp("reference"), request.param
     # More documents than a group of the pass, and not a multiple of it.
     write_tiny_dataset(folder / "tiny", num_documents=11)
     singles = [(flags, f"{folder}/one") for flags in OBJECTIVES.values()]
-    layouts = [([*OBJECTIVES[kind], *LAYOUTS[name]], f"{folder}/{name}") for name, kind in PASSES]
+    layouts = [([*OBJECTIVES[kind], *LAYOUTS[name]], f"{folder}/{name}") for name, kind in PASSES[num_ranks]]
     prints = run_ranks(save_model_and_compute, 1, singles, str(folder))[0]
-    prints += [p for rank in run_ranks(compute, 4, layouts, str(folder)) for p in rank]
-    return {"folder": folder, "fingerprints": prints}
+    prints += [p for rank in run_ranks(compute, num_ranks, layouts, str(folder)) for p in rank]
+    return {"folder": folder, "num_ranks": num_ranks, "fingerprints": prints}
 
 
 def test_one_fingerprint_for_all_layouts(sidecars: dict[str, Any]) -> None:
-    assert len(sidecars["fingerprints"]) == 2 + 4 * 2
+    assert len(sidecars["fingerprints"]) == 2 + sidecars["num_ranks"] * 2
     assert len(set(sidecars["fingerprints"])) == 1
 
 
-@pytest.mark.parametrize(("layout", "kind"), PASSES)
-def test_layout_writes_what_one_process_writes(sidecars: dict[str, Any], layout: str, kind: str) -> None:
-    theirs, ours = (Path(sidecars["folder"], place, f"tiny.reference-{kind}") for place in ("one", layout))
-    assert np.array_equal(np.load(ours / "lengths.npy"), np.load(theirs / "lengths.npy"))
-    expected = np.load(theirs / "logps.npy")
-    np.testing.assert_allclose(np.load(ours / "logps.npy"), expected, rtol=1e-5, atol=1e-5)
-    assert expected.std() > 0.5 and (expected < 0).all()
+def test_layouts_write_what_one_process_writes(sidecars: dict[str, Any]) -> None:
+    for layout, kind in PASSES[sidecars["num_ranks"]]:
+        theirs, ours = (Path(sidecars["folder"], place, f"tiny.reference-{kind}") for place in ("one", layout))
+        assert np.array_equal(np.load(ours / "lengths.npy"), np.load(theirs / "lengths.npy"))
+        expected = np.load(theirs / "logps.npy")
+        np.testing.assert_allclose(np.load(ours / "logps.npy"), expected, rtol=1e-5, atol=1e-5, err_msg=layout)
+        assert expected.std() > 0.5 and (expected < 0).all()
