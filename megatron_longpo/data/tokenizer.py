@@ -139,6 +139,7 @@ class HuggingFaceChatTokenizer:
             )
         self.path = str(path)
         self.template = template or self._own_template()
+        self.template_hash = _sha256(self.template)
         self._dated_template = with_fixed_date(self.template)
         self._backend = stored_backend(self._tokenizer, path)
         # tokenizer.json may carry both; a cut document or a padded one would be silently wrong here.
@@ -165,11 +166,6 @@ class HuggingFaceChatTokenizer:
     def hash(self) -> str:
         """SHA-256 of tokenizer.json as the tokenizers library writes it."""
         return _sha256(self._backend.to_str())
-
-    @property
-    def template_hash(self) -> str:
-        """SHA-256 of the chat template."""
-        return _sha256(self.template)
 
     def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False) -> str:
         """The text of a conversation by transformers' template engine, on a fixed date."""
@@ -219,6 +215,7 @@ class SentencePieceChatTokenizer:
                 "FILE.jinja"
             )
         self.template = template
+        self.template_hash = _sha256(template)
         self.vocab_size = int(self._model.piece_size())
         self.eos_id = _first_id(self._model.eos_id())
         self.pad_id = _first_id(self._model.pad_id(), self.eos_id)
@@ -235,11 +232,6 @@ class SentencePieceChatTokenizer:
     def hash(self) -> str:
         """SHA-256 of the ``.model`` file's content."""
         return _sha256(self._model.serialized_model_proto())
-
-    @property
-    def template_hash(self) -> str:
-        """SHA-256 of the chat template."""
-        return _sha256(self.template)
 
     def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False) -> str:
         """The text of a conversation by Jinja alone, on a fixed date."""

@@ -1,4 +1,4 @@
-"""When a run must save and leave: SIGTERM, a time limit, a step limit."""
+"""When a run must save and leave: SIGTERM, a time limit, a step limit; and what it says of itself after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import signal
 import time
 from types import FrameType
 
-from megatron_longpo.config import TrainingConfig
+from megatron_longpo.config import CheckpointConfig, TrainingConfig
+from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint, iteration_of
 from megatron_longpo.training.distributed import any_rank
 
 
@@ -48,3 +49,14 @@ class Leaving:
         if settings.exit_interval is not None and iteration % settings.exit_interval == 0:
             return f"--exit-interval {settings.exit_interval} was reached"
         return None
+
+
+def interrupted_text(settings: CheckpointConfig, iteration: int, total_steps: int) -> str:
+    """How far a run came, and how it goes on from its last checkpoint."""
+    newest = find_checkpoint(settings.save) if settings.save is not None else None
+    if newest is None or newest.name == RELEASE:
+        how = "it has saved no checkpoint, so the same command starts where it did"
+    else:
+        how = f"the last checkpoint is iteration {iteration_of(newest)}, where the same command "
+        how += "goes on" if settings.load_equals_save else f"with --load {settings.save} goes on"
+    return f"interrupted after iteration {iteration} of {total_steps}; {how}"

@@ -25,12 +25,11 @@ from megatron_longpo.model.flops import step_flops
 from megatron_longpo.processes import one_voice_on_ctrl_c
 from megatron_longpo.ranges import DATA, OPTIMIZER, named_range
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
-from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint, iteration_of
 from megatron_longpo.training.data import GlobalBatch, MicroBatches, check_lengths, training_batches
 from megatron_longpo.training.distributed import any_rank, is_rank_0
 from megatron_longpo.training.evaluation import evaluate
 from megatron_longpo.training.initial import load_initial_state
-from megatron_longpo.training.leaving import Leaving
+from megatron_longpo.training.leaving import Leaving, interrupted_text
 from megatron_longpo.training.optimizer import build_optimizer, build_scheduler
 from megatron_longpo.training.profiling import StepProfiler
 from megatron_longpo.training.reference import reference_logprobs
@@ -223,14 +222,7 @@ class Trainer:
         reporter.report(self._counters() | means, prefix="eval/")
 
     def _say_interrupted(self) -> None:
-        settings = self.config.checkpoint
-        newest = find_checkpoint(settings.save) if settings.save is not None else None
-        if newest is None or newest.name == RELEASE:
-            how = "it has saved no checkpoint, so the same command starts where it did"
-        else:
-            how = f"the last checkpoint is iteration {iteration_of(newest)}, where the same command "
-            how += "goes on" if settings.load_equals_save else f"with --load {settings.save} goes on"
-        text = f"interrupted after iteration {self.progress.iteration} of {self.total_steps}; {how}"
+        text = interrupted_text(self.config.checkpoint, self.progress.iteration, self.total_steps)
         tqdm.write(text, file=sys.stdout)  # above the progress bar
         sys.stdout.flush()
 
