@@ -8,6 +8,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from tests.distributed.harness import fresh_world
+from tests.distributed.nccl_order import Operation, noted_operations
+from tests.distributed.parallel_load import parallel_load
+
+Result = tuple[dict[str, float], list[Operation]]
+"""Metrics, and the communication that led to them."""
 
 
 def one_step(flags: list[str], data: str, save_to: str) -> dict[str, float]:
@@ -66,17 +71,19 @@ def one_step(flags: list[str], data: str, save_to: str) -> dict[str, float]:
     return named | {f"eval/{name}": value for name, value in held_out.items()}
 
 
-def run_all(rank: int, cases: list[tuple[list[str], str, str]], folder: str) -> list[dict[str, float]]:
+def run_all(rank: int, cases: list[tuple[list[str], str, str]], folder: str) -> list[Result]:
     results = []
     for number, case in enumerate(cases):
         fresh_world(f"{folder}/rendezvous-{len(cases)}-{number}", rank, dist.get_world_size())
-        results.append(one_step(*case))
+        with parallel_load(), noted_operations() as operations:
+            metrics = one_step(*case)
+        results.append((metrics, operations))
     return results
 
 
 def save_model_and_run_all(
     rank: int, cases: list[tuple[list[str], str, str]], folder: str, model: list[str]
-) -> list[dict[str, float]]:
+) -> list[Result]:
     """`run_all` in one process, from a new model."""
     save_random_model(rank, cases[0][1], f"{folder}/start", model)
     return run_all(rank, cases, folder)

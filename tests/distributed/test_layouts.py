@@ -1,6 +1,7 @@
 """One global batch under every parallel layout: losses, metrics and gradients equal one process's.
 
-With the distributed optimizer it is two steps: losses, metrics and updated weights.
+With the distributed optimizer it is two steps: losses, metrics and updated weights. What the ranks sent each other from
+the reference pass to the checkpoint would not make them wait forever under NCCL either.
 All layouts of a world of four run in the same four processes, one after another; data parallelism fills the rest.
 """
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from tests.distributed.harness import run_ranks
+from tests.distributed.nccl_order import check_nccl_order
 from tests.distributed.one_step import run_all, save_model_and_run_all
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
@@ -143,12 +145,13 @@ def compute(folder: Path, cases: list[Case], zero: list[str], model: list[str]) 
     sharded = [*step_flags, "--use-distributed-optimizer"]
     layouts += [([*sharded, *ZERO[name]], data, place(f"zero {name}", "-step")) for name in zero]
 
-    single_metrics = run_ranks(save_model_and_run_all, 1, singles, str(folder), model)[0]
-    metrics = run_ranks(run_all, 4, layouts, str(folder))
+    alone = run_ranks(save_model_and_run_all, 1, singles, str(folder), model)[0]
+    ranks = run_ranks(run_all, 4, layouts, str(folder))
     names = [f"{objective} {name}" for objective, name in cases] + [f"zero {name}" for name in zero]
     return {
-        "single": dict(zip([*OBJECTIVES, "step"], single_metrics, strict=True)),
-        "metrics": {name: [rank[i] for rank in metrics] for i, name in enumerate(names)},
+        "single": dict(zip([*OBJECTIVES, "step"], (metrics for metrics, _ in alone), strict=True)),
+        "metrics": {name: [rank[i][0] for rank in ranks] for i, name in enumerate(names)},
+        "operations": {name: [rank[i][1] for rank in ranks] for i, name in enumerate(names)},
         "tensors": load_tensors(places),
     }
 
@@ -190,12 +193,15 @@ def check_layout(results: dict[str, Any], objective: str, layout: str) -> None:
     gradients = results["tensors"][f"one {objective}"]
     assert len(gradients) > 5 and all(gradient.norm() > 1e-3 for gradient in gradients.values())
     assert_equal_tensors(results["tensors"][f"{objective} {layout}"], gradients, "gradient")
+    assert all(len(operations) > 30 for operations in results["operations"][f"{objective} {layout}"])
+    check_nccl_order(results["operations"][f"{objective} {layout}"])
 
 
 def check_zero(results: dict[str, Any], layout: str) -> None:
     for rank in results["metrics"][f"zero {layout}"]:
         assert rank == pytest.approx(results["single"]["step"], rel=1e-5, abs=ABSOLUTE)
     assert_equal_tensors(results["tensors"][f"zero {layout}"], results["tensors"]["one step"], "updated weight")
+    check_nccl_order(results["operations"][f"zero {layout}"])
 
 
 @pytest.mark.parametrize(("objective", "layout"), DEFAULT)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.harness import fresh_world, run_ranks
+from tests.distributed.nccl_order import check_nccl_order, noted_operations
+from tests.distributed.parallel_load import parallel_load
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 from tests.training.commands import metrics
 
@@ -52,7 +54,8 @@ def run_stages(rank: int, stages: list[list[str]], folder: str, world: int) -> l
     """Run command lines after one another, all but the last lost after three steps.
 
     Returns:
-        Of every stage its steps and evaluations: documents of the batch, this rank's, and metrics.
+        Of every stage what it trained on and communicated, then its steps: documents of the batch, this rank's, and
+        metrics.
     """
     from megatron_longpo.arguments import parse_arguments
     from megatron_longpo.training import loop
@@ -77,12 +80,12 @@ def run_stages(rank: int, stages: list[list[str]], folder: str, world: int) -> l
         config = prepared(parse_arguments(flags))
         dataset = open_dataset(config)
         initialize(config)
-        with own_outputs(config):
+        with own_outputs(config), parallel_load(), noted_operations() as operations:
             trainer = Recording(config, dataset)
             with contextlib.suppress(Lost):
                 trainer.train()
         shut_down()
-        results.append([{"trained_on": trainer.train_numbers}, *seen])
+        results.append([{"trained_on": trainer.train_numbers, "operations": operations}, *seen])
     return results
 
 
@@ -107,6 +110,7 @@ def test_elastic_run_makes_the_steps_of_an_uninterrupted_one(optimizer: str, tmp
     stages[0][-1] = str(start)
     ranks = run_ranks(run_stages, 4, stages, str(tmp_path), 4)
     for number, name in enumerate(STAGES):
+        check_nccl_order([rank[number][0]["operations"] for rank in ranks])
         steps = [rank[number][1:] for rank in ranks]
         first_step = 2 * number + 3
         last = len(golden) if number == len(STAGES) - 1 else first_step + 2

@@ -53,7 +53,7 @@ def steps(folder: Path, one: dict[str, list[str]], four: dict[str, list[str]]) -
         world.mkdir()
         found += run_ranks(run_all, 4, batch, str(world))[0]
     tensors = load_tensors(places)
-    return {name: (metrics, tensors[name]) for name, metrics in zip(places, found, strict=True)}
+    return {name: (metrics, tensors[name]) for name, (metrics, _) in zip(places, found, strict=True)}
 
 
 def assert_equal(ours: tuple[dict, dict], theirs: tuple[dict, dict], tolerance: float = 0.0) -> None:
