@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from packaging.version import Version
 
 import megatron_longpo
@@ -16,6 +18,7 @@ from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.model.specs import block_spec
 from megatron_longpo.platform import transfers
 from megatron_longpo.platform.megatron_core import require_checked_version
+from megatron_longpo.platform.optimizer_shards import blocks
 from tests.tiny import MODEL_FLAGS
 
 cpu_only = pytest.mark.skipif(platform.has_cuda(), reason="the adapters are for machines without CUDA")
@@ -159,3 +162,18 @@ def test_layers_of_a_missing_transformer_engine_are_refused() -> None:
         pytest.skip("it is installed")
     with pytest.raises(ValueError, match=r"--transformer-impl transformer_engine needs Transformer Engine"):
         block_spec(parse_arguments(MODEL_FLAGS).model, "transformer_engine", 1)
+
+
+@given(st.lists(st.integers(1, 5), max_size=4), st.data())
+def test_blocks_of_a_range_are_its_elements_in_order(shape: list[int], data: st.DataObject) -> None:
+    whole = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    start = data.draw(st.integers(0, whole.numel()))
+    stop = data.draw(st.integers(start, whole.numel()))
+    found = []
+    for offset, size in blocks(start, stop, shape):
+        block = whole
+        for axis, (first, length) in enumerate(zip(offset, size, strict=True)):
+            block = block.narrow(axis, first, length)
+        found.append(block.flatten())
+    assert [element for block in found for element in block.tolist()] == list(range(start, stop))
+    assert len(found) <= max(1, 2 * len(shape) - 1)

@@ -15,6 +15,7 @@ from megatron_longpo.platform.newer_megatron import (
     match_groups_without_rates,
     name_the_cause_of_failed_writes,
 )
+from megatron_longpo.platform.optimizer_shards import let_ranks_write_their_own_shards
 from megatron_longpo.platform.repairs import (
     count_missing_te_as_old,
     fix_zero1_resume,
@@ -58,6 +59,7 @@ def prepare(use_cpu: bool = False) -> None:
     norm_gradients_without_waiting()
     pin_weights_on_host()
     let_checkpoints_name_optimizers()
+    let_ranks_write_their_own_shards()
     tie_checkpoint_manager_to_its_rank()
     tie_checkpoint_writers_to_their_rank()
     let_blocks_recompute_themselves()

@@ -50,11 +50,7 @@ class Progress:
 
 def _format() -> dict[str, Any]:
     """How the distributed optimizer's state is written; a new dictionary each time, since Megatron adds to it."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        # The gather on save then runs over gloo from host memory, on any machine.
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
+    return {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Checkpointer:
