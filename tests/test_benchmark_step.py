@@ -47,7 +47,7 @@ for variant in ("trl", "shared_prefix_dpo", "two_sequences_full_logits", "shared
 @pytest.mark.slow
 def test_last_line_is_the_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     variants = ["--variants", "shared_prefix", "two_sequences"]
-    assert main([*FLAGS, *variants, "--rounds=1", "--steps=1", "--json"]) == 0
+    assert main([*FLAGS, *variants, "--rounds=1", "--steps=2", "--json"]) == 0
     output = capsys.readouterr().out
     result = json.loads(output.splitlines()[-1])
     assert result["speedup_vs_two_sequences"] > 0
@@ -79,8 +79,8 @@ def test_variants_compute_the_same_loss(tmp_path: Path) -> None:
 
 
 def measured(step_s: float, peak_gib: float, loss: float = 2.0, **changes: Any) -> Measurement:
-    """A process whose first step, the warm-up, took very long."""
-    times = [99.0, step_s, step_s]
+    """A process whose first step, a warm-up, took very long, and whose last one was disturbed."""
+    times = [99.0, step_s, 1.5 * step_s]
     return Measurement(
         **{"losses": [loss], "wall_s": times, "cpu_s": times, "idle_gib": 0.3, "peak_gib": peak_gib} | changes
     )

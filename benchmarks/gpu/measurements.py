@@ -17,7 +17,7 @@ from benchmarks.step.measure import measure as measure_step
 from megatron_longpo import platform
 
 _RIVAL_STEPS = 4
-"""A warm-up, and those whose median counts: the first of them may still ask for memory."""
+"""Of a process; the fastest counts."""
 
 
 def measure(settings: Settings, words: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _run(arguments: argparse.Namespace, cases: Sequence[StepCase]) -> None:
     by_cpu_time = arguments.device == "cpu" and arguments.threads == 1
     jobs = [_schedule(arguments, case, last=case is cases[-1]) for case in cases]
     num_processes = sum(map(len, jobs))
-    print(f"{num_processes} processes of {1 + arguments.steps} steps, one after another; the first step is a warm-up")
+    print(f"{num_processes} processes of {arguments.steps} steps, one after another; the fastest step counts")
     total = sum(_cost(arguments, case, name) for case, names in zip(cases, jobs, strict=True) for name in names)
     summaries = []
     with tqdm(total=total, bar_format="{l_bar}{bar}| {elapsed} of about {remaining} more") as bar:
@@ -92,12 +92,12 @@ def _run(arguments: argparse.Namespace, cases: Sequence[StepCase]) -> None:
                 write_files(case, Path(folder))
                 for name in names:
                     bar.set_description(f"P {case.prefix_tokens}: {name}")
-                    step = _cost(arguments, case, name) / (1 + arguments.steps)
+                    step = _cost(arguments, case, name) / arguments.steps
                     run = run_variant(
                         case,
                         name,
                         Path(folder),
-                        1 + arguments.steps,
+                        arguments.steps,
                         arguments.threads,
                         lambda step=step: bar.update(step),  # type: ignore[misc]
                     )
@@ -140,7 +140,7 @@ def available_variants(case: StepCase) -> list[str]:
 
 
 def _cost(arguments: argparse.Namespace, case: StepCase, variant: str) -> float:
-    return (1 + arguments.steps) * RELATIVE_COST[variant] * case.pair_tokens
+    return arguments.steps * RELATIVE_COST[variant] * case.pair_tokens
 
 
 def run_variant(
@@ -157,7 +157,7 @@ def run_variant(
         case: Whose files `write_files` wrote.
         variant: One of `VARIANTS`.
         folder: Where the files are.
-        num_steps: Steps, warm-up included.
+        num_steps: Steps.
         num_threads: Threads of PyTorch.
         step_done: Called after every step.
 
@@ -251,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
     add("--bf16", action="store_true", help="bf16 instead of fp32, on cuda")
     add("--threads", type=int, default=1, metavar="N", help="threads of PyTorch; 1 is steady on a busy machine")
-    add("--steps", type=int, default=2, metavar="N", help="measured steps per process, after a warm-up")
+    add("--steps", type=int, default=3, metavar="N", help="steps per process, of which the fastest counts")
     add("--rounds", type=int, default=2, metavar="N", help="processes of the first two variants; others have one")
     add("--docs", metavar="FILE", help="put the ratios between this device's markers in a Markdown file")
     add("--machine", metavar="TEXT", help="how --docs describes the machine (default: cores and architecture)")

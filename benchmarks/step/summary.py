@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +44,7 @@ def summarize(case: StepCase, measured: Mapping[str, Sequence[Measurement]], by_
 
     Args:
         case: What was computed.
-        measured: By variant, one measurement per process. The first step of each is a warm-up and left out.
+        measured: By variant, one measurement per process.
         by_cpu_time: Compare CPU time instead of wall-clock time.
 
     Raises:
@@ -66,9 +65,9 @@ def summarize(case: StepCase, measured: Mapping[str, Sequence[Measurement]], by_
 
 
 def _variant(case: StepCase, runs: Sequence[Measurement], by_cpu_time: bool) -> dict[str, float]:
-    """The least disturbed process: smallest of the medians, for memory the smallest peak."""
-    wall = min(statistics.median(run.wall_s[1:] or run.wall_s) for run in runs)
-    cpu = min(statistics.median(run.cpu_s[1:] or run.cpu_s) for run in runs)
+    """The least disturbed step, warm-ups included, since others only add time; of memory the smallest peak."""
+    wall = min(second for run in runs for second in run.wall_s)
+    cpu = min(second for run in runs for second in run.cpu_s)
     step = cpu if by_cpu_time else wall
     return {
         "loss": runs[0].losses[0],
