@@ -37,7 +37,7 @@ def initialize(config: RunConfig) -> None:
         context_parallel_size=parallel.context_parallel_size,
         hierarchical_context_parallel_sizes=list(parallel.hierarchical_context_parallel_sizes or ()) or None,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
-        create_gloo_process_groups=True,
+        create_gloo_process_groups=False,  # for gathering optimizer state in host memory: see platform.optimizer_shards
     )
     # Pipeline stages draw different weights; tensor-parallel ranks differ through Megatron's tracker.
     seed = config.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

@@ -46,6 +46,7 @@ def build_optimizer(config: RunConfig, chunks: list[torch.nn.Module]) -> Megatro
                 use_precision_aware_optimizer=settings.optimizer_cpu_offload,
             ),
             chunks,
+            use_gloo_process_groups=False,
         )
     if settings.optimizer == "sgd":
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -80,6 +80,8 @@ def save_and_load(rank: int, data: str, folder: str) -> dict[str, Any]:
     own = sum(tensor.numel() for group in run.optimizer.optimizer.param_groups for tensor in group["params"])
     run.checkpointer.save(Progress(iteration=1))
     with method(UPSTREAM):
+        for part in run.optimizer.chained_optimizers:
+            part.data_parallel_group_gloo = part.data_parallel_group
         config = run.config.from_flat_dict(run.config.to_flat_dict() | {"save": f"{folder}/{UPSTREAM}"})
         Checkpointer(config, run.chunks, run.optimizer, run.scheduler).save(Progress(iteration=1))
     shut_down()
