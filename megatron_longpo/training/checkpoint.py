@@ -16,9 +16,15 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, safe_globals
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
@@ -107,6 +113,7 @@ class Checkpointer:
             request = dist_checkpointing.save(
                 state,
                 str(partial),
+                _save_strategy(),
                 async_sharded_save=settings.async_save,
                 content_metadata=_format(),
                 **platform.async_save_options(),
@@ -246,6 +253,12 @@ def _settings_kept(optimizer: Any) -> Iterator[None]:
     yield
     for group, ours in zip(optimizer.param_groups, settings, strict=True):
         group.update(ours)
+
+
+def _save_strategy() -> Any:
+    """Let each data-parallel rank write a part of what all of them hold, the weights."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), group)
 
 
 def _load_strategy(checkpoint: Path) -> Any:
