@@ -1,9 +1,12 @@
-"""Process groups and seeds of a run."""
+"""Process groups and seeds of a run, and what its nodes have in common."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import socket
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_longpo import platform
 from megatron_longpo.config import RunConfig
+from megatron_longpo.files import temporary_name
+
+_LATEST_S = 10.0
+"""How late a file may show on another node: network file systems keep what they know of a folder for seconds."""
 
 
 def world_size() -> int:
@@ -73,3 +80,44 @@ def any_rank(flag: bool) -> bool:
     tensor = torch.tensor([float(flag)], device=platform.device())
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return bool(tensor.item())
+
+
+def nodes_that_differ(value: Any) -> list[str]:
+    """The nodes on which a rank has another value than rank 0, by name: 1 all-gather of Python objects."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (socket.gethostname(), value))
+    return sorted({node for node, theirs in gathered if theirs != gathered[0][1]})
+
+
+def require_shared(folder: str | Path, flag: str) -> None:
+    """Refuse a folder that is not the same on all nodes: each would keep what its own ranks write.
+
+    Collectives: 1 broadcast and 1 all-gather of Python objects.
+
+    Args:
+        folder: It exists, and rank 0 can write there.
+        flag: Where it was given, for the message.
+
+    Raises:
+        ValueError: A rank does not see what rank 0 writes. All ranks raise it.
+    """
+    if dist.get_world_size() == 1:
+        return
+    probe = temporary_name(Path(folder) / "shared")
+    names = [probe.name, socket.gethostname()]
+    try:
+        if is_rank_0():
+            probe.touch()
+        dist.broadcast_object_list(names, src=0)
+        seen, deadline = Path(folder) / names[0], time.monotonic() + _LATEST_S
+        while not (found := seen.exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        lost = nodes_that_differ(found)
+    finally:
+        if is_rank_0():
+            probe.unlink(missing_ok=True)
+    if lost:
+        raise ValueError(
+            f"{flag} {folder} is another folder on {', '.join(lost)} than on {names[1]}: give one on a file system "
+            "that all nodes share"
+        )

@@ -10,7 +10,7 @@ from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.load import load_hf_weights
 from megatron_longpo.training.checkpoint import Checkpointer, Progress
 from megatron_longpo.training.checkpoint_folder import OF_REFERENCE, RELEASE, TRACKER, find_checkpoint, saved_config
-from megatron_longpo.training.distributed import is_rank_0
+from megatron_longpo.training.distributed import is_rank_0, nodes_that_differ
 
 
 def with_initial_model(config: RunConfig) -> RunConfig:
@@ -67,6 +67,11 @@ def load_initial_state(config: RunConfig, checkpointer: Checkpointer) -> Progres
     settings = config.checkpoint
     if settings.load is not None:
         found = find_checkpoint(settings.load)
+        if nodes := nodes_that_differ(found):
+            raise ValueError(
+                f"--load {settings.load} holds another checkpoint on {', '.join(nodes)} than on the node of rank 0: "
+                "give a folder on a file system that all nodes share"
+            )
         if found is not None:
             progress = checkpointer.load(found, weights_only=settings.finetune)
             _tell(f"loaded {found}: the run goes on at iteration {progress.iteration}")

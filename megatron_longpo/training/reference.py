@@ -23,7 +23,7 @@ from megatron_longpo.data.batch import Batch, collate
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.files import folder_lock
 from megatron_longpo.model.build import unwrap
-from megatron_longpo.training.distributed import is_rank_0
+from megatron_longpo.training.distributed import is_rank_0, require_shared
 from megatron_longpo.training.fingerprint import rope_scaling_mark, weights_fingerprint
 from megatron_longpo.training.sidecar import ReferenceKey, ReferenceLogprobs, SidecarWriter, TurnLogps, sidecar_folder
 from megatron_longpo.training.step import run_schedule
@@ -84,6 +84,7 @@ def reference_logprobs(
                 "--load or --load-hf"
             )
         with _alone_in(folder) if is_rank_0() else contextlib.nullcontext():
+            require_shared(folder, "--reference-dir" if config.objective.reference_dir else "--data-path")
             compute_reference_logprobs(config, dataset, chunks, key, SidecarWriterOnRank0(folder, key, len(dataset)))
         dist.barrier()
     return ReferenceLogprobs(folder, key), fingerprint
