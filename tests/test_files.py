@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -45,6 +47,22 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["file.txt", "."])
+def test_a_failing_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Some disks report what could not be written only when they are waited for; the error knows a descriptor only."""
+
+    def fail(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir() == (path == "."):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(OSError, match=rf"Input/output error, while this was written: '{tmp_path / path}"),
+        atomic_writer(tmp_path / "file.txt") as file,
+    ):
+        file.write("x")
 
 
 def test_json_keeps_its_letters(tmp_path: Path) -> None:

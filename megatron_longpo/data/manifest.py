@@ -6,11 +6,14 @@ It is written last, so token files without one are the remains of a run that did
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_longpo.files import write_json
+from megatron_longpo.files import atomic_writer, dump_json
 
 SCHEMA = 1
 """Version of the manifest and of the token files that it describes."""
@@ -53,9 +56,20 @@ class Manifest:
     dropped: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     truncated: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, prefix: str | Path) -> None:
-        """Write it beside the token files, atomically."""
-        write_json(manifest_path(prefix), asdict(self))
+    @contextmanager
+    def saved_last(self, prefix: str | Path) -> Iterator[None]:
+        """Write it beside the token files, which get their names in the block.
+
+        It is on the disk before the block begins: one without room for it keeps an older dataset.
+        """
+        path = manifest_path(prefix)
+        with atomic_writer(path) as file:
+            dump_json(asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+            # An older manifest must never stand beside newer tokens.
+            path.unlink(missing_ok=True)
+            yield
 
     @staticmethod
     def load(prefix: str | Path) -> Manifest:

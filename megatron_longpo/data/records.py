@@ -28,7 +28,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron_longpo.data.document import TURNS, Branch, ShortPrompt, TokenizedDocument, Tokens
 from megatron_longpo.data.manifest import SCHEMA, Manifest, manifest_path
 from megatron_longpo.data.rows import training_row
-from megatron_longpo.files import file_hash, name_full_disk, replace_file, sync_file, temporary_name
+from megatron_longpo.files import file_hash, name_file, replace_file, sync_file, temporary_name
 
 _HAS_JOINT, _HAS_INDEPENDENT, _HAS_SHORT = 1, 2, 4
 
@@ -59,10 +59,10 @@ class RecordWriter:
         try:
             self._builder.data_file.close()
         except OSError as full:
-            name_full_disk(full, f"{self.prefix}.bin")
+            name_file(full, f"{self.prefix}.bin")
             raise
         finally:
-            name_full_disk(error, f"{self.prefix}.bin")
+            name_file(error, f"{self.prefix}.bin")
             # Closing writes what is buffered, which fails again on a full disk.
             self._temporary_bin.unlink(missing_ok=True)
             self._temporary_idx.unlink(missing_ok=True)
@@ -95,7 +95,9 @@ class RecordWriter:
         if not self.num_documents:
             raise ValueError(f"no document is left to write to {self.prefix}.bin")
         self._builder.finalize(str(self._temporary_idx))
-        sync_file(self._temporary_bin)
+        # What the disk has no room for shows before the older dataset goes.
+        for temporary in (self._temporary_bin, self._temporary_idx):
+            sync_file(temporary)
         manifest = Manifest(
             dataset_hash=self._digest.hexdigest(),
             bin_bytes=self._temporary_bin.stat().st_size,
@@ -107,11 +109,9 @@ class RecordWriter:
             row_tokens={t: n if len(n) == self.num_documents else [] for t, n in self._row_tokens.items()},
             **about,
         )
-        # An older manifest must never stand beside newer tokens.
-        manifest_path(self.prefix).unlink(missing_ok=True)
-        replace_file(self._temporary_bin, f"{self.prefix}.bin")
-        replace_file(self._temporary_idx, f"{self.prefix}.idx")
-        manifest.save(self.prefix)
+        with manifest.saved_last(self.prefix):
+            replace_file(self._temporary_bin, f"{self.prefix}.bin")
+            replace_file(self._temporary_idx, f"{self.prefix}.idx")
         return manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,20 @@ def test_a_crash_between_the_renames_leaves_no_manifest(prefix: Path, monkeypatc
         write(prefix, [random_document(9)])
     with pytest.raises(ValueError, match="did not finish"):
         RecordReader(prefix)
+
+
+def test_a_disk_without_room_for_the_manifest_keeps_the_old_dataset(prefix: Path) -> None:
+    """The manifest grows with the documents; here it is the only file that does not fit."""
+    old = {path: path.read_bytes() for path in prefix.parent.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*manifest\.json'"), RecordWriter(prefix) as writer:
+            writer.add(random_document(9))
+            writer.finish(dropped={"too_long": [{"id": "x" * 30_000}]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in prefix.parent.iterdir()} == old
 
 
 def test_nothing_to_write_is_an_error(tmp_path: Path) -> None:
