@@ -144,7 +144,11 @@ MISTAKES = {
         ["--load={save}", "--save={save}"],
         "at iteration 1 of an objective without a reference model, and --objective longpo has one",
     ),
-    "damaged weights": (1, [*SFT, "--load={damaged}"], "FOLDER/damaged/iter_0000008 cannot be loaded: "),
+    "damaged weights": (
+        1,
+        [*SFT, "--load={damaged}"],
+        "FOLDER/damaged/iter_0000008 cannot be loaded: EOFError. If it is",
+    ),
     "half a checkpoint": (1, [*SFT, "--load={half}"], "is not a torch_dist checkpoint"),
     "broken tracker": (1, [*SFT, "--load={broken}"], "expected an iteration number or 'release', got 'ten'"),
     "save is a file": (1, [*SFT, "--save={file}"], "--save FOLDER/file is a file: give a folder"),
