@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
+from megatron_longpo.data.document import TURNS
 from megatron_longpo.files import atomic_writer, dump_json
 
 SCHEMA = 1
@@ -76,7 +77,7 @@ class Manifest:
         """Read the manifest of a dataset.
 
         Raises:
-            ValueError: It is missing, is not JSON, or is of another schema.
+            ValueError: It is missing, is not JSON, is of another schema, or a field has another type.
         """
         path = manifest_path(prefix)
         if not path.is_file():
@@ -95,9 +96,16 @@ class Manifest:
         if schema != SCHEMA:
             raise ValueError(f"{path}: field 'schema' is {schema!r}, this version reads {SCHEMA}: {again}")
         try:
-            return Manifest(**content)
+            manifest = Manifest(**content)
         except TypeError as error:
             raise ValueError(f"{path} has missing or unknown fields ({error}): {again}") from error
+        for name, kind in get_type_hints(Manifest).items():
+            if not isinstance(value := getattr(manifest, name), get_origin(kind) or kind):
+                raise ValueError(f"{path}: field {name!r} cannot be {value!r}: {again}")
+        counts = [manifest.row_tokens.get(turns) for turns in TURNS]
+        if not all(isinstance(lengths, list) and len(lengths) in (0, manifest.num_documents) for lengths in counts):
+            raise ValueError(f"{path}: field 'row_tokens' is not of {manifest.num_documents} documents: {again}")
+        return manifest
 
 
 def manifest_path(prefix: str | Path) -> Path:
