@@ -75,10 +75,14 @@ def atomic_writer(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
 
 def name_file(error: BaseException | None, path: str | Path) -> None:
     """Put the name of the file that was being written into the error of a write, which says of no file."""
-    if isinstance(error, OSError) and error.filename is None and error.errno is not None:
-        if error.errno not in _NO_ROOM:  # it may be of something that was read to write this
-            error.strerror = f"{error.strerror}, while this was written"
-        error.filename = str(path)
+    if not isinstance(error, OSError) or error.filename is not None:
+        return
+    if error.errno is None:  # numpy's, which says "1000 requested and 0 written"
+        error.args = (f"{error}, while this was written: '{path}'",)
+        return
+    if error.errno not in _NO_ROOM:  # it may be of something that was read to write this
+        error.strerror = f"{error.strerror}, while this was written"
+    error.filename = str(path)
 
 
 def check_writable(path: str | Path, flag: str, example: str) -> None:

@@ -9,6 +9,7 @@ import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_longpo.files import atomic_writer, file_hash, write_json
@@ -44,6 +45,20 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
             atomic_writer(tmp_path / "file.txt") as file,
         ):
             file.write("x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_file_of_an_array(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with (
+            pytest.raises(OSError, match=r"9000 requested and \d+ written, while this was written: '.*file.npy'"),
+            atomic_writer(tmp_path / "file.npy", binary=True) as file,
+        ):
+            np.save(file, np.zeros(9000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
