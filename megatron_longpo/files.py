@@ -15,6 +15,8 @@ from typing import IO, Any
 
 _BLOCK_BYTES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_SAVE = ("inline_container", "iostream error")
+"""In the RuntimeErrors with which torch.save fails to write, whatever the system's error was."""
 
 
 def temporary_name(path: str | Path) -> Path:
@@ -83,6 +85,12 @@ def name_file(error: BaseException | None, path: str | Path) -> None:
     if error.errno not in _NO_ROOM:  # it may be of something that was read to write this
         error.strerror = f"{error.strerror}, while this was written"
     error.filename = str(path)
+
+
+def failed_write(error: RuntimeError) -> str | None:
+    """The words of torch.save for a file that cannot be written, or None for any other error."""
+    text = str(error).partition("\n")[0]
+    return f"{text} (is the disk full?)" if any(words in text for words in _TORCH_SAVE) else None
 
 
 def check_writable(path: str | Path, flag: str, example: str) -> None:

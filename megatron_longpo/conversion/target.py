@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_longpo.files import folder_lock, sync_file, sync_folder
+from megatron_longpo.files import failed_write, folder_lock, sync_file, sync_folder
 
 _PARTIAL = ".partial"
 
@@ -82,19 +82,28 @@ def _filled(folder: Path, existed: bool, stale: Collection[str], last: str) -> I
                     sync_folder(path)
                 else:
                     sync_file(path)
-        except OSError as error:
-            # A write that fails for want of room names no file, or one that is gone by now.
-            if error.filename is None or partial in Path(error.filename).parents:
-                problem = error.strerror or error
-                raise OSError(
-                    f"--save {folder} could not be written: {problem}; what was there before is as it was"
-                ) from error
-            raise
+        except (OSError, RuntimeError) as error:
+            problem = _problem_of_writing(error, partial)
+            if problem is None:
+                raise
+            raise OSError(
+                f"--save {folder} could not be written: {problem}; what was there before is as it was"
+            ) from error
         _publish(partial, folder, stale, last)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _problem_of_writing(error: OSError | RuntimeError, partial: Path) -> object:
+    """What to say of a write that failed; None for another error."""
+    if isinstance(error, RuntimeError):
+        return failed_write(error)
+    # A write that fails for want of room names no file, or one that is gone by now.
+    if error.filename is None or partial in Path(error.filename).parents:
+        return error.strerror or error
+    return None
 
 
 def _publish(partial: Path, folder: Path, stale: Collection[str], last: str) -> None:

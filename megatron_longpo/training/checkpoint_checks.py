@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
+from megatron_longpo.files import failed_write
 from megatron_longpo.training.checkpoint_folder import damaged, saved_flags
 
 
@@ -93,9 +94,12 @@ def clear_failure(place: object) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointException as error:
+    except (CheckpointException, RuntimeError) as error:
+        causes = failed_write(error) if isinstance(error, RuntimeError) else _causes(error)
+        if causes is None:
+            raise
         raise OSError(
-            f"the checkpoint {place} could not be written: {_causes(error)}. Earlier checkpoints are as they were; "
+            f"the checkpoint {place} could not be written: {causes}. Earlier checkpoints are as they were; "
             "make room or choose another --save, then resume with --load"
         ) from error
 

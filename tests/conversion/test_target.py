@@ -14,6 +14,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_longpo.conversion import target
 from megatron_longpo.convert_checkpoint import main
@@ -113,6 +114,14 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(
     assert codes == [2, 2]
     assert capsys.readouterr().err.count("new could not be written: File too large; what was there before is as") == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_is_full_for_torch_is_no_traceback(tmp_path: Path) -> None:
+    message = rf"--save {tmp_path} could not be written: .*; what was there before is as it was"
+    with pytest.raises(OSError, match=message), target.filled_folder(tmp_path, stale=[], last="last"):
+        torch.save({"weights": torch.zeros(9)}, "/dev/full")
+    with pytest.raises(RuntimeError, match="another"), target.filled_folder(tmp_path, stale=[], last="last"):
+        raise RuntimeError("another")
 
 
 def test_a_disk_that_is_full_at_the_end_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
