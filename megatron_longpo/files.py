@@ -15,6 +15,8 @@ from typing import IO, Any
 
 _BLOCK_BYTES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TORCH_SAVE = ("inline_container", "iostream error")
+"""In the RuntimeErrors with which torch.save fails to write, whatever the system's error was."""
 
 
 def temporary_name(path: str | Path) -> Path:
@@ -25,7 +27,7 @@ def temporary_name(path: str | Path) -> Path:
 def sync_file(path: str | Path) -> None:
     """Wait until a file's content is on the disk."""
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        _sync(file.fileno(), path)
 
 
 def replace_file(temporary: str | Path, path: str | Path) -> None:
@@ -39,9 +41,17 @@ def sync_folder(folder: str | Path) -> None:
     """Wait until the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor, folder)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int, path: str | Path) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        name_file(error, path)
+        raise
 
 
 @contextmanager
@@ -61,14 +71,26 @@ def atomic_writer(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
         replace_file(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        name_full_disk(error, path)
+        name_file(error, path)
         raise
 
 
-def name_full_disk(error: BaseException | None, path: str | Path) -> None:
-    """Put a file's name into the error of a write for want of room, which says of no file."""
-    if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
-        error.filename = str(path)
+def name_file(error: BaseException | None, path: str | Path) -> None:
+    """Put the name of the file that was being written into the error of a write, which says of no file."""
+    if not isinstance(error, OSError) or error.filename is not None:
+        return
+    if error.errno is None:  # numpy's, which says "1000 requested and 0 written"
+        error.args = (f"{error}, while this was written: '{path}'",)
+        return
+    if error.errno not in _NO_ROOM:  # it may be of something that was read to write this
+        error.strerror = f"{error.strerror}, while this was written"
+    error.filename = str(path)
+
+
+def failed_write(error: RuntimeError) -> str | None:
+    """The words of torch.save for a file that cannot be written, or None for any other error."""
+    text = str(error).partition("\n")[0]
+    return f"{text} (is the disk full?)" if any(words in text for words in _TORCH_SAVE) else None
 
 
 def check_writable(path: str | Path, flag: str, example: str) -> None:
@@ -121,8 +143,13 @@ def _problem_of_writing(path: str | Path) -> str | None:
 def write_json(path: str | Path, content: Any) -> None:
     """Write one JSON value atomically."""
     with atomic_writer(path) as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        dump_json(content, file)
+
+
+def dump_json(content: Any, file: IO[str]) -> None:
+    """Write one JSON value as the project formats it."""
+    json.dump(content, file, indent=1, ensure_ascii=False)
+    file.write("\n")
 
 
 def file_hash(path: str | Path) -> str:

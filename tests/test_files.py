@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_longpo.files import atomic_writer, file_hash, write_json
@@ -45,6 +48,36 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_names_the_file_of_an_array(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with (
+            pytest.raises(OSError, match=r"9000 requested and \d+ written, while this was written: '.*file.npy'"),
+            atomic_writer(tmp_path / "file.npy", binary=True) as file,
+        ):
+            np.save(file, np.zeros(9000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["file.txt", "."])
+def test_a_failing_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Some disks report what could not be written only when they are waited for; the error knows a descriptor only."""
+
+    def fail(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir() == (path == "."):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with (
+        pytest.raises(OSError, match=rf"Input/output error, while this was written: '{tmp_path / path}"),
+        atomic_writer(tmp_path / "file.txt") as file,
+    ):
+        file.write("x")
 
 
 def test_json_keeps_its_letters(tmp_path: Path) -> None:

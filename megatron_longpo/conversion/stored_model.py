@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 
 from megatron_longpo.conversion.families import Family, Weight
 from megatron_longpo.conversion.hf_weights import DTYPES, listed
 from megatron_longpo.conversion.torch_dist_reader import TensorReader
-from megatron_longpo.training.checkpoint_folder import find_checkpoint, iteration_folder, saved_config
+from megatron_longpo.training.checkpoint_folder import find_checkpoint, is_checkpoint, iteration_folder, saved_config
 
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
@@ -86,7 +85,7 @@ def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
 def _checkpoint(folder: Path, iteration: int | None) -> Path:
     if iteration is not None:
         chosen = iteration_folder(folder, iteration)
-        if not dist_checkpointing.check_is_distributed_checkpoint(str(chosen)):
+        if not is_checkpoint(chosen):
             steps = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if path.name[5:].isdigit())
             raise ValueError(f"--iteration {iteration}: {chosen} is no checkpoint; there are {steps or 'none'}")
         return chosen

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_longpo.files import folder_lock, sync_file, sync_folder
+from megatron_longpo.files import failed_write, folder_lock, sync_file, sync_folder
 
 _PARTIAL = ".partial"
 
@@ -75,35 +75,51 @@ def _filled(folder: Path, existed: bool, stale: Collection[str], last: str) -> I
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        yield partial
-        for path in partial.rglob("*"):
-            if path.is_file():
-                sync_file(path)
-        _publish(partial, folder, stale, last)
-    except OSError as error:
-        # A write that fails for want of room names no file.
-        if error.filename is None:
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                if path.is_dir():
+                    sync_folder(path)
+                else:
+                    sync_file(path)
+        except (OSError, RuntimeError) as error:
+            problem = _problem_of_writing(error, partial)
+            if problem is None:
+                raise
             raise OSError(
-                f"--save {folder} could not be written: {error.strerror or error}; what was there before is as it was"
+                f"--save {folder} could not be written: {problem}; what was there before is as it was"
             ) from error
-        raise
+        _publish(partial, folder, stale, last)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed and not any(folder.iterdir()):
             folder.rmdir()
 
 
+def _problem_of_writing(error: OSError | RuntimeError, partial: Path) -> object:
+    """What to say of a write that failed; None for another error."""
+    if isinstance(error, RuntimeError):
+        return failed_write(error)
+    # A write that fails for want of room names no file, or one that is gone by now.
+    if error.filename is None or partial in Path(error.filename).parents:
+        return error.strerror or error
+    return None
+
+
 def _publish(partial: Path, folder: Path, stale: Collection[str], last: str) -> None:
-    (folder / last).unlink(missing_ok=True)
-    sync_folder(folder)
-    fresh = sorted(partial.iterdir(), key=lambda path: path.name == last)
-    # Moved, not removed: what takes long to remove must not lie half removed under its name.
+    fresh = [path for path in partial.iterdir() if path.name != last]
+    # Made while the old content is whole: a full disk has no room for it.
     old = partial / ".old"
     old.mkdir()
+    (folder / last).unlink(missing_ok=True)
+    sync_folder(folder)
+    # Moved, not removed: what takes long to remove must not lie half removed under its name.
     replaced = {path for pattern in stale for path in folder.glob(pattern)} | {folder / path.name for path in fresh}
     for path in replaced:
         if path.exists() or path.is_symlink():
             os.rename(path, old / path.name)
     for path in fresh:
         os.rename(path, folder / path.name)
+    sync_folder(folder)
+    os.rename(partial / last, folder / last)
     sync_folder(folder)

@@ -6,11 +6,15 @@ It is written last, so token files without one are the remains of a run that did
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from megatron_longpo.files import write_json
+from megatron_longpo.data.document import TURNS
+from megatron_longpo.files import atomic_writer, dump_json
 
 SCHEMA = 1
 """Version of the manifest and of the token files that it describes."""
@@ -53,16 +57,27 @@ class Manifest:
     dropped: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     truncated: list[dict[str, Any]] = field(default_factory=list)
 
-    def save(self, prefix: str | Path) -> None:
-        """Write it beside the token files, atomically."""
-        write_json(manifest_path(prefix), asdict(self))
+    @contextmanager
+    def saved_last(self, prefix: str | Path) -> Iterator[None]:
+        """Write it beside the token files, which get their names in the block.
+
+        It is on the disk before the block begins: one without room for it keeps an older dataset.
+        """
+        path = manifest_path(prefix)
+        with atomic_writer(path) as file:
+            dump_json(asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+            # An older manifest must never stand beside newer tokens.
+            path.unlink(missing_ok=True)
+            yield
 
     @staticmethod
     def load(prefix: str | Path) -> Manifest:
         """Read the manifest of a dataset.
 
         Raises:
-            ValueError: It is missing, is not JSON, or is of another schema.
+            ValueError: It is missing, is not JSON, is of another schema, or a field has another type.
         """
         path = manifest_path(prefix)
         if not path.is_file():
@@ -81,9 +96,16 @@ class Manifest:
         if schema != SCHEMA:
             raise ValueError(f"{path}: field 'schema' is {schema!r}, this version reads {SCHEMA}: {again}")
         try:
-            return Manifest(**content)
+            manifest = Manifest(**content)
         except TypeError as error:
             raise ValueError(f"{path} has missing or unknown fields ({error}): {again}") from error
+        for name, kind in get_type_hints(Manifest).items():
+            if not isinstance(value := getattr(manifest, name), get_origin(kind) or kind):
+                raise ValueError(f"{path}: field {name!r} cannot be {value!r}: {again}")
+        counts = [manifest.row_tokens.get(turns) for turns in TURNS]
+        if not all(isinstance(lengths, list) and len(lengths) in (0, manifest.num_documents) for lengths in counts):
+            raise ValueError(f"{path}: field 'row_tokens' is not of {manifest.num_documents} documents: {again}")
+        return manifest
 
 
 def manifest_path(prefix: str | Path) -> Path:

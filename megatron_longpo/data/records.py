@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron_longpo.data.document import TURNS, Branch, ShortPrompt, TokenizedDocument, Tokens
 from megatron_longpo.data.manifest import SCHEMA, Manifest, manifest_path
 from megatron_longpo.data.rows import training_row
-from megatron_longpo.files import file_hash, name_full_disk, replace_file, sync_file, temporary_name
+from megatron_longpo.files import file_hash, name_file, replace_file, sync_file, temporary_name
 
 _HAS_JOINT, _HAS_INDEPENDENT, _HAS_SHORT = 1, 2, 4
 
@@ -59,10 +60,10 @@ class RecordWriter:
         try:
             self._builder.data_file.close()
         except OSError as full:
-            name_full_disk(full, f"{self.prefix}.bin")
+            name_file(full, f"{self.prefix}.bin")
             raise
         finally:
-            name_full_disk(error, f"{self.prefix}.bin")
+            name_file(error, f"{self.prefix}.bin")
             # Closing writes what is buffered, which fails again on a full disk.
             self._temporary_bin.unlink(missing_ok=True)
             self._temporary_idx.unlink(missing_ok=True)
@@ -95,7 +96,9 @@ class RecordWriter:
         if not self.num_documents:
             raise ValueError(f"no document is left to write to {self.prefix}.bin")
         self._builder.finalize(str(self._temporary_idx))
-        sync_file(self._temporary_bin)
+        # What the disk has no room for shows before the older dataset goes.
+        for temporary in (self._temporary_bin, self._temporary_idx):
+            sync_file(temporary)
         manifest = Manifest(
             dataset_hash=self._digest.hexdigest(),
             bin_bytes=self._temporary_bin.stat().st_size,
@@ -107,11 +110,9 @@ class RecordWriter:
             row_tokens={t: n if len(n) == self.num_documents else [] for t, n in self._row_tokens.items()},
             **about,
         )
-        # An older manifest must never stand beside newer tokens.
-        manifest_path(self.prefix).unlink(missing_ok=True)
-        replace_file(self._temporary_bin, f"{self.prefix}.bin")
-        replace_file(self._temporary_idx, f"{self.prefix}.idx")
-        manifest.save(self.prefix)
+        with manifest.saved_last(self.prefix):
+            replace_file(self._temporary_bin, f"{self.prefix}.bin")
+            replace_file(self._temporary_idx, f"{self.prefix}.idx")
         return manifest
 
 
@@ -138,6 +139,8 @@ class RecordReader:
         if file_hash(idx_path) != self.manifest.idx_hash:
             raise ValueError(f"{idx_path} is not the index that {manifest_path(prefix)} describes: {again}")
         self._dataset = IndexedDataset(str(prefix), mmap=True)
+        if len(self._dataset.document_indices) != len(self) + 1:
+            raise ValueError(f"{manifest_path(prefix)} counts {len(self)} documents, its index does not: {again}")
 
     def __len__(self) -> int:
         return self.manifest.num_documents
@@ -145,20 +148,27 @@ class RecordReader:
     def __getitem__(self, number: int) -> TokenizedDocument:
         if not 0 <= number < len(self):
             raise IndexError(f"{self.prefix} has documents 0 to {len(self) - 1}, not {number}")
-        return _from_sequences(self._sequences(number))
+        with self._damage_named(number):
+            sequences = self._sequences(number)
+            _, *tokens = sequences
+            if any(len(t) and not 0 <= t.min() <= t.max() <= self.manifest.max_token_id for t in tokens):
+                raise ValueError(f"it has a token id outside of 0 to {self.manifest.max_token_id}")
+            return _from_sequences(sequences)
 
     def document_id(self, number: int) -> str:
         """The id of one document, without reading its tokens."""
-        return _decode_header(self._dataset[int(self._dataset.document_indices[number])])[0]
+        with self._damage_named(number):
+            return _decode_header(self._dataset[int(self._dataset.document_indices[number])])[0]
 
     def conversation_tokens(self, number: int, turns: str, roles: Sequence[int]) -> int:
         """Tokens of one document's longest conversation, of what ``training_row`` would take, without reading them."""
         first, stop = (int(index) for index in self._dataset.document_indices[number : number + 2])
-        _, flags, num_turns, _ = _decode_header(self._dataset[first])
-        _, document, *branches = self._dataset.sequence_lengths[first:stop].tolist()
-        pair_at = 2 if turns == "independent" and flags & _HAS_JOINT and num_turns > 1 else 0
-        num_pairs = num_turns if turns == "independent" else 1
-        return document + max(branches[pair_at + 2 * pair + role] for pair in range(num_pairs) for role in roles)
+        with self._damage_named(number):
+            _, flags, num_turns, _ = _decode_header(self._dataset[first])
+            _, document, *branches = self._dataset.sequence_lengths[first:stop].tolist()
+            pair_at = 2 if turns == "independent" and flags & _HAS_JOINT and num_turns > 1 else 0
+            num_pairs = num_turns if turns == "independent" else 1
+            return document + max(branches[pair_at + 2 * pair + role] for pair in range(num_pairs) for role in roles)
 
     def verify(self) -> None:
         """Read everything and compare it with the manifest's hash.
@@ -176,6 +186,17 @@ class RecordReader:
                 f"{self.prefix}.bin does not have the content that {manifest_path(self.prefix)} describes: restore the "
                 f"file or run tools/preprocess_pairs.py again"
             )
+
+    @contextmanager
+    def _damage_named(self, number: int) -> Iterator[None]:
+        """Name the file whose content cannot be what was written; only `verify` finds every change."""
+        try:
+            yield
+        except (ValueError, IndexError) as error:
+            raise ValueError(
+                f"{self.prefix}.bin is damaged at document {number} ({error}): restore the file or run "
+                "tools/preprocess_pairs.py again"
+            ) from error
 
     def _sequences(self, number: int) -> list[Tokens]:
         first, stop = (int(index) for index in self._dataset.document_indices[number : number + 2])
@@ -232,6 +253,8 @@ def _decode_header(header: Tokens) -> tuple[str, int, int, list[tuple[tuple[int,
     spans, at = [], 4
     while at < stop:
         num_spans = int(header[at])
+        if not 0 <= num_spans <= (stop - at) // 3:
+            raise ValueError(f"its header counts {num_spans} responses in a branch")
         triples = header[at + 1 : at + 1 + 3 * num_spans].reshape(-1, 3).tolist()
         spans.append(tuple((turn, start, end) for turn, start, end in triples))
         at += 1 + 3 * num_spans
@@ -240,6 +263,12 @@ def _decode_header(header: Tokens) -> tuple[str, int, int, list[tuple[tuple[int,
 
 def _from_sequences(sequences: Sequence[Tokens]) -> TokenizedDocument:
     document_id, flags, num_turns, all_spans = _decode_header(sequences[0])
+    num_pairs = bool(flags & _HAS_JOINT) + num_turns * bool(flags & _HAS_INDEPENDENT)
+    if num_turns == 1 and num_pairs == 2:
+        num_pairs = 1  # stored once
+    num_short = num_turns * bool(flags & _HAS_SHORT)
+    if (len(sequences) - 2, len(all_spans)) != (2 * num_pairs + 3 * num_short, 2 * (num_pairs + num_short)):
+        raise ValueError(f"its header is not of its {len(sequences)} sequences")
     spans = iter(all_spans)
     pieces = iter(sequences[2:])
 

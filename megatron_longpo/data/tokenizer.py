@@ -206,7 +206,8 @@ class SentencePieceChatTokenizer:
             )
         self.path = str(path)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(path.read_bytes())  # given to the line above, an empty file is none
         except (RuntimeError, OSError) as error:
             raise ValueError(f"--tokenizer-model {path} is not a SentencePiece model ({error})") from error
         if template is None:

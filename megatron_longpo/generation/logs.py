@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,26 @@ from loguru import logger
 from tqdm import tqdm
 
 _QUIET_S = 10.0
+
+
+class _LogFile:
+    """A file that takes no more where the disk is full. loguru would print every message it loses with a traceback.
+
+    What matters on a full disk, the answers, stops the run with a message of its own.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (`stop` closes it)
+
+    def write(self, message: str) -> None:
+        """Append a message; loguru calls it."""
+        with suppress(OSError):
+            self._file.write(message)
+
+    def stop(self) -> None:
+        """Close the file; loguru calls it at the end, or when messages go elsewhere."""
+        with suppress(OSError):
+            self._file.close()
 
 
 def log_to(file: Path) -> None:
@@ -28,5 +49,5 @@ def log_to(file: Path) -> None:
             tqdm.write(f"[{message.record['time']:HH:mm:ss}] {message.record['message']}", file=sys.stderr)
 
     logger.remove()
-    logger.add(file, level="INFO", format="{time:YYYY-MM-DD HH:mm:ss} {level} {message}")
+    logger.add(_LogFile(file), level="INFO", format="{time:YYYY-MM-DD HH:mm:ss} {level} {message}")
     logger.add(show, level="WARNING")

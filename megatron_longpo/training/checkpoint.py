@@ -37,7 +37,7 @@ from megatron_longpo.training.checkpoint_checks import (
     clear_damage,
     clear_failure,
 )
-from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, iteration_folder, iteration_of
+from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, common_state, iteration_folder, iteration_of
 from megatron_longpo.training.distributed import is_rank_0
 from megatron_longpo.training.optimizer import awaits_first_step
 from megatron_longpo.training.random_state import random_state, set_random_state
@@ -152,7 +152,7 @@ class Checkpointer:
             ValueError: The checkpoint is of another model, or lacks what is asked for.
         """
         settings = self.config.checkpoint
-        common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+        common = common_state(checkpoint)
         check_model(checkpoint, common, self.config)
         with_optimizer = self.optimizer is not None and not (weights_only or settings.no_load_optim)
         if with_optimizer:

@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
-from megatron_longpo.training.checkpoint_folder import TRACKER, saved_flags
+from megatron_longpo.files import failed_write
+from megatron_longpo.training.checkpoint_folder import damaged, saved_flags
 
 
 def check_model(checkpoint: Path, common: dict[str, Any], config: RunConfig) -> None:
@@ -19,7 +20,7 @@ def check_model(checkpoint: Path, common: dict[str, Any], config: RunConfig) -> 
 
     Args:
         checkpoint: For the message.
-        common: What Megatron's ``load_common_state_dict`` reads from it.
+        common: What `common_state` reads from it.
         config: The run.
 
     Raises:
@@ -93,9 +94,12 @@ def clear_failure(place: object) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointException as error:
+    except (CheckpointException, RuntimeError) as error:
+        causes = failed_write(error) if isinstance(error, RuntimeError) else _causes(error)
+        if causes is None:
+            raise
         raise OSError(
-            f"the checkpoint {place} could not be written: {_causes(error)}. Earlier checkpoints are as they were; "
+            f"the checkpoint {place} could not be written: {causes}. Earlier checkpoints are as they were; "
             "make room or choose another --save, then resume with --load"
         ) from error
 
@@ -113,12 +117,9 @@ def clear_damage(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        raise ValueError(
-            f"{checkpoint} cannot be loaded: {_causes(error)}. If it is damaged, write the iteration of an earlier one "
-            f"into {checkpoint.parent / TRACKER}, or give it as --load"
-        ) from error
+        raise ValueError(damaged(checkpoint, _causes(error))) from error
 
 
 def _causes(error: CheckpointException) -> str:
     # Megatron's own messages may list every tensor of a checkpoint.
-    return "; ".join(sorted({str(cause)[:300] for cause, _ in error.failures.values()}))
+    return "; ".join(sorted({str(cause)[:300] or type(cause).__name__ for cause, _ in error.failures.values()}))

@@ -42,22 +42,22 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint that a folder's tracker names, the folder itself if it is one, or None if it holds none.
 
     Raises:
-        ValueError: The tracker is broken, or names a checkpoint that is not there.
+        ValueError: The tracker is broken, or names a checkpoint that is not there or damaged.
     """
     folder = Path(folder)
-    if dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+    if is_checkpoint(folder):
         return folder
     tracker = folder / TRACKER
     if not tracker.exists():
         return None
-    text = tracker.read_text().strip()
+    text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         found = folder / RELEASE
-    elif text.isdigit():
+    elif text.isascii() and text.isdigit():
         found = iteration_folder(folder, int(text))
     else:
         raise ValueError(f"{tracker}: expected an iteration number or {RELEASE!r}, got {text!r}")
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(found)):
+    if not is_checkpoint(found):
         raise ValueError(
             f"{tracker} names {found.name}, but {found} is not a torch_dist checkpoint; write the iteration of a "
             f"complete iter_* folder into {tracker.name}"
@@ -65,14 +65,51 @@ def find_checkpoint(folder: str | Path) -> Path | None:
     return found
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a ``torch_dist`` checkpoint.
+
+    Raises:
+        ValueError: It is a damaged one.
+    """
+    try:
+        return dist_checkpointing.check_is_distributed_checkpoint(str(folder))
+    except (ValueError, TypeError) as error:
+        raise ValueError(damaged(folder, f"metadata.json: {error}")) from error
+
+
+def common_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors and the states of single ranks.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    safe_globals.register_safe_globals()
+    try:
+        return dist_checkpointing.load_common_state_dict(str(checkpoint))
+    except OSError:
+        raise
+    # What a damaged pickle asks for may fail with an error of any type.
+    except Exception as error:
+        missing = not (checkpoint / "common.pt").exists()
+        problem = "it is missing" if missing else str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(damaged(checkpoint, f"common.pt: {problem}")) from error
+
+
+def damaged(checkpoint: Path, problem: str) -> str:
+    """Say of a checkpoint that cannot be loaded what to do."""
+    return (
+        f"{checkpoint} cannot be loaded: {problem}. If it is damaged, write the iteration of an earlier one into "
+        f"{checkpoint.parent / TRACKER}, or give it as --load"
+    )
+
+
 def saved_config(checkpoint: Path) -> RunConfig:
     """Model, and the reference's RoPE base and window, as this trainer recorded them (``--use-checkpoint-args``).
 
     Raises:
-        ValueError: The checkpoint was written by another program.
+        ValueError: The checkpoint was written by another program, or is damaged.
     """
-    safe_globals.register_safe_globals()
-    saved = saved_flags(dist_checkpointing.load_common_state_dict(str(checkpoint)))
+    saved = saved_flags(common_state(checkpoint))
     wanted = {key for key, spec in FLAGS.items() if spec.group == "model"} | set(OF_REFERENCE)
     values = {key: saved[key] for key in wanted if key in saved}
     if "hidden_size" not in values:
@@ -86,6 +123,6 @@ def saved_flags(common: dict[str, Any]) -> dict[str, Any]:
     """The flags that a checkpoint records, by key; empty where it has none.
 
     Args:
-        common: What Megatron's ``load_common_state_dict`` reads from it.
+        common: What `common_state` reads from it.
     """
     return vars(common.get("args", Namespace()))

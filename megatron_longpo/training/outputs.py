@@ -82,8 +82,8 @@ def _refuse_other_content(path: Path) -> None:
         return
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            # A killed run leaves half a line at the end.
-            is_half = not line.endswith("\n") and _BEGINNING.startswith(line[: len(_BEGINNING)])
+            # A killed run leaves half a line at the end, and a power cut the rest of it as zeros.
+            is_half = not line.endswith("\n") and _BEGINNING.startswith(line.rstrip("\0")[: len(_BEGINNING)])
             if not is_half and metrics_of(line) is None:
                 raise ValueError(
                     f"--metrics-jsonl {path} is no file of metrics (see its line {number}) and would be overwritten: "

@@ -159,7 +159,7 @@ def _open_metrics(path: Path, first_step: float) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         # The last line of a killed run may be half a line.
-        rows = filter(None, map(metrics_of, path.read_text().splitlines()))
+        rows = filter(None, map(metrics_of, path.read_text(encoding="utf-8", errors="replace").splitlines()))
         kept = [line_of(row) for row in rows if row["iteration"] <= first_step]
         with atomic_writer(path) as file:
             file.writelines(line + "\n" for line in kept)

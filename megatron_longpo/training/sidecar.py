@@ -15,6 +15,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,12 +86,12 @@ class ReferenceLogprobs:
         try:
             self.logps = np.load(folder / "logps.npy", mmap_mode="r", allow_pickle=False)
             lengths = np.load(folder / "lengths.npy", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{folder} is damaged ({error}): delete it to compute it again") from error
-        if len(self.logps) != manifest["num_tokens"] or lengths[:, 1:].sum() != len(self.logps):
+        if not _fit(manifest, lengths, self.logps):
             raise ValueError(
-                f"{folder} is damaged: {len(self.logps)} log-probs, its manifest says {manifest['num_tokens']}; delete "
-                "it to compute it again"
+                f"{folder} is damaged: its {len(self.logps)} log-probs, lengths and manifest do not fit together; "
+                "delete it to compute it again"
             )
         self.lengths = lengths
         self.pair_starts = np.concatenate([[0], np.cumsum(lengths[:, 1:].sum(axis=1))])
@@ -134,8 +135,8 @@ class SidecarWriter:
         """Numbers of the documents that earlier passes finished."""
         done: set[int] = set()
         for part in self.parts.glob("*.npz"):
-            with np.load(part, allow_pickle=False) as arrays:
-                done.update(arrays["lengths"][:, 0].tolist())
+            lengths, _ = _read_part(part)
+            done.update(lengths[:, 0].tolist())
         return done
 
     def add(self, number: int, turns: TurnLogps) -> None:
@@ -160,8 +161,7 @@ class SidecarWriter:
         self.flush()
         documents: dict[int, TurnLogps] = {}
         for part in sorted(self.parts.glob("*.npz")):
-            with np.load(part, allow_pickle=False) as arrays:
-                _unpack(arrays["lengths"], arrays["logps"], documents)
+            _unpack(*_read_part(part), documents)
         missing = sorted(set(range(self.num_documents)) - documents.keys())
         if missing:
             raise ValueError(f"{self.folder}: {len(missing)} documents have no reference log-probs, first {missing[0]}")
@@ -193,8 +193,33 @@ def _unpack(lengths: NDArray[np.int64], logps: NDArray[np.float32], into: dict[i
         start = middle + rejected
 
 
+def _fit(manifest: dict[str, Any], lengths: NDArray[Any], logps: NDArray[Any]) -> bool:
+    """Whether the files of a finished sidecar are what `SidecarWriter.finish` writes: every document, in order."""
+    if lengths.dtype != np.int64 or lengths.shape[1:] != (3,) or logps.dtype != np.float32 or logps.ndim != 1:
+        return False
+    numbers, of_responses = lengths[:, 0], lengths[:, 1:]
+    documents = np.unique(numbers).tolist()
+    return (
+        manifest.get("num_tokens") == len(logps) == of_responses.sum()
+        and manifest.get("num_documents") == len(documents)
+        and documents == list(range(len(documents)))
+        and bool((np.diff(numbers) >= 0).all() and (of_responses >= 0).all())
+    )
+
+
+def _read_part(part: Path) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    try:
+        with np.load(part, allow_pickle=False) as arrays:
+            return arrays["lengths"], arrays["logps"]
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+        raise ValueError(f"{part} is damaged ({error}): delete it to compute its documents again") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete {path.parent} to compute it again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON object ({error}): delete {path.parent} to compute it again") from error
+    return content

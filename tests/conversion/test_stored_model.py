@@ -40,3 +40,34 @@ def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.metadata is missing"):
         to_hf(tmp_path / "megatron", llama, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "release/common.pt",
+            None,
+            r"release cannot be loaded: common\.pt: it is missing\. If it is damaged, write the it",
+        ),
+        ("release/common.pt", b"", r"release cannot be loaded: common\.pt: EOFError"),
+        ("release/common.pt", b"PK\x03\x04 half", r"release cannot be loaded: common\.pt: PytorchStreamReader failed"),
+        ("release/common.pt", b"\xff\xfe", r"release cannot be loaded: common\.pt: \w"),
+        ("release/metadata.json", b"", r"release cannot be loaded: metadata\.json: Expecting value"),
+        ("release/metadata.json", b"\xff", r"release cannot be loaded: metadata\.json: 'utf-8' codec"),
+        ("release/metadata.json", b'{"x": 1}', r"release cannot be loaded: metadata\.json: .*unexpected keyword"),
+        ("latest_checkpointed_iteration.txt", b"\xff", r"iteration\.txt: expected an iteration number or 'release'"),
+        (
+            "latest_checkpointed_iteration.txt",
+            "²".encode(),
+            r"iteration\.txt: expected an iteration number or 'release'",
+        ),
+    ],
+)
+def test_what_is_damaged_is_named(llama: Path, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    (tmp_path / "megatron" / name).unlink()
+    if content is not None:
+        (tmp_path / "megatron" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")

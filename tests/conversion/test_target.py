@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
@@ -12,6 +14,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_longpo.conversion import target
 from megatron_longpo.convert_checkpoint import main
@@ -111,6 +114,58 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing(
     assert codes == [2, 2]
     assert capsys.readouterr().err.count("new could not be written: File too large; what was there before is as") == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_is_full_for_torch_is_no_traceback(tmp_path: Path) -> None:
+    message = rf"--save {tmp_path} could not be written: .*; what was there before is as it was"
+    with pytest.raises(OSError, match=message), target.filled_folder(tmp_path, stale=[], last="last"):
+        torch.save({"weights": torch.zeros(9)}, "/dev/full")
+    with pytest.raises(RuntimeError, match="another"), target.filled_folder(tmp_path, stale=[], last="last"):
+        raise RuntimeError("another")
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path, *words: object) -> None:
+        if folder.name == ".old":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        os.mkdir(folder)
+
+    (tmp_path / "last").write_text("old")
+    monkeypatch.setattr(Path, "mkdir", lambda folder, *words, **flags: folder.exists() or full(folder))
+    with pytest.raises(OSError, match="No space left"), target.filled_folder(tmp_path, stale=[], last="last") as folder:
+        (folder / "last").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["last"] and (tmp_path / "last").read_text() == "old"
+
+
+def test_what_completes_a_folder_comes_when_the_rest_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that loses power may have done any of what it has not been waited for, in any order."""
+    events: list[str] = []
+
+    def place(path: str | Path) -> str:
+        return str(Path(path).relative_to(tmp_path))
+
+    def sync(descriptor: int) -> None:
+        events.append(place(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    rename = os.rename
+
+    def renamed(old: Path, new: Path) -> None:
+        events.append(f"{place(old)} -> {place(new)}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", renamed)
+    with target.filled_folder(tmp_path, stale=[], last="last") as folder:
+        (folder / "last").write_text("new")
+        (folder / "release").mkdir()
+        (folder / "release" / "weights").write_text("new")
+    written = {".partial/last", ".partial/release", ".partial/release/weights"}
+    *before, release, again, last, end = events
+    assert written < set(before)
+    assert (release, last) == (".partial/release -> release", ".partial/last -> last")
+    assert (again, end) == (".", ".")
 
 
 KILLED = """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +144,20 @@ def test_a_crash_between_the_renames_leaves_no_manifest(prefix: Path, monkeypatc
         RecordReader(prefix)
 
 
+def test_a_disk_without_room_for_the_manifest_keeps_the_old_dataset(prefix: Path) -> None:
+    """The manifest grows with the documents; here it is the only file that does not fit."""
+    old = {path: path.read_bytes() for path in prefix.parent.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*manifest\.json'"), RecordWriter(prefix) as writer:
+            writer.add(random_document(9))
+            writer.finish(dropped={"too_long": [{"id": "x" * 30_000}]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: path.read_bytes() for path in prefix.parent.iterdir()} == old
+
+
 def test_nothing_to_write_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no document"), RecordWriter(tmp_path / "pairs") as writer:
         writer.finish()
@@ -177,6 +193,37 @@ def test_files_of_two_datasets_do_not_mix(prefix: Path, tmp_path: Path) -> None:
         RecordReader(prefix)
 
 
+def test_a_count_of_documents_that_is_not_the_index_s_is_refused(prefix: Path) -> None:
+    content = json.loads(manifest_path(prefix).read_text())
+    content |= {"num_documents": 99, "row_tokens": {"joint": [], "independent": []}}
+    manifest_path(prefix).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json counts 99 documents, its index does not"):
+        RecordReader(prefix)
+
+
+@pytest.mark.parametrize("bit", [0, 6, 30, 31])
+def test_flipped_bits_end_in_a_message_or_in_other_tokens(prefix: Path, bit: int) -> None:
+    """Not in a traceback, nor in a token that no model has."""
+    path = Path(f"{prefix}.bin")
+    content = np.fromfile(path, dtype=np.int32)
+    reader = RecordReader(prefix)
+    starts = np.flatnonzero(content == 1 << bit)
+    for word in {*range(40), *starts.tolist(), len(content) - 1}:
+        changed = content.copy()
+        changed[word : word + 1].view(np.uint32)[:] ^= np.uint32(1 << bit)
+        changed.tofile(path)
+        for number in range(3):
+            try:
+                tokens = np.concatenate(list(RecordReader(prefix)[number].all_tokens()))
+            except ValueError as error:
+                assert re.search(r"pairs\.bin is damaged at document \d .*preprocess_pairs\.py again", str(error))
+            else:
+                assert 0 <= tokens.min() <= tokens.max() <= reader.manifest.max_token_id
+    if bit > 20:
+        with pytest.raises(ValueError, match=r"document 2 \(it has a token id outside of 0 to \d+\)"):
+            RecordReader(prefix)[2]
+
+
 def test_verify_finds_a_changed_token(prefix: Path) -> None:
     path = Path(f"{prefix}.bin")
     content = bytearray(path.read_bytes())
@@ -205,6 +252,10 @@ def test_tokens_outlive_their_reader(prefix: Path) -> None:
         (lambda m: m.update(schema=2), "'schema' is 2"),
         (lambda m: m.pop("dataset_hash"), "missing or unknown fields"),
         (lambda m: m.update(extra=1), "missing or unknown fields"),
+        (lambda m: m.update(max_token_id="9"), "field 'max_token_id' cannot be '9'"),
+        (lambda m: m.update(num_turns=None), "field 'num_turns' cannot be None"),
+        (lambda m: m.update(row_tokens={"joint": []}), "field 'row_tokens' is not of 3 documents"),
+        (lambda m: m.update(num_documents=99), "field 'row_tokens' is not of 99 documents"),
     ],
 )
 def test_a_manifest_of_another_version_is_refused(prefix: Path, change, message: str) -> None:

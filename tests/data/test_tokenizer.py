@@ -193,6 +193,7 @@ def test_unusable_tokenizers_are_named_with_the_fix(
     with pytest.raises(ValueError, match=r"^[^\n]*cannot load a tokenizer[^\n]*tokenizer\.json[^\n]*$"):
         load_tokenizer(empty)
     broken = tmp_path / "broken.model"
-    broken.write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="is not a SentencePiece model"):
-        load_tokenizer(broken, chat_template=INST_TEMPLATE)
+    for content in (b"not a model", b""):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a SentencePiece model"):
+            load_tokenizer(broken, chat_template=INST_TEMPLATE)

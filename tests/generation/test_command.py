@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from loguru import logger
 
 from megatron_longpo.generation.command import main
 from megatron_longpo.generation.flags import make_parser
+from megatron_longpo.generation.logs import log_to
 from megatron_longpo.generation.settings import GenerationSettings
 
 OPENAI = ["--engine", "openai", "--model", "m", "--base-url", "http://127.0.0.1:9/v1", "--tokenizer-model", "DIR"]
@@ -117,3 +119,13 @@ def test_help_shows_defaults(capsys: pytest.CaptureFixture) -> None:
     assert "--concurrency N" in text and "(default: 64)" in text
     assert "OPENAI_API_KEY" in text
     assert r"(default: {document}\n\n{instruction})" in text.replace("\n" + 24 * " ", " ")
+
+
+def test_a_log_that_cannot_be_written_is_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log_to(Path("/dev/full"))
+    logger.info("lost")
+    log_to(tmp_path / "log")
+    logger.info("kept")
+    logger.remove()
+    assert capfd.readouterr().err == ""
+    assert (tmp_path / "log").read_text().endswith(" INFO kept\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.training.outputs import check_outputs
 from megatron_longpo.training.reporting import Reporter, interval_means
 from tests.training.commands import metrics
 
@@ -48,6 +49,19 @@ def test_a_resumed_file_is_json_and_has_every_step_once(tmp_path: Path) -> None:
     reporter.close()
     losses = [(row["iteration"], row["loss"]) for row in metrics(path)]
     assert losses == [(1, None), (2, None), (3, None)]
+
+
+@pytest.mark.parametrize(
+    "end", [b'{"iter', b'{"iteration": 3, "loss": 0.\0\0\0', b"\0\0\0", b'{"iteration": 3, "\xe2\x82']
+)
+def test_a_line_that_a_kill_or_a_power_cut_tore_is_left_out(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = b'{"iteration": 1, "loss": 0.5}\n'
+    path.write_bytes(line + end)
+    config = parse_arguments([f"--metrics-jsonl={path}"])
+    check_outputs(config)
+    Reporter(config, active=True, total_steps=4, first_step=3).close()
+    assert path.read_bytes() == line
 
 
 def test_an_evaluation_alone_removes_no_step(tmp_path: Path) -> None:

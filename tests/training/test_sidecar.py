@@ -1,7 +1,10 @@
 """Reference log-probs on disk: what is written comes back, an interrupted pass goes on, other keys are refused."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,16 +87,55 @@ def test_another_key_is_refused(tmp_path: Path, field: str, value: object) -> No
         SidecarWriter(tmp_path, replace(KEY, **{field: value}), len(DOCUMENTS))
 
 
-def test_damage_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("logps", lambda array: array[:-2].copy()),
+        ("logps", lambda array: b""),
+        ("lengths", lambda array: b""),
+        ("lengths", lambda array: array[:, 0].copy()),
+        ("lengths", lambda array: array[::-1].copy()),
+        ("lengths", lambda array: array[:-1].copy()),
+        ("lengths", lambda array: array.astype(np.float32)),
+        ("lengths", lambda array: array - [[0, 9, 0]] + [[0, 0, 9]]),
+        ("logps", lambda array: array[:, None].copy()),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, name: str, change: Callable[[Any], Any]) -> None:
     write_all(tmp_path)
-    path = tmp_path / "logps.npy"
-    path.write_bytes(path.read_bytes()[:-8])
+    path = tmp_path / f"{name}.npy"
+    content = change(np.load(path))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
     with pytest.raises(ValueError, match="is damaged"):
         ReferenceLogprobs(tmp_path, KEY)
 
 
-def test_broken_manifest_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_broken_manifest_names_the_file(tmp_path: Path, content: bytes) -> None:
     write_all(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a JSON object .*: delete .* to compute it again"):
         ReferenceLogprobs(tmp_path, KEY)
+
+
+@pytest.mark.parametrize("field", ["num_tokens", "num_documents"])
+def test_a_manifest_without_a_count_is_damaged(tmp_path: Path, field: str) -> None:
+    write_all(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != field}))
+    with pytest.raises(ValueError, match="is damaged"):
+        ReferenceLogprobs(tmp_path, KEY)
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_damaged_part_is_named(tmp_path: Path, kept: int) -> None:
+    writer = SidecarWriter(tmp_path, KEY, len(DOCUMENTS))
+    writer.add(1, DOCUMENTS[1])
+    writer.flush()
+    (part,) = (tmp_path / "parts").glob("*.npz")
+    part.write_bytes(part.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{part} is damaged .*: delete it"):
+        SidecarWriter(tmp_path, KEY, len(DOCUMENTS)).finished()
