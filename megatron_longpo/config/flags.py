@@ -36,6 +36,8 @@ GROUPS: dict[str, type] = {
 }
 """The attributes of `RunConfig` in the order of the help page."""
 
+LARGEST_INT = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class FlagSpec:
@@ -108,6 +110,8 @@ class FlagSpec:
         for bound, text, holds in bounds:
             if bound is not None and not holds(bound):
                 raise ValueError(f"{value} must be {text} {bound:g}" + (f" {info.unit}" if info.unit else ""))
+        if self.kind in (int, tuple) and value > LARGEST_INT:
+            raise ValueError(f"{value} must be at most {LARGEST_INT}, the largest number that torch takes")
 
 
 def _to_int(value: Any) -> int:

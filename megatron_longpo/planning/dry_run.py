@@ -59,8 +59,9 @@ class RankMemory:
 def dry_run(config: RunConfig, world_size: int, rows: Sequence[TrainingRow]) -> list[RankMemory]:
     """The peaks of the first and of the last pipeline stage, whose ranks hold most (one entry without pipeline).
 
-    The first stage holds activations of most micro-batches at a time, the last one the LM head. Within a stage all
-    ranks hold the same.
+    The first stage holds activations of most micro-batches at a time, the last one the LM head. Within a stage it is
+    the first rank: others hold the same but for a few tiles of attention and predictions of their own part of the row.
+    With a ring, the last context-parallel rank's workspace of attention is larger by about a quarter of its queries.
 
     Args:
         config: A validated run.

@@ -47,7 +47,7 @@ def print_dry_run(config: RunConfig) -> None:
     needed = max(stage.gib for stage in stages)
     if gpu is not None and needed > usable_gib(gpu):
         raise ValueError(
-            f"the run needs {needed:.1f} GiB and {gpu.name} has {usable_gib(gpu):.1f} GiB for tensors: spread it over "
+            f"the run needs {needed:.2f} GiB and {gpu.name} has {usable_gib(gpu):.2f} GiB for tensors: spread it over "
             "more GPUs, add --recompute-granularity full, or let tools/plan_run.py choose"
         )
 

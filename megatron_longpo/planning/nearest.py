@@ -13,25 +13,34 @@ from megatron_longpo.planning.timed_layouts import Search, Timed, timed_layouts
 from megatron_longpo.planning.workload import made_up_rows
 
 LARGEST_FACTOR = 32
-"""So many times the GPUs are looked at, in powers of two."""
+"""So many times the GPUs are looked at, in powers of two or powers of two of nodes."""
 
 NUM_TRIED = 3
-"""Larger numbers of GPUs with a layout that are looked at for one that fits, each a search of seconds."""
+"""Larger numbers of GPUs, and batches, with a layout that are looked at for one that fits, each a search of seconds."""
+
+NO_NUMBER = "give GPUs with more memory or a shorter --seq-length"
+"""What is left where no number of GPUs is enough."""
 
 
 def no_layout(search: Search) -> str:
     """No layout passes the trainer's checks on this many GPUs: where one does that is estimated to fit."""
     number = search.num_gpus
     # What does not fit on a number of GPUs does not fit on fewer.
-    below = _nearest(search, range(number - 1, 0, -1), num_tried=1)
-    above = _nearest(search, range(number + 1, 2 * number + 1), NUM_TRIED)
-    nearest = [f"--num-gpus {number} ({layout})" for number, layout in (*below, *above)]
+    below = _nearest(map(search.on, range(number - 1, 0, -1)), num_tried=1)
+    above = _nearest(map(search.on, range(number + 1, 2 * number + 1)), NUM_TRIED)
+    nearest = [f"--num-gpus {found.num_gpus} ({layout})" for found, layout in (*below, *above)]
     batches = " or ".join(map(str, _batches(search)))
     if batches:
         nearest.append(f"--global-batch-size {batches} on these {number} GPUs")
+    if not nearest:
+        # Nothing fits on about as many.
+        nodes = (search.gpu.gpus_per_node * 2**power for power in range((LARGEST_FACTOR * number).bit_length()))
+        more = (gpus for gpus in nodes if 2 * number < gpus <= LARGEST_FACTOR * number)
+        nearest = [f"--num-gpus {found.num_gpus} ({layout})" for found, layout in _nearest(map(search.on, more))]
     return (
         f"--num-gpus {number} has no possible layout: the number must be a product of sizes that divide the model's "
-        f"heads and layers, the row and --global-batch-size; nearest possible: {', or '.join(nearest) or 'none found'}"
+        "heads and layers, the row and --global-batch-size; nearest possible: "
+        + (", or ".join(nearest) or f"none that fits, {NO_NUMBER}")
     )
 
 
@@ -43,43 +52,46 @@ def nothing_fits(search: Search, timed: Sequence[Timed]) -> str:
     text = (
         f"no layout of {search.num_gpus} × {search.gpu.name} fits: the leanest, "
         f"{layout_text(leanest.config, search.num_gpus)}, recomputing {leanest.option.recomputed}, on the host "
-        f"{leanest.option.on_host}, needs about {lean.memory.gib:.1f} GiB per GPU and {usable:.1f} are usable"
+        f"{leanest.option.on_host}, needs about {lean.memory.gib:.2f} GiB per GPU and {usable:.2f} are usable"
     )
     factors = (2**power * search.num_gpus for power in range(1, LARGEST_FACTOR.bit_length()))
-    for number, layout in _nearest(search, factors):
-        return f"{text}; nearest possible: --num-gpus {number} ({layout})"
-    return f"{text}; give GPUs with more memory or a shorter --seq-length"
+    for found, layout in _nearest(map(search.on, factors)):
+        return f"{text}; nearest possible: --num-gpus {found.num_gpus} ({layout})"
+    return f"{text}; {NO_NUMBER}"
 
 
-def _nearest(search: Search, numbers: Iterable[int], num_tried: int | None = None) -> list[tuple[int, str]]:
-    """The first number of GPUs on which a layout is estimated to fit, and the fastest such layout; empty for none.
+def _nearest(searches: Iterable[Search], num_tried: int | None = None) -> list[tuple[Search, str]]:
+    """The first search with a layout that is estimated to fit, and the fastest such layout; empty for none.
 
-    ``num_tried`` is how many numbers with layouts are looked at.
+    ``num_tried`` is how many searches with layouts are looked at.
     """
-    with_layouts = ((number, legal) for number in numbers if (legal := list(_legal(search, number))))
-    for number, legal in islice(with_layouts, num_tried):
+    with_layouts = ((search, legal) for search in searches if (legal := list(_legal(search))))
+    for search, legal in islice(with_layouts, num_tried):
         rows = made_up_rows(legal[0].config, search.num_turns, search.response_tokens)
-        for entry in timed_layouts(search.on(number), legal, rows):
+        for entry in timed_layouts(search, legal, rows):
             if entry.may_fit(search.gpu):
-                return [(number, layout_text(entry.candidate.config, number))]
+                return [(search, layout_text(entry.candidate.config, search.num_gpus))]
     return []
 
 
 def _batches(search: Search) -> list[int]:
-    """The nearest ``--global-batch-size`` below and above the given one with a layout on this many GPUs."""
-    base = list(search.base)
-    if "--global-batch-size" not in base:
+    """The nearest ``--global-batch-size`` below and above the given one with which a layout of these GPUs fits."""
+    if "--global-batch-size" not in search.base:
         return []
-    place = base.index("--global-batch-size") + 1
-    given = int(base[place])
+    place = search.base.index("--global-batch-size") + 1
+    given = int(search.base[place])
+
+    def with_batch(batch: int) -> Search:
+        return dataclasses.replace(search, base=[*search.base[:place], str(batch), *search.base[place + 1 :]])
+
     # This batch divides over every data-parallel size that there can be.
-    base[place] = str(search.num_gpus)
-    legal = _legal(dataclasses.replace(search, base=base), search.num_gpus)
+    legal = _legal(with_batch(search.num_gpus))
     sizes = {one.config.parallel.data_parallel_size(search.num_gpus) for one in legal}
-    below = [given // size * size for size in sizes if size < given]
-    above = [-(-given // size) * size for size in sizes]
-    return [*([max(below)] if below else []), *([min(above)] if above else [])]
+    below = sorted({given // size * size for size in sizes if size < given}, reverse=True)
+    above = sorted({-(-given // size) * size for size in sizes})
+    found = [_nearest(map(with_batch, batches), NUM_TRIED) for batches in (below, above)]
+    return [int(one.base[place]) for side in found for one, _ in side]
 
 
-def _legal(search: Search, num_gpus: int) -> Iterator[Candidate]:
-    return candidates(search.base, search.model, num_gpus, search.gpu.gpus_per_node, search.source)
+def _legal(search: Search) -> Iterator[Candidate]:
+    return candidates(search.base, search.model, search.num_gpus, search.gpu.gpus_per_node, search.source)

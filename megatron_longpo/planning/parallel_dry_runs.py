@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from typing import Any, TypeVar
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.rows import TrainingRow
 from megatron_longpo.planning.dry_run import RankMemory, dry_run_stage, measured_stages
 from megatron_longpo.processes import die_with_parent
+
+Result = TypeVar("Result")
 
 
 def dry_runs(
@@ -40,7 +43,7 @@ def dry_runs(
     # Fresh processes: the fake world is global state, and forked ones would inherit torch's threads.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
         try:
-            waiting = {pool.submit(dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
+            waiting = {_submit(pool, dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
             for finished, future in enumerate(as_completed(waiting), 1):
                 results[waiting[future]].append(future.result())
                 done(finished, len(tasks))
@@ -52,10 +55,19 @@ def dry_runs(
     return [sorted(stages, key=lambda stage: stage.stage) for stages in results]
 
 
+def _submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    """Submitting starts workers. Ctrl-C is the parent's to answer, so they are born with the signal blocked: they take
+    seconds to import what they need, and would end with a traceback of that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker() -> None:
-    """Fake tensors compute nothing that threads could share; Ctrl-C is the parent's to answer."""
+    """Fake tensors compute nothing that threads could share."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
     torch.set_num_threads(1)

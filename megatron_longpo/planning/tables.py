@@ -105,8 +105,11 @@ def memory_table(stages: Sequence[RankMemory], gpu: GPU | None) -> str:
     if gpu is None:
         return text
     needed, usable = max(stage.gib for stage in stages), usable_gib(gpu)
-    verdict = "fits" if needed <= usable else "does NOT fit"
-    return f"{text}\n\n{needed:.1f} GiB {verdict} in {gpu.name}: {usable:.1f} of {gpu.mem_gib:.1f} GiB are for tensors"
+    verdict, digits = ("fits", 1) if needed <= usable else ("does NOT fit", 2)  # 72.14 in 72.12 is not 72.1 in 72.1
+    return (
+        f"{text}\n\n{needed:.{digits}f} GiB {verdict} in {gpu.name}: {usable:.{digits}f} of {gpu.mem_gib:.1f} GiB are "
+        "for tensors"
+    )
 
 
 def _host_line(stages: Sequence[RankMemory]) -> str:

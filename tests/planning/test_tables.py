@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_longpo.config import ParallelConfig
 from megatron_longpo.planning.dry_run import RankMemory
+from megatron_longpo.planning.hardware import gpu_named, usable_gib
 from megatron_longpo.planning.layouts import Candidate
 from megatron_longpo.planning.options import MEMORY_OPTIONS
 from megatron_longpo.planning.parts import Part
@@ -39,3 +40,10 @@ def test_a_table_of_the_longest_layouts_and_options_fits_a_terminal() -> None:
         assert f" recomputed: {option.recomputed}; on the host: {option.on_host}, 256.0 GiB" in joined
     table = memory_table([MEMORY, MEMORY], None).partition("\n(")[0]
     assert max(map(len, table.split("\n"))) <= 100
+
+
+def test_a_run_that_needs_a_little_too_much_has_digits_that_differ() -> None:
+    gpu = gpu_named("h100-80gb")
+    usable = round(usable_gib(gpu) * 2**30)
+    over = RankMemory(0, dict.fromkeys(Part, 0) | {Part.WEIGHTS: usable + 2**24}, EVERY_PART, {})
+    assert "\n72.16 GiB does NOT fit in h100-80gb: 72.14 of 79.1 GiB" in memory_table([over], gpu)
