@@ -41,6 +41,8 @@ def iteration_of(checkpoint: Path) -> int | None:
 def find_checkpoint(folder: str | Path) -> Path | None:
     """The checkpoint that a folder's tracker names, the folder itself if it is one, or None if it holds none.
 
+    Without a tracker it is the newest: a kill may come between a first checkpoint and the tracker.
+
     Raises:
         ValueError: The tracker is broken, or names a checkpoint that is not there or damaged.
     """
@@ -49,7 +51,9 @@ def find_checkpoint(folder: str | Path) -> Path | None:
         return folder
     tracker = folder / TRACKER
     if not tracker.exists():
-        return None
+        # A checkpoint of ours has its name when it is whole, and Megatron's metadata.json comes last.
+        whole = [path for path in folder.glob("iter_*") if iteration_of(path) is not None and is_checkpoint(path)]
+        return max(whole, key=lambda path: iteration_of(path) or 0, default=None)
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text == RELEASE:
         found = folder / RELEASE

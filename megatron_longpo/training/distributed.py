@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import random
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -48,6 +50,8 @@ def initialize(config: RunConfig) -> None:
     )
     # Pipeline stages draw different weights; tensor-parallel ranks differ through Megatron's tracker.
     seed = config.training.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

@@ -102,8 +102,12 @@ def fill_the_disk(rank: int, data: str, folder: str) -> dict[str, Any]:
     visible = sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith("."))
     Checkpointer(config, chunks).save(Progress(iteration=3))
     hidden = [p.name for p in Path(folder).iterdir() if p.name.startswith(".")]
+    # As a kill leaves it between a first checkpoint and the tracker, and half a checkpoint of another program.
+    Path(folder, "latest_checkpointed_iteration.txt").unlink()
+    Path(folder, "iter_0000009").mkdir()
+    untracked = find_checkpoint(folder)
     result = {"errors": errors, "found": found.name, "consumed": progress.consumed_samples, "same": same}
-    return result | {"files": visible, "left behind": hidden}
+    return result | {"files": visible, "left behind": hidden, "untracked": untracked}
 
 
 def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
@@ -114,6 +118,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert result["files"] == ["iter_0000001", "latest_checkpointed_iteration.txt"]
     assert result["left behind"] == []
     assert (result["found"], result["consumed"], result["same"]) == ("iter_0000001", 5, True)
+    assert result["untracked"] == tmp_path / "save" / "iter_0000003"
 
 
 COMMON = [
