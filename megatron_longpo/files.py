@@ -87,7 +87,7 @@ def name_file(error: BaseException | None, path: str | Path) -> None:
     error.filename = str(path)
 
 
-def failed_write(error: RuntimeError) -> str | None:
+def failed_write(error: BaseException) -> str | None:
     """The words of torch.save for a file that cannot be written, or None for any other error."""
     text = str(error).partition("\n")[0]
     return f"{text} (is the disk full?)" if any(words in text for words in _TORCH_SAVE) else None

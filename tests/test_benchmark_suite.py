@@ -17,7 +17,7 @@ from tests.training.commands import REPOSITORY, environment
 
 
 def measured(step_s: float, peak_gib: float, loss: float = 2.0) -> list[Measurement]:
-    return [Measurement([loss], [9.0, step_s], [9.0, step_s], 0.3, peak_gib)]
+    return [Measurement([loss], [2 * step_s, step_s], [2 * step_s, step_s], 0.3, peak_gib)]
 
 
 def result_of_all_cases() -> dict[str, Any]:

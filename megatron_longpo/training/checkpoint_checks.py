@@ -122,4 +122,5 @@ def clear_damage(checkpoint: Path) -> Iterator[None]:
 
 def _causes(error: CheckpointException) -> str:
     # Megatron's own messages may list every tensor of a checkpoint.
-    return "; ".join(sorted({str(cause)[:300] or type(cause).__name__ for cause, _ in error.failures.values()}))
+    causes = (failed_write(cause) or str(cause)[:300] or type(cause).__name__ for cause, _ in error.failures.values())
+    return "; ".join(sorted(set(causes)))

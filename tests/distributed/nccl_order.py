@@ -11,6 +11,8 @@ nothing is buffered.
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Group = tuple[str, tuple[int, ...]]
@@ -27,10 +28,10 @@ Group = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Collective:
-    """A call that every rank of the group makes: its operator, and dtypes and sizes of all that may not differ."""
+    """A call that every rank of the group makes: its name, and dtypes and sizes of all that may not differ."""
 
     group: Group
-    operator: str
+    name: str
     what: tuple[str, ...]
 
 
@@ -47,61 +48,67 @@ class Message:
 Operation = Collective | tuple[Message, ...]
 """What one launch does: a collective, or messages that make progress together."""
 
-_DIFFERS = {"c10d.gather_", "c10d.scatter_"}
+_COLLECTIVE = re.compile("_?(all|reduce|broadcast|gather|scatter|send|recv|barrier)")
+_DIFFERS = {"gather", "scatter"}
 """Here one rank alone has all the tensors."""
+_ROOT = ("rootRank", "rootTensor")
 
 
 @contextlib.contextmanager
 def noted_operations() -> Iterator[list[Operation]]:
-    """Note every operation of this rank, in the order in which it is started, and refuse what NCCL refuses."""
-    mode = _Noting()
+    """Note every operation of this rank, in the order in which it is started, and refuse what NCCL refuses.
+
+    All of torch's functions, and what Megatron keeps of them, end in methods of the process group.
+    """
+    notes = _Notes()
     batch = dist.batch_isend_irecv
 
     def noted_batch(operations: list[dist.P2POp]) -> Any:
-        mode.batch = []
+        notes.batch = []
         works = batch(operations)
-        mode.operations.append(tuple(mode.batch))
-        mode.batch = None
+        notes.operations.append(tuple(notes.batch))
+        notes.batch = None
         return works
 
-    with pytest.MonkeyPatch.context() as patch, mode:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "batch_isend_irecv", noted_batch)
-        yield mode.operations
+        for name in filter(_COLLECTIVE.match, dir(dist.ProcessGroup)):
+            patch.setattr(dist.ProcessGroup, name, notes.of(name))
+        yield notes.operations
 
 
-class _Noting(TorchDispatchMode):
+class _Notes:
     def __init__(self) -> None:
-        super().__init__()
         self.operations: list[Operation] = []
         self.batch: list[Message] | None = None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert "c10d_functional" not in func.namespace, f"{func} is not noted"
-        if func.namespace == "c10d":
-            self._note(func, args)
-        return func(*args, **(kwargs or {}))
+    def of(self, name: str) -> Any:
+        method = getattr(dist.ProcessGroup, name)
 
-    def _note(self, func: Any, args: tuple[Any, ...]) -> None:
-        operator = str(func).removesuffix(".default")
-        # A barrier's tensor is torch's own.
-        tensors = [] if operator == "c10d.barrier" else [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        @functools.wraps(method)
+        def noted(group: dist.ProcessGroup, *args: Any, **named: Any) -> Any:
+            self._note(group, name, (*args, *named.values()))
+            return method(group, *args, **named)
+
+        return noted
+
+    def _note(self, group: dist.ProcessGroup, name: str, args: tuple[Any, ...]) -> None:
+        tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
         for tensor in tensors:
-            assert tensor.is_contiguous(), f"{operator} of a tensor with strides {tensor.stride()}"
-        boxed = next(x for x in args if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()))
-        group = dist.ProcessGroup.unbox(boxed)
+            assert tensor.is_contiguous(), f"{name} of a tensor with strides {tensor.stride()}"
         ranks = tuple(dist.get_process_group_ranks(group))
         named = (group.group_name, ranks)
         what = tuple(f"{x.dtype}[{x.numel()}]" for x in tensors)
-        if operator in ("c10d.send", "c10d.recv_"):
-            message = Message(named, operator == "c10d.send", ranks[args[2]], what)
+        if name in ("send", "recv"):
+            message = Message(named, name == "send", ranks[args[1]], what)
             if self.batch is None:
                 self.operations.append((message,))
             else:
                 self.batch.append(message)
             return
-        assert operator != "c10d.recv_any_source_", "NCCL has no receiving from any rank"
-        roots = tuple(f"{x}" for x in args if isinstance(x, int) and not isinstance(x, bool))
-        self.operations.append(Collective(named, operator, (*roots, *(() if operator in _DIFFERS else what))))
+        assert name not in ("recv_anysource", "monitored_barrier"), f"NCCL has no {name}"
+        roots = tuple(f"{getattr(x, root)}" for x in args for root in _ROOT if hasattr(x, root))
+        self.operations.append(Collective(named, name, (*roots, *(() if name in _DIFFERS else what))))
 
 
 def check_nccl_order(ranks: Sequence[Sequence[Operation]]) -> None:

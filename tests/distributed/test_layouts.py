@@ -77,14 +77,13 @@ Case = tuple[str, str]
 
 DEFAULT: list[Case] = [
     ("longpo", "DP 4"),
-    ("longpo", "TP 2 + sequence parallel"),
     ("longpo", "interleaved PP 2"),
     ("longpo", "CP 2 ring + attention kept"),
     ("longpo", "CP 2 x 2 all-to-all and ring"),
     ("longpo", "TP 2 + sequence parallel + in pieces"),
     ("dpo", "TP 2 x CP 2"),
 ]
-DEFAULT_ZERO = ["DP 4", "TP 2 + sequence parallel"]
+DEFAULT_ZERO = ["TP 2 + sequence parallel"]
 TIED_ACROSS_STAGES: list[Case] = [("longpo", "PP 2"), ("longpo", "interleaved PP 2"), ("longpo", "TP 2 x PP 2")]
 MORE: list[Case] = [("longpo", name) for name in LAYOUTS if ("longpo", name) not in DEFAULT]
 MORE += [("dpo", "PP 2"), ("dpo", "CP 2 all-to-all"), ("constraint", "TP 2 x CP 2"), ("constraint", "PP 2")]

@@ -102,5 +102,5 @@ def test_operations_of_real_processes_are_noted(tmp_path: Path) -> None:
     group = ("0", (0, 1))
     for rank, (hop, *others) in enumerate(ranks):
         assert hop == (sent(1 - rank, "torch.float32[4]", group), received(1 - rank, "torch.float32[4]", group))
-        assert [(o.group, o.operator) for o in others] == [(group, "c10d.allreduce_"), (group, "c10d.barrier")]
+        assert [(o.group, o.name) for o in others] == [(group, "allreduce"), (group, "barrier")]
     check_nccl_order(ranks)

@@ -21,8 +21,9 @@ OURS, UPSTREAM = "ours", "upstream"
 OTHER = {OURS: UPSTREAM, UPSTREAM: OURS}
 COMMON_HERE = [flag for flag in COMMON if flag not in ("--finetune", "--beta=0.5")]
 FLAGS = [*MODEL, *COMMON_HERE, "--objective=sft-chosen", "--use-distributed-optimizer"]
-SAVED = [TP, "--sequence-parallel"]
-LOADED = {"DP 4": [], "PP 2": [PP], "TP 2 x CP 2": [TP, CP]}
+SAVED = {2: [], 4: [TP, "--sequence-parallel"]}
+"""By the number of processes, as all layouts here."""
+LOADED = {2: {"TP 2": [TP]}, 4: {"DP 4": [], "PP 2": [PP], "TP 2 x CP 2": [TP, CP]}}
 
 
 @contextlib.contextmanager
@@ -41,13 +42,13 @@ def method(name: str) -> Iterator[None]:
         yield
 
 
-def trainer(flags: list[str], rendezvous: str, rank: int) -> Any:
+def trainer(flags: list[str], rendezvous: str, rank: int, world: int) -> Any:
     from megatron_longpo.arguments import parse_arguments
     from megatron_longpo.training.distributed import initialize
     from megatron_longpo.training.loop import Trainer
     from megatron_longpo.training.prepare import open_dataset, prepared
 
-    fresh_world(rendezvous, rank, 4)
+    fresh_world(rendezvous, rank, world)
     config = prepared(parse_arguments(flags))
     dataset = open_dataset(config)
     initialize(config)
@@ -64,14 +65,14 @@ def states(optimizer: Any) -> list[torch.Tensor]:
     return found
 
 
-def save_and_load(rank: int, data: str, folder: str) -> dict[str, Any]:
+def save_and_load(rank: int, world: int, data: str, folder: str) -> dict[str, Any]:
     """Save after a step by both methods, and load each by the other one under other layouts."""
     from megatron_longpo.training.checkpoint import Checkpointer, Progress, _format
     from megatron_longpo.training.data import MicroBatches, training_batches
     from megatron_longpo.training.distributed import shut_down
 
     data_flag = f"--data-path={data}"
-    run = trainer([*FLAGS, *SAVED, data_flag, f"--save={folder}/{OURS}"], f"{folder}/rendezvous", rank)
+    run = trainer([*FLAGS, *SAVED[world], data_flag, f"--save={folder}/{OURS}"], f"{folder}/rendezvous", rank, world)
     run.sampler = run._sampler()
     run._step(next(training_batches(MicroBatches(run.config, run.dataset, None), run.sampler)))
     state = run.checkpointer._model_state()
@@ -87,12 +88,12 @@ def save_and_load(rank: int, data: str, folder: str) -> dict[str, Any]:
     shut_down()
 
     loaded: dict[str, bool] = {}
-    for name, layout in LOADED.items():
+    for name, layout in LOADED[world].items():
         found = {}
         for saved in (OURS, UPSTREAM):
             with method(OTHER[saved]), parallel_load():
                 flags = [*FLAGS, *layout, data_flag, f"--load={folder}/{saved}"]
-                again = trainer(flags, f"{folder}/rendezvous-{name}-{saved}", rank)
+                again = trainer(flags, f"{folder}/rendezvous-{name}-{saved}", rank, world)
             found[saved] = states(again.optimizer)
             shut_down()
         assert len(found[OURS]) == len(found[UPSTREAM]) > 10
@@ -101,12 +102,13 @@ def save_and_load(rank: int, data: str, folder: str) -> dict[str, Any]:
     return {"bytes per weight": num_bytes / own, "loaded": loaded}
 
 
-def test_files_and_loaded_state_equal_upstreams(tmp_path: Path) -> None:
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_files_and_loaded_state_equal_upstreams(world: int, tmp_path: Path) -> None:
     data = str(write_tiny_dataset(tmp_path / "data" / "tiny", num_documents=20))
-    for rank in run_ranks(save_and_load, 4, data, str(tmp_path)):
+    for rank in run_ranks(save_and_load, world, world, data, str(tmp_path)):
         # Weights, and two means of gradients, in fp32. Nothing of other ranks.
         assert rank["bytes per weight"] == 12
-        assert rank["loaded"] == dict.fromkeys(LOADED, True)
+        assert rank["loaded"] == dict.fromkeys(LOADED[world], True)
     tensors = load_tensors({name: str(tmp_path / name) for name in (OURS, UPSTREAM)})
     ours, upstreams = tensors[OURS], tensors[UPSTREAM]
     assert ours.keys() == upstreams.keys() and sum(name.startswith("optimizer.state") for name in ours) > 20

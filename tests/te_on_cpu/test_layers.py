@@ -63,6 +63,7 @@ def assert_equal(ours: tuple[dict, dict], theirs: tuple[dict, dict], tolerance: 
         assert (ours[1][name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
 
 
+@pytest.mark.slow
 def test_layers_equal_those_of_megatron_core(with_te: None, tmp_path: Path) -> None:
     found = steps(tmp_path, {"local": ["--bf16"], "te": [TE, "--bf16"], "fp8": [TE, *FP8]}, {})
     assert_equal(found["te"], found["local"])

@@ -45,7 +45,8 @@ def test_steps_that_are_not_finite_are_skipped_on_all_ranks(poisoned: Path, tmp_
     assert all((step["grad_norm"] is None) == (step in broken) for step in steps)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_run_that_has_skipped_every_step_goes_on(poisoned: Path, tmp_path: Path, optimizer: str) -> None:
     """Its optimizer has made no state that a checkpoint could hold."""
     # The first of three batches has the poisoned document.
@@ -114,7 +115,8 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     data = write_tiny_dataset(tmp_path / "data" / "tiny", num_documents=2)
     result = run_ranks(fill_the_disk, 1, str(data), str(tmp_path / "save"))[0]
     assert ["Earlier checkpoints are as they were" in error for error in result["errors"]] == [True, True]
-    assert "File too large" in result["errors"][0]
+    # Of the two writers, one fails at a tensor and one at what torch.save puts around it.
+    assert "File too large" in result["errors"][0] or "is the disk full?" in result["errors"][0]
     assert result["files"] == ["iter_0000001", "latest_checkpointed_iteration.txt"]
     assert result["left behind"] == []
     assert (result["found"], result["consumed"], result["same"]) == ("iter_0000001", 5, True)
