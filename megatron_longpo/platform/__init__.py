@@ -2,7 +2,7 @@
 
 Megatron-Core assumes CUDA in a few dozen places. On a machine without it `prepare` gives the modules listed in
 `cpu_torch` a stand-in for the global name ``torch`` that answers for the CPU; ``torch`` itself stays untouched, and so
-does every other package. On CUDA `prepare` only mends what is wrong there too (`repairs`).
+does every other package. On CUDA `prepare` only mends what is wrong there too (`repairs`, `optimizer_shards`).
 Each adapter says when it can be removed. All were checked against the versions in `CHECKED_VERSIONS`.
 
 Modules that import Megatron-Core import this package first: on a CPU it imports it without torch's compiler.
