@@ -56,6 +56,8 @@ def _wrap_line(line: str, width: int) -> list[str]:
         if used + cells > width and current.strip():
             lines.append(current.rstrip())
             current, used = "", 0
+        elif used + cells > width and used + 2 > width:
+            current, used = "", 0  # an indent that leaves no room for a wide character
         while used + cells > width:
             head = _head(piece, max(1, width - used))
             lines.append(current + head)

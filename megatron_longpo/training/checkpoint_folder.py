@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing, safe_globals
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.config.flags import FLAGS
@@ -93,7 +94,7 @@ def common_state(checkpoint: Path) -> dict[str, Any]:
     except OSError:
         raise
     # What a damaged pickle asks for may fail with an error of any type.
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the second is a BaseException
         missing = not (checkpoint / "common.pt").exists()
         problem = "it is missing" if missing else str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(damaged(checkpoint, f"common.pt: {problem}")) from error

@@ -55,7 +55,11 @@ def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
         ("release/common.pt", b"\xff\xfe", r"release cannot be loaded: common\.pt: \w"),
         ("release/metadata.json", b"", r"release cannot be loaded: metadata\.json: Expecting value"),
         ("release/metadata.json", b"\xff", r"release cannot be loaded: metadata\.json: 'utf-8' codec"),
-        ("release/metadata.json", b'{"x": 1}', r"release cannot be loaded: metadata\.json: .*unexpected keyword"),
+        (
+            "release/metadata.json",
+            b'{"x": 1}',
+            r"release cannot be loaded: metadata\.json: .*(unexpected keyword|missing)",
+        ),
         ("latest_checkpointed_iteration.txt", b"\xff", r"iteration\.txt: expected an iteration number or 'release'"),
         (
             "latest_checkpointed_iteration.txt",

@@ -28,6 +28,8 @@ def test_wrapped_lines_fit_and_lose_nothing_but_blanks(text: str, width: int) ->
 def test_wrapping_keeps_indents_and_counts_cells() -> None:
     assert wrap("    code here\n\nand text", 9) == ["    code", "here", "", "and text"]
     assert wrap("長い文書です", 4) == ["長い", "文書", "です"]
+    # An indent that leaves no room is left out.
+    assert wrap("    0", 4) == ["0"] and wrap("   長", 4) == ["長"]
     assert wrap("abcdefgh", 3) == ["abc", "def", "gh"]
     assert num_cells("e\u0301長") == 3
 
