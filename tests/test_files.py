@@ -7,7 +7,9 @@ import hashlib
 import json
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -36,29 +38,20 @@ def test_a_failure_leaves_the_old_content(tmp_path: Path, error: type[BaseExcept
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda file: file.write(b"x" * 2000), r"File too large: '.*file.bin'"),
+        (lambda file: np.save(file, np.zeros(9000)), r"9000 requested and \d+ written, .* written: '.*file.bin'"),
+    ],
+    ids=["bytes", "array"],
+)
+def test_a_full_disk_names_the_file(tmp_path: Path, write: Callable[[IO[bytes]], object], message: str) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with (
-            pytest.raises(OSError, match=r"File too large: '.*file.txt'"),
-            atomic_writer(tmp_path / "file.txt") as file,
-        ):
-            file.write("x" * 2000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_names_the_file_of_an_array(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with (
-            pytest.raises(OSError, match=r"9000 requested and \d+ written, while this was written: '.*file.npy'"),
-            atomic_writer(tmp_path / "file.npy", binary=True) as file,
-        ):
-            np.save(file, np.zeros(9000))
+        with pytest.raises(OSError, match=message), atomic_writer(tmp_path / "file.bin", binary=True) as file:
+            write(file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []

@@ -53,86 +53,98 @@ def let_ranks_write_their_own_shards() -> None:
 
     Remove when ``sharded_param_state_fully_reshardable`` needs host memory for a rank's own shard only.
     """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Upstream
+
+    ours = {
+        "sharded_param_state_fully_reshardable": _sharded_state,
+        "load_parameter_state_from_fully_reshardable": _load_state,
+    }
+    for name, method in ours.items():
+        setattr(Upstream, name, functools.wraps(getattr(Upstream, name))(method))
+
+
+def _sharded_state(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None) -> Any:
+    """This rank's state: by number of the parameter and name, blocks in order. To load, they lie in host memory."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
     from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+
+    tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+    sharded = {tensor.data: tensor for tensor in nested_values(tensors)}
+    parts: dict[int, dict[str, dict[int, Any]]] = {}
+    for number, parameter, start, end in _own_ranges(self):
+        parts[number] = {}
+        for name, state in self._get_main_param_and_optimizer_states(parameter).items():
+            if name == "step" or not isinstance(state, torch.Tensor):
+                continue  # in the parameter groups
+            flat = state.detach().view(-1)
+            assert len(flat) == end - start
+            if is_loading:
+                flat = torch.empty_like(flat, device="cpu")
+            elif flat.device.type == "cpu":
+                # The next step may change it while a background save writes it.
+                flat = flat.clone()
+            parts[number][name] = dict(enumerate(_own_blocks(sharded[parameter], name, flat, start)))
+    return parts
+
+
+@torch.no_grad()
+def _load_state(self: Any, state_dict: Any) -> None:
+    """Put what was loaded into the blocks of `_sharded_state` into the optimizer."""
     from megatron.core.optimizer import HybridDeviceOptimizer
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    def own_ranges(self: Any) -> Iterator[tuple[int, torch.nn.Parameter, int, int]]:
-        """The parameters that this rank updates: number, parameter, and which of its elements."""
-        maps = (m for buffers in self.gbuf_ranges for buckets in buffers.values() for m in buckets)
-        ranges = ((parameter, found["param"]) for m in maps for parameter, found in m["param_map"].items())
-        for number, (parameter, own) in enumerate(ranges):
-            yield number, parameter, own.start, own.end
+    for number, parameter, _, _ in _own_ranges(self):
+        state = {
+            name: torch.cat([part[i].view(-1) for i in range(len(part))]) for name, part in state_dict[number].items()
+        }
+        self._set_main_param_and_optimizer_states(parameter, state)
+    if isinstance(self.optimizer, HybridDeviceOptimizer):
+        self.optimizer._sync_hdo_state_to_sub_optimizers()
 
-    def stored_tensors(sharded: Any) -> Iterator[tuple[int, Any]]:
-        """The tensors of a checkpoint that hold a parameter: which element of it each begins with, and the tensor."""
-        nothing = torch.empty(sharded.data.shape, device="meta")  # views of it say where they begin
-        if not isinstance(sharded, ShardedTensorFactory):
-            yield 0, sharded
-            return
-        # As the gate and up projections that one weight holds: two tensors.
-        for tensor in nested_values(replace(sharded, data=nothing).build()):
-            assert tensor.data.is_contiguous(), f"{tensor.key} is no range of its parameter"
-            yield tensor.data.storage_offset(), tensor
 
-    def own_blocks(sharded: Any, name: str, state: torch.Tensor, start: int) -> Iterator[Any]:
-        """Some state of a parameter's elements from ``start`` on, as tensors of a checkpoint."""
-        for origin, tensor in stored_tensors(sharded):
-            first, last = max(start, origin), min(start + len(state), origin + math.prod(tensor.local_shape))
-            # The format has no blocks with prepended axes: the number of the layer is an axis like the others.
-            ones = (1,) * tensor.prepend_axis_num
-            for offset, size in blocks(first - origin, last - origin, tensor.local_shape):
-                place = zip(tensor.global_offset, (*(0 for _ in ones), *offset), strict=True)
-                data = state[first - start : first - start + math.prod(size)].view(*ones, *size)
-                yield ShardedTensor(
-                    key=f"optimizer.state.{name}.{tensor.key}",
-                    data=data,
-                    dtype=data.dtype,
-                    local_shape=(*ones, *size),
-                    global_shape=tensor.global_shape,
-                    global_offset=tuple(theirs + ours for theirs, ours in place),
-                    axis_fragmentations=None,
-                    # The parameter is on all data-parallel ranks, this part of its state on one.
-                    replica_id=(*tensor.replica_id[:-1], 0),
-                    allow_shape_mismatch=tensor.allow_shape_mismatch,
-                )
-                first += math.prod(size)
+def _own_ranges(optimizer: Any) -> Iterator[tuple[int, torch.nn.Parameter, int, int]]:
+    """The parameters that this rank updates: number, parameter, and which of its elements."""
+    maps = (m for buffers in optimizer.gbuf_ranges for buckets in buffers.values() for m in buckets)
+    ranges = ((parameter, found["param"]) for m in maps for parameter, found in m["param_map"].items())
+    for number, (parameter, own) in enumerate(ranges):
+        yield number, parameter, own.start, own.end
 
-    upstream = DistributedOptimizer.sharded_param_state_fully_reshardable
 
-    @functools.wraps(upstream)
-    def sharded_state(self: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None) -> Any:
-        tensors, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
-        sharded = {tensor.data: tensor for tensor in nested_values(tensors)}
-        parts: dict[int, dict[str, dict[int, Any]]] = {}
-        for number, parameter, start, end in own_ranges(self):
-            parts[number] = {}
-            for name, state in self._get_main_param_and_optimizer_states(parameter).items():
-                if name == "step" or not isinstance(state, torch.Tensor):
-                    continue  # in the parameter groups
-                flat = state.detach().view(-1)
-                assert len(flat) == end - start
-                if is_loading:
-                    flat = torch.empty_like(flat, device="cpu")
-                elif flat.device.type == "cpu":
-                    # The next step may change it while a background save writes it.
-                    flat = flat.clone()
-                parts[number][name] = dict(enumerate(own_blocks(sharded[parameter], name, flat, start)))
-        return parts
+def _own_blocks(sharded: Any, name: str, state: torch.Tensor, start: int) -> Iterator[Any]:
+    """Some state of a parameter's elements from ``start`` on, as tensors of a checkpoint."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    @functools.wraps(DistributedOptimizer.load_parameter_state_from_fully_reshardable)
-    @torch.no_grad()
-    def load_state(self: Any, state_dict: Any) -> None:
-        for number, parameter, _, _ in own_ranges(self):
-            state = {
-                name: torch.cat([part[i].view(-1) for i in range(len(part))])
-                for name, part in state_dict[number].items()
-            }
-            self._set_main_param_and_optimizer_states(parameter, state)
-        if isinstance(self.optimizer, HybridDeviceOptimizer):
-            self.optimizer._sync_hdo_state_to_sub_optimizers()
+    for origin, tensor in _stored_tensors(sharded):
+        first, last = max(start, origin), min(start + len(state), origin + math.prod(tensor.local_shape))
+        # The format has no blocks with prepended axes: the number of the layer is an axis like the others.
+        ones = (1,) * tensor.prepend_axis_num
+        for offset, size in blocks(first - origin, last - origin, tensor.local_shape):
+            place = zip(tensor.global_offset, (*(0 for _ in ones), *offset), strict=True)
+            data = state[first - start : first - start + math.prod(size)].view(*ones, *size)
+            yield ShardedTensor(
+                key=f"optimizer.state.{name}.{tensor.key}",
+                data=data,
+                dtype=data.dtype,
+                local_shape=(*ones, *size),
+                global_shape=tensor.global_shape,
+                global_offset=tuple(theirs + ours for theirs, ours in place),
+                axis_fragmentations=None,
+                # The parameter is on all data-parallel ranks, this part of its state on one.
+                replica_id=(*tensor.replica_id[:-1], 0),
+                allow_shape_mismatch=tensor.allow_shape_mismatch,
+            )
+            first += math.prod(size)
 
-    DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_state
-    DistributedOptimizer.load_parameter_state_from_fully_reshardable = load_state
+
+def _stored_tensors(sharded: Any) -> Iterator[tuple[int, Any]]:
+    """The tensors of a checkpoint that hold a parameter: which element of it each begins with, and the tensor."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    if not isinstance(sharded, ShardedTensorFactory):
+        yield 0, sharded
+        return
+    # As the gate and up projections that one weight holds: two tensors. Views of nothing say where they begin.
+    nothing = torch.empty(sharded.data.shape, device="meta")
+    for tensor in nested_values(replace(sharded, data=nothing).build()):
+        assert tensor.data.is_contiguous(), f"{tensor.key} is no range of its parameter"
+        yield tensor.data.storage_offset(), tensor
