@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +55,7 @@ def let_ranks_write_their_own_shards() -> None:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Upstream
 
-    ours = {
+    ours: dict[str, Callable[..., Any]] = {
         "sharded_param_state_fully_reshardable": _sharded_state,
         "load_parameter_state_from_fully_reshardable": _load_state,
     }
