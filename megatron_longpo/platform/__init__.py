@@ -8,7 +8,12 @@ Each adapter says when it can be removed. All were checked against the versions 
 Modules that import Megatron-Core import this package first: on a CPU it imports it without torch's compiler.
 """
 
-from megatron_longpo.platform.attention import default_attention_backend, device_defaults, use_attention_backend
+from megatron_longpo.platform.attention import (
+    attention_note,
+    default_attention_backend,
+    device_defaults,
+    use_attention_backend,
+)
 from megatron_longpo.platform.cpu_patches import construction
 from megatron_longpo.platform.devices import (
     device,
@@ -29,6 +34,7 @@ __all__ = [
     "HostCopy",
     "around_waits",
     "async_save_options",
+    "attention_note",
     "construction",
     "default_attention_backend",
     "device",

@@ -23,6 +23,8 @@ from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 
 KERNELS = [CudaFlashKernel(), CudaEfficientKernel(), CudnnKernel()]
+OVERFLOWING = -88.7
+"""Log-sum-exps below it have an infinite exp(-lse) in fp32."""
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float, bottom_right: bool) -> torch.Tensor:
@@ -108,7 +110,7 @@ def cudnn_forward(
     q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float = 0.0, causal: bool = False, *rest: Any, **kw: Any
 ) -> Any:
     assert bias is None and with_lse and dropout == 0.0 and rest in ((), (False,))
-    assert q.shape[2] > 1 or k.shape[2] > 1, "cuDNN Frontend error: s_q = s_kv = 1 is not supported."
+    assert min(q.shape[2], k.shape[2]) > 1, "cuDNN Frontend error: not supported"
     assert all(x.stride(-1) == 1 and x.stride(-2) % 8 == 0 for x in (q, k, v)) and q.shape[3] % 8 == 0
     scores = attend(q, repeated(k, q), causal, kw["scale"], bottom_right=False)
     out = (scores.softmax(-1) @ repeated(v, q)).transpose(1, 2).contiguous().transpose(1, 2)
@@ -127,6 +129,10 @@ def cudnn_backward(
     assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
     scores = attend(q, repeated(k, q), causal, kw["scale"], bottom_right=False)
     dq, dk, dv = gradients(grad, q, repeated(k, q), repeated(v, q), out, lse[..., 0], scores, kw["scale"])
+    # The faults that `cudnn` names.
+    assert min(q.shape[2], k.shape[2]) > 1, "dk and dv of a single query"
+    if not causal and k.shape[2] % 128 == 64:
+        dq = dq.masked_fill(lse < OVERFLOWING, math.nan)
     return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
 
 
@@ -159,11 +165,46 @@ def operators() -> Iterator[None]:
 @pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
 @pytest.mark.parametrize(("heads", "groups"), [(8, 2), (4, 4)])
 def test_equals_dense_twin(layout: RowLayout, kernel: AttentionKernel, folded: bool, heads: int, groups: int) -> None:
+    *qkv, grad_out = random_row(layout, heads, groups)
+    check(layout, kernel, folded, qkv, grad_out, 0.3)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        # Branches see 64 keys more than a multiple of 128, of one or more branches and documents.
+        pytest.param(RowLayout((DocumentLayout(64, (33,)), DocumentLayout(448, (1, 20)))), id="keys"),
+        pytest.param(RowLayout((DocumentLayout(128, (1, 1)), DocumentLayout(1, (70, 3)))), id="single"),
+    ],
+)
+@pytest.mark.parametrize("kernel", KERNELS, ids=["flash", "efficient", "cuDNN"])
+@pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
+def test_queries_that_see_only_very_negative_scores(layout: RowLayout, kernel: AttentionKernel, folded: bool) -> None:
+    q, k, v, grad_out = random_row(layout, 8, 2)
+    with torch.no_grad():
+        q[..., 0], k[..., 0] = 1.0, -400.0
+    lse = check(layout, kernel, folded, [q, k, v], grad_out, 0.3)
+    assert (lse < OVERFLOWING).all()
+
+
+def random_row(layout: RowLayout, heads: int, groups: int) -> list[torch.Tensor]:
+    """Leaves q, k and v, and a gradient of the output, in fp64."""
     generator = torch.Generator().manual_seed(0)
-    head_dim, scale = 16, 0.3
-    shapes = [(layout.padded_tokens, n, head_dim) for n in (heads, groups, groups, heads)]
+    shapes = [(layout.padded_tokens, n, 16) for n in (heads, groups, groups, heads)]
     *qkv, grad_out = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
-    qkv = [x.requires_grad_() for x in qkv]
+    return [*(x.requires_grad_() for x in qkv), grad_out]
+
+
+def check(
+    layout: RowLayout,
+    kernel: AttentionKernel,
+    folded: bool,
+    qkv: list[torch.Tensor],
+    grad_out: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Output and gradients equal the dense twin's; returns the log-sum-exps."""
+    heads, groups = qkv[0].shape[1], qkv[1].shape[1]
     exact = dense_attention(*qkv, layout, scale)
     expected = [exact, *torch.autograd.grad(exact, qkv, grad_out)]
     kernel = FoldedRectangles(kernel) if folded else kernel
@@ -175,6 +216,7 @@ def test_equals_dense_twin(layout: RowLayout, kernel: AttentionKernel, folded: b
         actual = [out, *backward_tiles(grad_out, q, k, v, out, lse, plan(layout), scale, kernel)]
     for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+    return lse
 
 
 def test_flash_refuses_heads_that_its_kernels_do_not_have() -> None:

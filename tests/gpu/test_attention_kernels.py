@@ -70,6 +70,40 @@ def test_equals_dense_twin(
         assert error < tolerance, f"{name} is off by {error:.1e}"
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(RowLayout((DocumentLayout(64, (33,)), DocumentLayout(1216, (700, 20)))), id="64 over a block"),
+        pytest.param(RowLayout((DocumentLayout(128, (1, 1)), DocumentLayout(1, (70, 3)))), id="single"),
+        pytest.param(RowLayout((DocumentLayout(1000, (2, 31)), DocumentLayout(96, (160, 5)))), id="others"),
+        pytest.param(RowLayout((DocumentLayout(704, (65, 130)),), window_tokens=192), id="window"),
+    ],
+)
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), KERNELS)
+@pytest.mark.parametrize("folded", [False, True])
+def test_queries_that_see_only_very_negative_scores(
+    layout: RowLayout, kernel: AttentionKernel, dtype: torch.dtype, tolerance: float, folded: bool
+) -> None:
+    """Their log-sum-exps are about -120: exp(-lse), the weight of a key that is not masked out, is infinite in fp32."""
+    head_dim, scale = 64, 0.125
+    qkv, grad_out = random_row(layout, 8, 2, head_dim)
+    with torch.no_grad():
+        qkv[0][..., 0], qkv[1][..., 0] = 1.0, -960.0
+    qkv = [x.detach().to(dtype).double().requires_grad_() for x in qkv]
+    exact = dense_attention(*qkv, layout, scale)
+    expected = [exact, *torch.autograd.grad(exact, qkv, grad_out)]
+    q, k, v = (x.detach().to(dtype) for x in qkv)
+    kernel = FoldedRectangles(kernel) if folded else kernel
+    out, lse = forward_tiles(q, k, v, plan(layout), scale, kernel)
+    actual = [out, *backward_tiles(grad_out.to(dtype), q, k, v, out, lse, plan(layout), scale, kernel)]
+    assert lse.max().item() < -88.7
+    for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
+        # Of the large component dq is a difference of equal numbers.
+        a, b = (a[..., 1:], b[..., 1:]) if name == "dq" else (a, b)
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < max(tolerance, 1e-4), f"{name} is off by {error:.1e}"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_autograd_function_on_views(dtype: torch.dtype) -> None:
     layout = RowLayout((DocumentLayout(200, (30, 40)),))
