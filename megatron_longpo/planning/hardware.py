@@ -31,8 +31,8 @@ class GPU:
         host_gib: Memory of the host, its share for one GPU, GiB.
         host_mem_gbs: Bandwidth of the host's memory, its share for one GPU, GB/s.
         gpus_per_node: GPUs that share NVLink.
-        faster_attention_tflops: What the other values of ``--attention-backend`` reach; None where nothing was found,
-            and the rates of FlashAttention 2 stand for them.
+        other_attention_tflops: What the other values of ``--attention-backend`` reach; None where nothing is known, and
+            the rates of FlashAttention 2 stand for them.
         backends: Values of ``--attention-backend`` whose kernels run on it: FlashAttention 3 is for Hopper alone.
         default_backend: What ``auto`` stands for on it (`platform.default_attention_backend`).
     """
@@ -49,7 +49,7 @@ class GPU:
     host_gib: float
     host_mem_gbs: float
     gpus_per_node: int = 8
-    faster_attention_tflops: tuple[float, float] | None = None
+    other_attention_tflops: tuple[float, float] | None = None
     backends: tuple[str, ...] = (FLASH, FUSED, FLASH3)
     default_backend: str = FLASH
 
@@ -63,7 +63,7 @@ class GPU:
         """TFLOP/s of attention, forward and backward, by ``--attention-backend``."""
         if backend == AUTO:
             backend = self.default_backend
-        return self.attention_tflops if backend == FLASH else self.faster_attention_tflops or self.attention_tflops
+        return self.attention_tflops if backend == FLASH else self.other_attention_tflops or self.attention_tflops
 
     def of_run(self, num_gpus: int) -> GPU:
         """The GPU as a run on this many sees it: one that does not fill a node has no other node."""
@@ -76,7 +76,7 @@ class GPU:
         if not attention_tflops:
             return rated
         forward, backward = attention_tflops
-        return dataclasses.replace(rated, attention_tflops=(forward, backward), faster_attention_tflops=None)
+        return dataclasses.replace(rated, attention_tflops=(forward, backward), other_attention_tflops=None)
 
 
 H100 = GPU(
@@ -88,7 +88,7 @@ H100 = GPU(
     network_gbs=50,
     matmul_tflops=794.5,
     attention_tflops=(370, 322),
-    faster_attention_tflops=(595, 516),
+    other_attention_tflops=(595, 516),
     default_backend=FUSED,
     host_link_gbs=63,
     host_gib=256,
@@ -103,6 +103,7 @@ A100 = GPU(
     network_gbs=25,
     matmul_tflops=267.9,
     attention_tflops=(225, 170),
+    other_attention_tflops=(199, 135),
     backends=(FLASH, FUSED),
     host_link_gbs=31.5,
     host_gib=256,
@@ -116,8 +117,8 @@ B200 = GPU(
     nvlink_gbs=900,
     network_gbs=50,
     matmul_tflops=1745,
-    # FlashAttention 2 has no Blackwell code: assumed to be Hopper's with 148/132 times as many multiprocessors.
-    attention_tflops=(415, 361),
+    attention_tflops=(412, 347),
+    other_attention_tflops=(1330, 1024),
     backends=(FLASH, FUSED),
     host_link_gbs=63,
     host_gib=256,
@@ -149,8 +150,11 @@ user guides).
 ``matmul_tflops``: "Maximum Achievable Matmul FLOPS" of stas00/ml-engineering, compute/accelerator/README.md.
 ``attention_tflops``: Hopper, FlashAttention-3 (arXiv 2407.08608), Figures 5 and 6, FlashAttention 2 at head dimension
 128 and 16K tokens; A100, FlashAttention-2 (arXiv 2307.08691), section 4.1: 50-73 % of the peak forward and up to 63 %
-backward, of which 72 % and 55 % are taken; B200, assumed.
-``faster_attention_tflops``: Hopper, cuDNN in the same figures of FlashAttention-3, whose own curve is a little above.
+backward, of which 72 % and 55 % are taken; B200, NVIDIA/cudnn-frontend, benchmark/sdpa_benchmark_training, torch 2.8's
+FlashAttention at 128K tokens with 128 heads, which has no code of its own for Blackwell.
+``other_attention_tflops``: Hopper, cuDNN in the same figures of FlashAttention-3, whose own curve is a little above;
+B200, torch's cuDNN (9.10) beside the above; A100, the rates above times what cuDNN reaches of FlashAttention 2 on the
+PCIe card (176 of 199 forward, 143 of 180 backward: the same repository's benchmark/attention_training, September 2026).
 ``host_link_gbs``: PCIe Gen5 x16, 504 GB/s for eight GPUs in NVIDIA's MLPerf submission (inference v4.1,
 H200-SXM-141GBx8); Gen4 x16 half of it (A100's data sheet).
 ``host_gib``: 2 TB for eight GPUs in DGX A100 (640 GB), H100, H200 and B200 (user guides).
@@ -219,7 +223,7 @@ def gpu_named(
         nvlink_gbs=link_gbs,
         matmul_tflops=H100.matmul_tflops * share,
         attention_tflops=(H100.attention_tflops[0] * share, H100.attention_tflops[1] * share),
-        faster_attention_tflops=None,
+        other_attention_tflops=None,
         default_backend=FLASH,
         **given,  # type: ignore[arg-type]
     )

@@ -17,7 +17,7 @@ from megatron_longpo.config.training import FUSED
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from megatron_longpo.help_format import HelpFormatter
 from megatron_longpo.model.flops import attended_pairs, layer_weights, step_flops
-from megatron_longpo.planning.hardware import GPUS, H100
+from megatron_longpo.planning.hardware import GPU, GPUS, H100
 from megatron_longpo.planning.links import all_gather_s
 from megatron_longpo.planning.step_time import StepTime, step_time
 from megatron_longpo.planning.tables import table
@@ -50,11 +50,24 @@ NEMO = (
 )
 """Thousands of tokens, H100s, TP, CP, TFLOP/s per GPU of Llama 2 7B in FP8 (NeMo, performance_long_sequence.md)."""
 
-NEMO_TOKENS_PER_BATCH = 4 * 2**20
-"""As in the same page's later table of Llama 3 8B, which has the batch sizes."""
+NEMO_B200 = (
+    (8, 2, 1, 1, 1671),
+    (16, 4, 1, 1, 1717),
+    (32, 8, 1, 2, 1624),
+    (64, 16, 1, 4, 1600),
+    (128, 32, 2, 4, 1588),
+    (256, 64, 4, 4, 1590),
+    (512, 128, 4, 8, 1619),
+    (1024, 256, 4, 16, 1608),
+)
+"""The same of Llama 3 8B on B200s (the page in NeMo 25.04). Its number of GPUs is four times the product of its TP, CP
+and DP; the product is taken."""
 
-FP8_MATMUL_TFLOPS = 1402.6
-"""On H100, the source of ``matmul_tflops``."""
+NEMO_TOKENS_PER_BATCH = 4 * 2**20
+"""In both tables."""
+
+FP8_MATMUL_TFLOPS = {"h100-80gb": 1402.6, "b200-192gb": 3432.5}
+"""The source is that of ``matmul_tflops``."""
 
 LLAMA3_405B = (
     "--hidden-size 16384 --ffn-hidden-size 53248 --num-attention-heads 128 --group-query-attention "
@@ -118,24 +131,40 @@ def longpo_paper() -> list[Comparison]:
 
 
 def nemo_long_sequences(attention_tflops: tuple[float, float]) -> list[Comparison]:
-    """Llama 2 7B in FP8 with context parallelism, TFLOP/s per GPU.
+    """Llama 2 7B in FP8 with context parallelism on H100s, TFLOP/s per GPU.
 
-    NeMo counts attention without the causal half here (``flops_formulas.py`` of that release). Its ring of keys and
-    values is taken as hidden behind attention. Matrix products run at FP8's measured rate; which attention kernel the
-    container of March 2024 used is not said, so it is an argument.
+    Which attention kernel the container of March 2024 used is not said, so it is an argument.
     """
-    gpu = dataclasses.replace(H100, matmul_tflops=FP8_MATMUL_TFLOPS, attention_tflops=attention_tflops)
+    return _nemo(LLAMA2_7B, NEMO, H100, attention_tflops)
+
+
+def nemo_on_b200() -> list[Comparison]:
+    """Llama 3 8B in FP8 with context parallelism on B200s, TFLOP/s per GPU, with cuDNN's attention."""
+    gpu = GPUS["b200-192gb"]
+    return _nemo(LLAMA3_8B, NEMO_B200, gpu, gpu.attention_rates(FUSED))
+
+
+def _nemo(
+    model: str, runs: tuple[tuple[int, ...], ...], gpu: GPU, attention_tflops: tuple[float, float]
+) -> list[Comparison]:
+    """NeMo counts attention without the causal half here (``flops_formulas.py`` of the first table's release).
+
+    Its ring of keys and values is taken as hidden behind attention. Matrix products run at FP8's measured rate.
+    """
+    rated = gpu.with_rates(FP8_MATMUL_TFLOPS[gpu.name], list(attention_tflops))
+    name = gpu.name.split("-")[0].upper()
     comparisons = []
-    for kilo, num_gpus, tp, cp, published in NEMO:
+    for kilo, num_gpus, tp, cp, published in runs:
         tokens = kilo * 1024
-        words = (
-            f"{LLAMA2_7B} --tensor-model-parallel-size {tp} --context-parallel-size {cp} --use-distributed-optimizer"
-        )
-        config = _config(words + " --sequence-parallel", tokens, NEMO_TOKENS_PER_BATCH // tokens)
+        words = f"{model} --tensor-model-parallel-size {tp} --context-parallel-size {cp} --use-distributed-optimizer"
+        words += " --sequence-parallel" if tp > 1 else ""
+        config = _config(words, tokens, NEMO_TOKENS_PER_BATCH // tokens)
         layout = RowLayout((DocumentLayout(tokens, ()),), cp, cp * tp)
-        step = step_time(config, num_gpus, Work(layout, tokens - 1), gpu)
+        step = step_time(config, num_gpus, Work(layout, tokens - 1), rated)
         step = dataclasses.replace(step, parts=step.parts | {"context parallel": 0.0})
-        comparisons.append(Comparison(f"{kilo}K, {num_gpus} H100", published, _non_causal_tflops(config, layout, step)))
+        comparisons.append(
+            Comparison(f"{kilo}K, {num_gpus} {name}", published, _non_causal_tflops(config, layout, step))
+        )
     return comparisons
 
 
@@ -167,7 +196,7 @@ def torchtitan(attention_tflops: tuple[float, float]) -> list[Comparison]:
     other rates is not known, so it is not modelled. Sharded weights are gathered in forward and backward of every row.
     """
     gpu = dataclasses.replace(
-        H100, matmul_tflops=FP8_MATMUL_TFLOPS, attention_tflops=attention_tflops, mem_gbs=TITAN_MEM_GBS
+        H100, matmul_tflops=FP8_MATMUL_TFLOPS[H100.name], attention_tflops=attention_tflops, mem_gbs=TITAN_MEM_GBS
     )
     runs = [("8B", LLAMA3_8B, 8, 1, 1, run) for run in TITAN_8B]
     # 126 layers on 8 stages: the fullest has 16.
@@ -222,6 +251,8 @@ def main() -> None:
         print(comparison_table(llama3_pretraining(rates), "TFLOP/s/GPU"))
         print("\ntorchtitan")
         print(comparison_table(torchtitan(rates), "tokens/s/GPU"))
+    print("\n\nNeMo, Llama 3 8B on B200, attention at the rates of cuDNN")
+    print(comparison_table(nemo_on_b200(), "TFLOP/s/GPU"))
 
 
 if __name__ == "__main__":

@@ -232,13 +232,14 @@ def _once_per_step(config: RunConfig, num_gpus: int, gpu: GPU) -> dict[str, floa
     else:
         data_s = all_reduce_s(gpu, 4 * parameters, ranks, stride=tp)
         updated = parameters
-    # Gradients are zeroed, checked and normed.
-    optimizer_s = 12 * parameters / (gpu.mem_gbs * 1e9)
-    # Adam reads gradient, weight and moments and writes all but the first.
+    # Gradients are zeroed; of those that are updated here, the norm is taken and they are scaled to it.
+    optimizer_s = (4 * parameters + 12 * updated) / (gpu.mem_gbs * 1e9)
+    # Adam reads gradient, weight and moments and writes all but the first. Weights in bf16 are cast from fp32.
+    cast = 4 + element_bytes(config) if config.training.bf16 else 0
     if config.optimizer.optimizer_cpu_offload:
-        # On the host, with fp32 gradients on their way there, and updated weights cast to bf16 on their way back.
-        optimizer_s += (28 + 6) * updated / (gpu.host_mem_gbs * 1e9 * MEASURED_LINK_SHARE)
+        # On the host, with fp32 gradients on their way there, and updated weights cast on their way back.
+        optimizer_s += (28 + cast) * updated / (gpu.host_mem_gbs * 1e9 * MEASURED_LINK_SHARE)
         optimizer_s += (4 + element_bytes(config)) * updated / (gpu.host_link_gbs * 1e9 * MEASURED_LINK_SHARE)
     else:
-        optimizer_s += 28 * updated / (gpu.mem_gbs * 1e9)
+        optimizer_s += (28 + cast) * updated / (gpu.mem_gbs * 1e9)
     return {"data parallel": data_s, "optimizer": optimizer_s}
