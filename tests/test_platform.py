@@ -119,45 +119,10 @@ def test_an_attention_backend_needs_its_device_and_its_package(monkeypatch: pyte
     platform.use_attention_backend("flash")
     with pytest.raises(ValueError, match="--attention-backend fused needs a GPU"):
         platform.use_attention_backend("fused")
-    pretend_gpu(monkeypatch, (9, 0), 91501)
+    monkeypatch.setattr("megatron_longpo.platform.attention.has_cuda", lambda: True)
     platform.use_attention_backend("fused")
     with pytest.raises(ValueError, match=r"flash3 needs the package flash_attn_3.*fused needs no package"):
         platform.use_attention_backend("flash3")
-
-
-@cpu_only
-@pytest.mark.parametrize(
-    ("capability", "cudnn", "chosen", "noted"),
-    [
-        ((9, 0), 91501, "fused", False),
-        ((9, 0), 91002, "flash", True),
-        ((9, 0), None, "flash", True),
-        ((8, 0), 91900, "flash", False),
-        ((10, 0), 91900, "flash", False),
-    ],
-)
-def test_cudnn_is_chosen_on_hopper_unless_it_is_too_old(
-    capability: tuple[int, int], cudnn: int | None, chosen: str, noted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend_gpu(monkeypatch, capability, cudnn)
-    assert platform.default_attention_backend() == chosen
-    assert (platform.attention_note() is not None) == noted
-
-
-@cpu_only
-def test_an_old_cudnn_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch, (10, 0), 91500)
-    with pytest.raises(
-        ValueError, match=r"fused: cuDNN 9\.15\.0 is loaded.* 9\.15\.1 mended.*--attention-backend flash"
-    ):
-        platform.use_attention_backend("fused")
-
-
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int | None) -> None:
-    """A GPU as far as the choice of the attention kernel looks at one."""
-    monkeypatch.setattr("megatron_longpo.platform.attention.has_cuda", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
 
 
 @pytest.mark.parametrize("num_bytes", [1, 2**20, 2**28, 2**28 - 1, 3 * 2**28 + 5 * 2**20 + 17, 132_096 * 4096 * 2])

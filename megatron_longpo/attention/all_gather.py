@@ -68,8 +68,8 @@ class _AllGather(RowAttention):
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Result:
         """Output ``[t, N, D]`` and log-sum-exps ``[N, t]`` of this rank's queries; 1 all-gather per chunk of heads."""
-        tiles = plan(self.layout, dist.get_rank(self.cp_group))
         kernel = self.kernel(q)
+        tiles = kernel.cut(plan(self.layout, dist.get_rank(self.cp_group)))
         out, lse = empty_results(q)
         for heads, row_k, row_v in self._gathered(q, k, v):
             of = heads.queries
@@ -83,8 +83,8 @@ class _AllGather(RowAttention):
     def backward(self, grad_out: torch.Tensor, saved: Saved, started: _Gather | None) -> Gradients:
         """dq, and dk and dv of this rank's tokens, summed in fp32. Per chunk: 1 CP all-gather, 1 reduce-scatter."""
         q, k, v, out, lse = saved
-        tiles = plan(self.layout, dist.get_rank(self.cp_group))
         kernel = self.kernel(q)
+        tiles = kernel.cut(plan(self.layout, dist.get_rank(self.cp_group)))
         # Half precision is summed over ranks in fp32; on every rank, also where a plan adds nothing up.
         sum_dtype = torch.promote_types(k.dtype, torch.float32)
         key_dtype = sum_dtype if tiles.adds_keys else k.dtype

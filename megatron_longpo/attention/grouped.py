@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from megatron_longpo.attention.kernels import AttentionKernel
+from megatron_longpo.attention.tiles import Plan
 
 
 class FoldedRectangles(AttentionKernel):
@@ -27,6 +28,10 @@ class FoldedRectangles(AttentionKernel):
     def __init__(self, kernel: AttentionKernel, below_queries: int = 768) -> None:
         self.kernel = kernel
         self.below_queries = below_queries
+
+    def cut(self, tiles: Plan) -> Plan:
+        """As the other kernel wants it."""
+        return self.kernel.cut(tiles)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float

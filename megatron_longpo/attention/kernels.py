@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from megatron_longpo.attention.tiles import Plan
+
 aten = torch.ops.aten
 
 NO_DROPOUT = 0.0
@@ -24,6 +26,10 @@ class AttentionKernel(ABC):
     queries, over all of their keys, of which this call may be a part: its weights ``exp(score - lse)`` and its
     ``rowsum(grad_out * out)`` are then those of the whole softmax, so gradients of parts just add up.
     """
+
+    def cut(self, tiles: Plan) -> Plan:
+        """A plan of the same attention, in tiles that suit the kernel."""
+        return tiles
 
     @abstractmethod
     def forward(
@@ -108,10 +114,7 @@ class CudaFlashKernel(AttentionKernel):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `AttentionKernel.forward`, in bf16 or fp16; ValueError for a head_dim above 256 or no multiple of 8."""
-        if q.shape[2] % 8 or q.shape[2] > 256:
-            raise ValueError(
-                f"--kv-channels {q.shape[2]}: flash attention on CUDA needs a multiple of 8 that is at most 256"
-            )
+        require_head_dim(q)
         out, lse, *_ = aten._flash_attention_forward.default(
             q.unsqueeze(0),
             k.unsqueeze(0),
@@ -216,6 +219,12 @@ class CudaEfficientKernel(AttentionKernel):
             scale=scale,
         )
         return tokens_first(dq), _sum_heads(tokens_first(dk), k), _sum_heads(tokens_first(dv), v)
+
+
+def require_head_dim(q: torch.Tensor) -> None:
+    """Raise a ValueError unless the kernels for half precision on CUDA compute heads as long as those of ``q``."""
+    if q.shape[2] % 8 or q.shape[2] > 256:
+        raise ValueError(f"--kv-channels {q.shape[2]}: attention on CUDA needs a multiple of 8 that is at most 256")
 
 
 def heads_first(x: torch.Tensor) -> torch.Tensor:

@@ -64,7 +64,7 @@ class _RingAttention(RowAttention):
         kernel = self.kernel(q)
         out, lse = empty_results(q)
         for tiles, keys, values in _steps(ring, ring_plan(self.layout, ring.rank), k, v):
-            forward_into(out, lse, q, keys, values, tiles, self.scale, kernel)
+            forward_into(out, lse, q, keys, values, kernel.cut(tiles), self.scale, kernel)
         return out, lse
 
     def backward(self, grad_out: torch.Tensor, saved: Saved, started: None) -> Gradients:
@@ -80,7 +80,9 @@ class _RingAttention(RowAttention):
         travelling: _Transfer | None = None
         for step, (tiles, keys, values) in enumerate(_steps(ring, plan, k, v)):
             grads = own if step == 0 else torch.empty((2, *keys.shape), dtype=sum_dtype, device=k.device)
-            backward_into(dq, grads[0], grads[1], grad_out, q, keys, values, out, lse, tiles, self.scale, kernel)
+            backward_into(
+                *(dq, grads[0], grads[1], grad_out, q, keys, values, out, lse), kernel.cut(tiles), self.scale, kernel
+            )
             if travelling is not None:
                 grads += travelling.received()
             if step > 0:

@@ -7,10 +7,7 @@ import torch
 from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.attention.grouped import FoldedRectangles
 from megatron_longpo.attention.kernels import AttentionKernel, CpuFlashKernel, CudaEfficientKernel, CudaFlashKernel
-from megatron_longpo.config.training import FLASH, FLASH3, FUSED
-
-_HALF_ON_CUDA = {FLASH: CudaFlashKernel, FLASH3: CudaFlashKernel, FUSED: CudnnKernel}
-"""FlashAttention 3 takes the place of torch's own behind the same operators (`platform.use_attention_backend`)."""
+from megatron_longpo.config.training import FLASH, FUSED
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, backend: str = FLASH) -> AttentionKernel:
@@ -28,7 +25,8 @@ def select_kernel(device: torch.device, dtype: torch.dtype, backend: str = FLASH
     if device.type == "cpu" and (half or dtype in (torch.float32, torch.float64)):
         return FoldedRectangles(CpuFlashKernel())
     if device.type == "cuda" and half:
-        return FoldedRectangles(_HALF_ON_CUDA[backend]())
+        # FlashAttention 3 takes the place of torch's own behind the same operators (`platform.use_attention_backend`).
+        return CudnnKernel() if backend == FUSED else FoldedRectangles(CudaFlashKernel())
     if device.type == "cuda" and dtype == torch.float32:
         return FoldedRectangles(CudaEfficientKernel())
     raise ValueError(

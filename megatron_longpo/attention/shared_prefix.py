@@ -82,7 +82,7 @@ def forward_tiles(
         Output ``[T, N, D]`` in q's dtype, log-sum-exp ``[N, T]`` in fp32 (fp64 for fp64); both zero for padding.
     """
     out, lse = empty_results(q)
-    forward_into(out, lse, q, k, v, tiles, scale, kernel)
+    forward_into(out, lse, q, k, v, kernel.cut(tiles), scale, kernel)
     return out, lse
 
 
@@ -103,7 +103,10 @@ def forward_into(
     scale: float,
     kernel: AttentionKernel,
 ) -> None:
-    """`forward_tiles` with its results as the first arguments; they may be views, and hold earlier tiles' results."""
+    """`forward_tiles` of a plan that the kernel has cut, with its results as the first arguments.
+
+    They may be views, and hold earlier tiles' results.
+    """
     for start, stop in tiles.unstored_queries:
         out[start:stop].zero_()
         lse[:, start:stop].zero_()
@@ -148,6 +151,7 @@ def backward_tiles(
     Returns:
         dq ``[T, N, D]`` in q's dtype; dk and dv ``[S, G, D]``, in fp32 if several tiles add to them in half precision.
     """
+    tiles = kernel.cut(tiles)
     key_dtype = torch.promote_types(k.dtype, torch.float32) if tiles.adds_keys else k.dtype
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = torch.empty(k.shape, dtype=key_dtype, device=k.device)
@@ -170,7 +174,10 @@ def backward_into(
     scale: float,
     kernel: AttentionKernel,
 ) -> None:
-    """`backward_tiles` with its results as the first arguments; they may be views, and hold earlier tiles' results."""
+    """`backward_tiles` of a plan that the kernel has cut, with its results as the first arguments.
+
+    They may be views, and hold earlier tiles' results.
+    """
     for start, stop in tiles.unstored_queries:
         dq[start:stop].zero_()
     for start, stop in tiles.unstored_keys:

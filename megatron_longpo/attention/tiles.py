@@ -55,9 +55,11 @@ class Tile:
         return slice(*self.key_span)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The tiles of one rank, in the order to compute them.
+
+    Compared by identity: what is derived from a plan is cached by it.
 
     Args:
         tiles: The kernel calls.

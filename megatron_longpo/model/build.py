@@ -79,7 +79,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         apply_rope_fusion=True,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        # Between two ranks, batched transfers of the interleaved schedule cross: gloo matches messages by order alone.
+        # Between two ranks, batched transfers of the interleaved schedule cross, since neither gloo nor NCCL matches
+        # messages by more than their order: shapes of rows of unequal lengths get mixed up (NVIDIA/Megatron-LM#5271).
         batch_p2p_comm=not interleaved,
         overlap_p2p_comm=interleaved,
     )

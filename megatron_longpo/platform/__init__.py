@@ -2,18 +2,14 @@
 
 Megatron-Core assumes CUDA in a few dozen places. On a machine without it `prepare` gives the modules listed in
 `cpu_torch` a stand-in for the global name ``torch`` that answers for the CPU; ``torch`` itself stays untouched, and so
-does every other package. On CUDA `prepare` only mends what is wrong there too (`repairs`, `optimizer_shards`).
+does every other package. On CUDA `prepare` only mends what is wrong there too (`repairs`, `checkpoint_writers`,
+`optimizer_shards`).
 Each adapter says when it can be removed. All were checked against the versions in `CHECKED_VERSIONS`.
 
 Modules that import Megatron-Core import this package first: on a CPU it imports it without torch's compiler.
 """
 
-from megatron_longpo.platform.attention import (
-    attention_note,
-    default_attention_backend,
-    device_defaults,
-    use_attention_backend,
-)
+from megatron_longpo.platform.attention import default_attention_backend, device_defaults, use_attention_backend
 from megatron_longpo.platform.cpu_patches import construction
 from megatron_longpo.platform.devices import (
     device,
@@ -34,7 +30,6 @@ __all__ = [
     "HostCopy",
     "around_waits",
     "async_save_options",
-    "attention_note",
     "construction",
     "default_attention_backend",
     "device",

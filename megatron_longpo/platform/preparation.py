@@ -6,6 +6,11 @@ import os
 
 import torch
 
+from megatron_longpo.platform.checkpoint_writers import (
+    tie_checkpoint_manager_to_its_rank,
+    tie_checkpoint_writers_to_their_rank,
+    write_checkpoints_in_threads,
+)
 from megatron_longpo.platform.cpu_patches import replace_grad_clipping, use_cpu_rng_tracker
 from megatron_longpo.platform.cpu_torch import install_cpu_torch
 from megatron_longpo.platform.devices import device, has_cuda
@@ -24,8 +29,6 @@ from megatron_longpo.platform.repairs import (
     let_hybrid_optimizer_resume,
     norm_gradients_without_waiting,
     pin_weights_on_host,
-    tie_checkpoint_manager_to_its_rank,
-    tie_checkpoint_writers_to_their_rank,
 )
 
 _prepared = False
@@ -60,6 +63,7 @@ def prepare(use_cpu: bool = False) -> None:
     pin_weights_on_host()
     let_checkpoints_name_optimizers()
     let_ranks_write_their_own_shards()
+    write_checkpoints_in_threads()
     tie_checkpoint_manager_to_its_rank()
     tie_checkpoint_writers_to_their_rank()
     let_blocks_recompute_themselves()

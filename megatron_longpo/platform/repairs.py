@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import multiprocessing
-import os
-import signal
 import types
-from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
 from packaging.version import Version
-
-from megatron_longpo.processes import die_with_parent, outlive_sigterm
 
 
 def group_ranks_without_einops() -> None:
@@ -179,51 +172,3 @@ def let_checkpoints_name_optimizers() -> None:
     from megatron.core import optimizer
 
     torch.serialization.add_safe_globals([optimizer.Adam, optimizer.CPUAdam])
-
-
-def tie_checkpoint_manager_to_its_rank() -> None:
-    """Let the process that carries results of checkpoint writers end with its rank, also when that is killed.
-
-    Not before it: a SIGTERM to all processes would leave the rank, which saves then, without it.
-
-    Remove when Megatron's writer needs no manager process, or ends it itself.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    def results_queue() -> Any:
-        if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-            manager.start(initializer=outlive_sigterm)
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    # The second name is that of 0.19.
-    for name in ("_get_write_results_queue", "get_write_results_queue"):
-        if hasattr(filesystem_async, name):
-            setattr(filesystem_async, name, results_queue)
-
-
-def tie_checkpoint_writers_to_their_rank() -> None:
-    """Let the processes that write a checkpoint end with their rank, also when that is killed.
-
-    Left alone they keep what they inherited: the lock on ``--save``, for ever if one waits for another, and the files
-    of an attempt that the next run makes again under the same names.
-    Remove when Megatron's writers end themselves.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    writer, rank = filesystem_async.FileSystemWriterAsync, os.getpid()
-
-    def tied(upstream: Any) -> Any:
-        @functools.wraps(upstream)
-        def write(*args: Any, **kwargs: Any) -> Any:
-            if os.getpid() != rank:  # a save that is waited for begins in the rank itself
-                die_with_parent(signal.SIGKILL)
-            return upstream(*args, **kwargs)
-
-        return staticmethod(write)
-
-    # The last name is that of 0.19.
-    for name in ("write_preloaded_data", "write_preloaded_data_multiproc", "write_preloaded_data_multithread"):
-        if hasattr(writer, name):
-            setattr(writer, name, tied(getattr(writer, name)))

@@ -6,7 +6,6 @@ import dataclasses
 
 from megatron_longpo import platform
 from megatron_longpo.config import ConfigError, RunConfig
-from megatron_longpo.config.field import AUTO
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.tokenizer import load_tokenizer
 from megatron_longpo.training.distributed import is_rank_0, world_size
@@ -30,16 +29,13 @@ def prepared(config: RunConfig) -> RunConfig:
     if not config.model.vocab_size:
         size = PreferenceDataset(config.data.data_path).vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-    notes = [config.window_note]
-    if config.training.attention_backend == AUTO and config.training.bf16:
-        notes.append(platform.attention_note())
     config = config.with_device_defaults(*platform.device_defaults())
     validate(config, world_size())
     platform.use_attention_backend(config.training.attention_backend)
     if is_rank_0():
         print(f"configuration of this run:\n{config.to_yaml()}", flush=True)
-        for note in filter(None, notes):
-            print(note, flush=True)
+        if config.window_note is not None:
+            print(config.window_note, flush=True)
     return config
 
 

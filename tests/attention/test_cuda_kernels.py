@@ -8,12 +8,14 @@ aten/src/ATen/native/cudnn/MHA.cpp).
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_longpo.attention.blocks import are_blocks
 from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.grouped import FoldedRectangles
@@ -22,9 +24,12 @@ from megatron_longpo.attention.shared_prefix import backward_tiles, forward_tile
 from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 
-KERNELS = [CudaFlashKernel(), CudaEfficientKernel(), CudnnKernel()]
+KERNELS = [CudaFlashKernel(), CudaEfficientKernel(), CudnnKernel(16, 32)]
 OVERFLOWING = -88.7
 """Log-sum-exps below it have an infinite exp(-lse) in fp32."""
+
+
+calls: Counter[str] = Counter()
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, causal: bool, scale: float, bottom_right: bool) -> torch.Tensor:
@@ -110,7 +115,8 @@ def cudnn_forward(
     q: Any, k: Any, v: Any, bias: Any, with_lse: bool, dropout: float = 0.0, causal: bool = False, *rest: Any, **kw: Any
 ) -> Any:
     assert bias is None and with_lse and dropout == 0.0 and rest in ((), (False,))
-    assert min(q.shape[2], k.shape[2]) > 1, "cuDNN Frontend error: not supported"
+    assert are_blocks(q.shape[2], k.shape[2], 16, 32)
+    calls["cuDNN"] += 1
     assert all(x.stride(-1) == 1 and x.stride(-2) % 8 == 0 for x in (q, k, v)) and q.shape[3] % 8 == 0
     scores = attend(q, repeated(k, q), causal, kw["scale"], bottom_right=False)
     out = (scores.softmax(-1) @ repeated(v, q)).transpose(1, 2).contiguous().transpose(1, 2)
@@ -129,8 +135,9 @@ def cudnn_backward(
     assert lse.shape == (*q.shape[:3], 1) and lse.is_contiguous()
     scores = attend(q, repeated(k, q), causal, kw["scale"], bottom_right=False)
     dq, dk, dv = gradients(grad, q, repeated(k, q), repeated(v, q), out, lse[..., 0], scores, kw["scale"])
-    # The faults that `cudnn` names.
-    assert min(q.shape[2], k.shape[2]) > 1, "dk and dv of a single query"
+    assert are_blocks(q.shape[2], k.shape[2], 16, 32)
+    calls["cuDNN backward"] += 1
+    # A fault that `cudnn` names.
     if not causal and k.shape[2] % 128 == 64:
         dq = dq.masked_fill(lse < OVERFLOWING, math.nan)
     return dq, *(x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
@@ -158,7 +165,7 @@ def operators() -> Iterator[None]:
         pytest.param(RowLayout((DocumentLayout(77, (15, 30)),)), id="two branches"),
         pytest.param(RowLayout((DocumentLayout(33, (1, 2, 3)), DocumentLayout(64, (32,)))), id="documents"),
         pytest.param(RowLayout((DocumentLayout(50, (7, 11)),), cp_size=4, row_multiple=64), id="padding"),
-        pytest.param(RowLayout((DocumentLayout(90, (21, 40)),), window_tokens=25), id="window"),
+        pytest.param(RowLayout((DocumentLayout(90, (21, 40)),), window_tokens=37), id="window"),
     ],
 )
 @pytest.mark.parametrize("kernel", KERNELS, ids=["flash", "efficient", "cuDNN"])
@@ -166,18 +173,22 @@ def operators() -> Iterator[None]:
 @pytest.mark.parametrize(("heads", "groups"), [(8, 2), (4, 4)])
 def test_equals_dense_twin(layout: RowLayout, kernel: AttentionKernel, folded: bool, heads: int, groups: int) -> None:
     *qkv, grad_out = random_row(layout, heads, groups)
+    calls.clear()
     check(layout, kernel, folded, qkv, grad_out, 0.3)
+    assert (calls["cuDNN"] == calls["cuDNN backward"] > 0) == isinstance(kernel, CudnnKernel)
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        # Branches see 64 keys more than a multiple of 128, of one or more branches and documents.
-        pytest.param(RowLayout((DocumentLayout(64, (33,)), DocumentLayout(448, (1, 20)))), id="keys"),
-        pytest.param(RowLayout((DocumentLayout(128, (1, 1)), DocumentLayout(1, (70, 3)))), id="single"),
+        # Branches see 64 keys more than a multiple of 128.
+        pytest.param(RowLayout((DocumentLayout(64, (33,)), DocumentLayout(448, (1, 260)))), id="keys"),
+        pytest.param(RowLayout((DocumentLayout(128, (1, 1)), DocumentLayout(1, (130, 3)))), id="single"),
     ],
 )
-@pytest.mark.parametrize("kernel", KERNELS, ids=["flash", "efficient", "cuDNN"])
+@pytest.mark.parametrize(
+    "kernel", [CudaFlashKernel(), CudaEfficientKernel(), CudnnKernel(128, 128)], ids=["flash", "efficient", "cuDNN"]
+)
 @pytest.mark.parametrize("folded", [False, True], ids=["plain", "folded"])
 def test_queries_that_see_only_very_negative_scores(layout: RowLayout, kernel: AttentionKernel, folded: bool) -> None:
     q, k, v, grad_out = random_row(layout, 8, 2)
@@ -221,7 +232,7 @@ def check(
 
 def test_flash_refuses_heads_that_its_kernels_do_not_have() -> None:
     q = torch.zeros(4, 2, 12)
-    with pytest.raises(ValueError, match=r"--kv-channels 12: flash attention on CUDA needs a multiple of 8"):
+    with pytest.raises(ValueError, match=r"--kv-channels 12: attention on CUDA needs a multiple of 8"):
         CudaFlashKernel().forward(q, q, q, True, 1.0)
 
 

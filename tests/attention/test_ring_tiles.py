@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_longpo.attention.dense import dense_mask
 from megatron_longpo.attention.ring_tiles import ring_plan
-from megatron_longpo.attention.tiles import held_runs
+from megatron_longpo.attention.tiles import Plan, held_runs
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 from tests.attention.test_tiles import times_covered
 
@@ -30,14 +31,14 @@ def sent_keys(layout: RowLayout, rank: int) -> torch.Tensor:
     return torch.cat([local[start:stop] for start, stop in ring_plan(layout, rank).sent])
 
 
-def check_steps(layout: RowLayout) -> None:
+def check_steps(layout: RowLayout, cut: Callable[[Plan], Plan] = lambda plan: plan) -> None:
     """The steps of all ranks cover every pair of the mask once and no other; what they say of first tiles is true."""
     counts = torch.zeros(layout.padded_tokens, layout.padded_tokens, dtype=torch.int64)
     for rank in range(layout.cp_size):
         queries = layout.local_index(rank)
         stored = torch.zeros(layout.local_tokens, dtype=torch.bool)
         steps, num_keys = ring_plan(layout, rank).steps, ring_plan(layout, rank).num_keys
-        for step, plan in enumerate(steps):
+        for step, plan in enumerate(map(cut, steps)):
             keys = queries if step == 0 else sent_keys(layout, (rank - step) % layout.cp_size)
             assert num_keys[step] == len(keys) > 0
             counts[queries[:, None], keys] += times_covered(plan, len(queries), len(keys))

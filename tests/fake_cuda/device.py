@@ -46,7 +46,6 @@ def pretend() -> None:
         setattr(torch.cuda, name, answer)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
         setattr(torch.cuda.random, name, getattr(torch.cuda, name))
-    torch.backends.cudnn.version = lambda: 91900
     # Fake tensors would otherwise touch the GPU that they find.
     fake_tensor.FakeTensorMode.avoid_device_init = True
     fake_tensor.init_gpu_context = lambda device: None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from benchmarks.gpu import rates
 from benchmarks.gpu.settings import TINY
 from megatron_longpo import platform
 from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.attention import selection
+from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.batch import Batch
 from megatron_longpo.data.dataset import PreferenceDataset
@@ -50,7 +54,8 @@ def trace_run(case: Case) -> dict[str, Any]:
             batch = batch_of(config, rows, parallel_state.get_context_parallel_rank())
             prompts = reference._collate(config, dataset, _DOCUMENT, reference.reference_kind(config))
             watch = Watch()
-            with fake_tensors(batch.layout) as mode, replaced(offload, "OFFLOAD_FROM_BYTES", 2**10), watch:
+            thresholds = replaced(offload, "OFFLOAD_FROM_BYTES", 2**10), _short_rows_for_cudnn()
+            with fake_tensors(batch.layout) as mode, thresholds[0], thresholds[1], watch:
                 trainer = _trainer(config, dataset, batch)
                 weights_fingerprint(trainer.chunks)
                 numbers = list(range(config.training.global_batch_size))
@@ -69,7 +74,7 @@ def trace_rates() -> dict[str, Any]:
     """What the GPU benchmark measures of kernels."""
     settings = dataclasses.replace(TINY, matmul_size=64, attention_tokens=64)
     watch = Watch()
-    with FakeTensorMode(), watch:
+    with FakeTensorMode(), _short_rows_for_cudnn(), watch:
         rates.matmul_tflops(settings)
         for backend, dtype in (("flash", torch.float32), ("flash", torch.bfloat16), ("fused", torch.bfloat16)):
             rates.attention_tflops(settings, backend)
@@ -79,6 +84,11 @@ def trace_rates() -> dict[str, Any]:
                 # Every number that fake tensors are asked for is 1.
                 assert "is off by 1.0e+00" in str(error)
     return _facts(watch)
+
+
+def _short_rows_for_cudnn() -> AbstractContextManager[None]:
+    """Every tile is in whole blocks."""
+    return replaced(selection, "CudnnKernel", functools.partial(CudnnKernel, 1, 1))
 
 
 def _config(case: Case, prefix: Path) -> RunConfig:
