@@ -11,12 +11,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from packaging.version import Version
 
 from megatron_longpo.attention.tiles import Plan
 
 aten = torch.ops.aten
 
 NO_DROPOUT = 0.0
+
+COUNTS_IN_INT32 = Version(torch.__version__) < Version("2.11")
+"""Whether torch's FlashAttention computes addresses in its backward pass in 32 bits."""
 
 
 class AttentionKernel(ABC):
@@ -141,7 +145,16 @@ class CudaFlashKernel(AttentionKernel):
         causal: bool,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As `AttentionKernel.backward`; copies ``lse`` where it is not contiguous."""
+        """As `AttentionKernel.backward`; copies ``lse`` where it is not contiguous.
+
+        Before torch 2.11 a ValueError for more than 2^31 elements of queries (Dao-AILab/flash-attention#1500).
+        """
+        if COUNTS_IN_INT32 and q.numel() > 2**31:
+            raise ValueError(
+                f"{q.shape[0]} tokens with {q.shape[1]} heads of {q.shape[2]} on a GPU are too many for FlashAttention "
+                f"in torch {torch.__version__}, which counts them in 32 bits: update torch to 2.11, or raise "
+                "--tensor-model-parallel-size or --context-parallel-size"
+            )
         no_random_state = torch.empty(2, dtype=torch.uint64, device=q.device)  # read with dropout only
         dq, dk, dv = aten._flash_attention_backward.default(
             grad_out.unsqueeze(0),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from megatron_longpo.data.chat_template import (
     with_fixed_date,
 )
 from megatron_longpo.data.document import Tokens
-from megatron_longpo.data.stored_tokenizer import stored_backend
+from megatron_longpo.data.stored_tokenizer import require_tekken_s_words, stored_backend
 
 HUGGING_FACE = "HuggingFaceTokenizer"
 SENTENCE_PIECE = "SentencePieceTokenizer"
@@ -115,14 +115,12 @@ class HuggingFaceChatTokenizer:
     """A fast tokenizer of a folder, with the folder's chat template or another one."""
 
     def __init__(self, path: Path, template: str | None, trust_remote_code: bool = False) -> None:
-        from transformers import AutoTokenizer
-
         if not path.is_dir():
             raise ValueError(
                 f"--tokenizer-model {path} is a file: give the folder, or --tokenizer-type {SENTENCE_PIECE}"
             )
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
+            self._tokenizer = _loader(path, trust_remote_code).from_pretrained(
                 str(path), trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:  # transformers raises nearly every type, down to bare Exception
@@ -132,7 +130,7 @@ class HuggingFaceChatTokenizer:
                 f"({type(error).__name__}: {reason}); it needs tokenizer.json and tokenizer_config.json. For a bare "
                 f"SentencePiece model give the .model file itself"
             ) from error
-        if not self._tokenizer.is_fast:
+        if not getattr(self._tokenizer, "is_fast", False):  # mistral-common's has no such property
             raise ValueError(
                 f"--tokenizer-model {path} is a slow tokenizer, which gives no character offsets: save it with a "
                 f"tokenizer.json (AutoTokenizer.from_pretrained(…).save_pretrained(…))"
@@ -142,6 +140,7 @@ class HuggingFaceChatTokenizer:
         self.template_hash = _sha256(self.template)
         self._dated_template = with_fixed_date(self.template)
         self._backend = stored_backend(self._tokenizer, path)
+        require_tekken_s_words(self._backend, path)
         # tokenizer.json may carry both; a cut document or a padded one would be silently wrong here.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -188,6 +187,18 @@ class HuggingFaceChatTokenizer:
     def decode(self, tokens: Sequence[int] | Tokens, special: bool = True) -> str:
         """As `ChatTokenizer.decode`, by the fast tokenizer."""
         return str(self._backend.decode([int(token) for token in tokens], skip_special_tokens=not special))
+
+
+def _loader(path: Path, trust_remote_code: bool) -> Any:
+    """The class that loads a folder.
+
+    Where mistral-common is installed, ``AutoTokenizer`` makes a tokenizer of tekken.json, whatever else is in the
+    folder: it gives no character offsets, and does not know special tokens in a text.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    both = all((path / name).is_file() for name in ("tekken.json", "tokenizer.json"))
+    return PreTrainedTokenizerFast if both and not trust_remote_code else AutoTokenizer
 
 
 class SentencePieceChatTokenizer:

@@ -81,6 +81,9 @@ class TransformersEngine:
     def _load(self) -> None:
         settings = self._settings
         folder = model_folder(settings)
+        # cuDNN's attention prepares itself for every length anew, which here are all, and text that it generated on
+        # Blackwell was corrupt (pytorch/pytorch#193893).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         device = _device(settings.device)
         tokenizer = run_tokenizer(settings)
         self._tokenizer = tokenizer

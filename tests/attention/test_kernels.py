@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from megatron_longpo.attention import kernels
 from megatron_longpo.attention.cudnn import CudnnKernel
 from megatron_longpo.attention.grouped import FoldedRectangles
 from megatron_longpo.attention.kernels import AttentionKernel, CpuFlashKernel, CudaEfficientKernel, CudaFlashKernel
@@ -130,3 +131,14 @@ def test_head_dim(kernel: AttentionKernel, head_dim: int) -> None:
     q, k, v, _ = tensors(4, 4, 2, 2, head_dim, torch.bfloat16, "meta")
     with pytest.raises(ValueError, match=f"--kv-channels {head_dim}"):
         kernel.forward(q, k, v, True, 1 / math.sqrt(head_dim))
+
+
+def test_an_old_torch_refuses_what_it_would_count_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.empty(2**19 + 8, 32, 128, dtype=torch.bfloat16, device="meta")
+    k, lse = q[:64, :8], torch.empty(32, len(q), device="meta")
+    monkeypatch.setattr(kernels, "COUNTS_IN_INT32", True)
+    with pytest.raises(
+        ValueError, match=r"524296 tokens with 32 heads of 128 .* update torch to 2.11, or raise --tensor"
+    ):
+        CudaFlashKernel().backward(q, q, k, k, q, lse, False, SCALE)
+    assert CudaFlashKernel().backward(q[:64], q[:64], k, k, q[:64], lse[:, :64], False, SCALE)[0].shape == (64, 32, 128)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec, load_tokenizer
@@ -143,6 +143,52 @@ def test_tokens_are_those_of_tokenizer_json_whatever_class_the_folder_names(tmp_
     assert [stored.id_to_token(int(token)) for token in ids[:3]] == ["<s>", "▁", "["]
     assert (starts[2], ends[2]) == (3, 4)
     assert (tokenizer.eos_id, tokenizer.vocab_size) == (2, 300)
+
+
+TEKKEN = r"[^\r\n\p{L}\p{N}]?\p{Lu}*\p{Ll}+|[^\r\n\p{L}\p{N}]?\p{Lu}+\p{Ll}*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+"
+LLAMA3 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+
+
+def tekken_folder(folder: Path, pattern: str) -> Path:
+    """A folder as Mistral publishes them since Nemo, with this pattern in its tokenizer.json."""
+    folder.mkdir()
+    stored = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    stored.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    symbols = ["<s>", "</s>", "[INST]", "[/INST]"]
+    trainer = trainers.BpeTrainer(special_tokens=symbols, initial_alphabet=alphabet, show_progress=False)
+    stored.train_from_iterator(["eBay eBay eBay"], trainer)
+    stored.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": INST_TEMPLATE}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tekken.json").write_text(json.dumps({"config": {"pattern": TEKKEN}}))
+    return folder
+
+
+def test_a_folder_with_tekken_json_is_loaded_from_tokenizer_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where mistral-common is installed, `AutoTokenizer` answers with an object that gives no offsets."""
+    folder = tekken_folder(tmp_path / "nemo", TEKKEN)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: object())
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.render(CHAT).startswith("<s>[INST] Where")
+    ids, starts, ends = tokenizer.encode("[INST]eBay")
+    assert [(start, end) for start, end in zip(starts, ends, strict=True)] == [(0, 6), (6, 7), (7, 10)]
+    assert tokenizer.decode(ids) == "[INST]eBay"
+    (folder / "tokenizer.json").rename(folder / "away.json")
+    with pytest.raises(ValueError, match=r"is a slow tokenizer, which gives no character offsets: save it with a"):
+        load_tokenizer(folder)
+
+
+def test_words_other_than_those_of_tekken_json_are_refused(tmp_path: Path) -> None:
+    folder = tekken_folder(tmp_path / "wrong", LLAMA3)
+    with pytest.raises(ValueError, match=r"other words than tekken.json, .* at 'eBay N': put \"fix_mistral"):
+        load_tokenizer(folder)
+    (folder / "tekken.json").write_text("{}")
+    assert len(load_tokenizer(folder).encode("eBay")[0]) == 1
 
 
 def test_hashes_tell_tokenizers_and_templates_apart(

@@ -57,11 +57,13 @@ async def answers(settings: GenerationSettings, requests: list[Request]) -> list
 
 
 def test_answers_are_those_of_transformers(settings: Settings, model_folder: Path) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
     chosen = embedded(settings, model_folder)
     tokenizer = load_tokenizer(model_folder)
     model = MistralForCausalLM.from_pretrained(model_folder).eval()
     prompts = ["Name the first word of the text.", "And the second?"]
     found = asyncio.run(answers(chosen, [Request(prompt, 8) for prompt in prompts]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     for prompt, answer in zip(prompts, found, strict=True):
         text = tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         inputs = torch.tensor(tokenizer.encode(text)[0])[None].long()
