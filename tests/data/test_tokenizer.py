@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec, load_tokenizer
@@ -155,6 +155,7 @@ def tekken_folder(folder: Path, pattern: str) -> Path:
     stored = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(pattern), "isolated")
     stored.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    stored.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     symbols = ["<s>", "</s>", "[INST]", "[/INST]"]
     trainer = trainers.BpeTrainer(special_tokens=symbols, initial_alphabet=alphabet, show_progress=False)
