@@ -138,6 +138,7 @@ def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None
         "speed | tiny | none | 64 | fused": {**good, "tokens_per_s": 640.0, "pinned_memory_gib": 0.5},
         "memory | tiny | none | 64": {"peak_memory_gib": 2.0},
         "speed | tiny | kept, pieces, offload | 128 | fused": BROKEN,
+        "lengths | tiny | none | 64 | fused": {"prefix_tokens": [50, 60], "new_over_seen": 1.5},
     }
     found = summary(TINY, measured, 1000.0, "CPU")
     second, first = found["speed"]
@@ -147,6 +148,9 @@ def test_a_mistake_in_one_measurement_leaves_the_others_in_the_summary() -> None
     text = table(AROUND, found)
     assert "| tiny | none | 64 | 640 | 10.0% | 1.25x |  | 3.0 | 1.50x | 0.5 |" in text
     assert "| tiny | kept, pieces, offload | 128 | failed |" in text
+    assert (
+        "2 documents of 50 to 60 tokens, tiny with none: the first time each took 1.50x as long as the second" in text
+    )
     assert "`--attention-backend fused`, the fastest that was exact. Rates: matrix products 200 TFLOP/s" in text
     del measured["matmul"]
     assert "time_over_possible" not in summary(TINY, measured, 1000.0, "CPU")["speed"][1]
@@ -218,6 +222,8 @@ def test_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
     assert [entry["prefix_tokens"] for entry in result["speed"]] == [64, 128, 64]
     for entry in result["speed"]:
         assert entry["mfu"] > 0 and entry["time_over_possible"] > 0 and entry["memory_over_dry_run"] > 0
+    (new,) = result["new_lengths"]
+    assert len(set(new["prefix_tokens"])) == len(new["new_s"]) == len(new["seen_s"]) == 12 and new["new_over_seen"] > 0
     assert result["longest"][0]["fits_tokens"] == TINY.length_limit
     (case,) = result["rivals"]
     assert set(case["variants"]) == set(parts.variants_of(StepCase(**case["case"])))

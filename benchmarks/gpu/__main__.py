@@ -3,6 +3,7 @@
     rates      exactness of the attention kernels; rates of them and of matmuls
     speed      tokens/s, MFU and memory over document length and over what
                saves memory, against what those rates allow
+    lengths    steps on documents of ever new lengths against known lengths
     rivals     the suite of `benchmarks.suite`, as far as each variant fits
     longest    the longest document that fits
     memory     what a dry run says of the memory of `speed`; uses no GPU
@@ -34,7 +35,7 @@ from benchmarks.step.summary import circumstances
 from benchmarks.suite import DOCS, RESULTS
 from megatron_longpo.help_format import HelpFormatter, number_above_0
 
-_PARTS = ("rates", "speed", "rivals", "longest", "memory")
+_PARTS = ("rates", "speed", "lengths", "rivals", "longest", "memory")
 _LEFT = 3
 """Exit code of a run that is to go on."""
 

@@ -26,7 +26,7 @@ def measure(settings: Settings, words: Sequence[str], folder: Path) -> dict[str,
     Args:
         settings: Sizes.
         words: ``device``; ``errors DTYPE BACKEND``; ``matmul``; ``attention BACKEND``; ``speed SHAPE SAVING TOKENS
-            BACKEND``; ``fits SHAPE SAVING TOKENS BACKEND``; ``memory SHAPE SAVING TOKENS``; ``rival VARIANT TOKENS
+            BACKEND``; ``lengths``, ``fits`` and the same; ``memory SHAPE SAVING TOKENS``; ``rival VARIANT TOKENS
             RESPONSE_TOKENS TURNS``. A backend is a value of ``--attention-backend``.
         folder: For datasets, and for the weights that all rivals share.
     """
@@ -48,6 +48,8 @@ def measure(settings: Settings, words: Sequence[str], folder: Path) -> dict[str,
         return training.predicted_memory(case, flags, folder)
     if kind == "fits":
         return training.longest_step(case, flags, folder, backend[0], settings.window_tokens)
+    if kind == "lengths":
+        return training.new_lengths(case, flags, folder, backend[0])
     return training.speed(case, flags, folder, backend[0])
 
 

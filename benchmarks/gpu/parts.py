@@ -47,6 +47,13 @@ def speed(settings: Settings, measure: Measurements) -> None:
         measure("speed", *step, backend)
 
 
+def lengths(settings: Settings, measure: Measurements) -> None:
+    """Steps on documents of ever new lengths, and once more on the same ones."""
+    backend = fastest_backend(measure.results.measured)
+    for shape, saving, length in settings.new_lengths:
+        measure("lengths", shape, saving, str(length), backend)
+
+
 def memory(settings: Settings, measure: Measurements) -> None:
     """What a dry run says of the memory of those steps. It needs no GPU, but leaves it idle."""
     for step in timed_steps(settings):

@@ -30,6 +30,7 @@ class Settings:
         shapes: Models by name; their documents are replaced.
         savings: Flags of the trainer by name: what saves memory, or the optimizer that fits.
         speed: Steps that are timed, most wanted first.
+        new_lengths: Shape, way to save memory and longest document of the steps on documents of ever new lengths.
         longest: The shape and the way to save memory whose longest document is looked for, most wanted first.
         window_tokens: Sliding window of that search, so that a step takes seconds.
         first_length: Where the search begins; it goes up by an eighth of this at a time.
@@ -44,6 +45,7 @@ class Settings:
     shapes: dict[str, StepCase]
     savings: dict[str, tuple[str, ...]]
     speed: tuple[Runs, ...]
+    new_lengths: tuple[tuple[str, str, int], ...]
     longest: tuple[tuple[str, str], ...]
     window_tokens: int
     first_length: int
@@ -130,6 +132,7 @@ REAL = Settings(
         Runs("1.5B", "kept, pieces, offload", (32768,)),
         Runs("1.5B", "optimizer offload", (32768,)),
     ),
+    new_lengths=(("1.5B", "none", 8192), ("1.5B", "none", 32768)),
     longest=(("1.5B", "kept, pieces"),),
     window_tokens=4096,
     first_length=524288,
@@ -148,6 +151,7 @@ TINY = Settings(
     shapes={"tiny": _TINY},
     savings=_savings(2, 16),
     speed=(Runs("tiny", "kept, pieces, offload", (128, 64)), Runs("tiny", "none", (64,))),
+    new_lengths=(("tiny", "none", 64),),
     longest=(("tiny", "kept"),),
     window_tokens=32,
     first_length=64,

@@ -68,6 +68,11 @@ def summary(settings: Settings, measured: Measured, peak_tflops: float, device: 
         "rates": rates,
         "attention_backend": backend,
         "speed": speeds,
+        "new_lengths": [
+            {"shape": shape, "saving": saving, "longest_tokens": length, **measured[name]}
+            for shape, saving, length in settings.new_lengths
+            if (name := name_of("lengths", shape, saving, str(length), backend)) in measured
+        ],
         "longest": [_fits(settings, shape, saving, measured) for shape, saving in settings.longest],
         "rivals": cases,
         "rivals_failed": failed,
@@ -157,6 +162,14 @@ def table(around: dict[str, Any], found: dict[str, Any]) -> str:
             f"{what} {entry['tokens_per_s']:,.0f} | {entry['mfu']:.1%} | {possible} | {planned} | "
             f"{entry['peak_memory_gib']:.1f} | {dry_run} | {entry['pinned_memory_gib']:.1f} |"
         )
+    for entry in found["new_lengths"]:
+        if "error" not in entry:
+            lines += [
+                "",
+                f"{len(entry['prefix_tokens'])} documents of {min(entry['prefix_tokens']):,} to "
+                f"{max(entry['prefix_tokens']):,} tokens, {entry['shape']} with {entry['saving']}: the first time each "
+                f"took {entry['new_over_seen']:.2f}x as long as the second.",
+            ]
     for bounds in found["longest"]:
         fails = f", {bounds['fails_tokens']:,} do not" if bounds["fails_tokens"] else ""
         lines += [

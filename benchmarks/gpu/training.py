@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.step.case import DATASET, ReferenceNumbers, StepCase, write_document
 from benchmarks.step.trainer import LONGPO, run_config, shared_prefix_batch
@@ -26,6 +29,7 @@ from megatron_longpo.validation import validate
 _MOST_STEPS = 3
 _ENOUGH_S = 15.0
 """No further step is timed after so long."""
+_NEW_LENGTHS = 12
 _WARM_UP_TOKENS = 4096
 """Document of the step before: it loads kernels and plans products, which does not take minutes of 256K tokens."""
 
@@ -53,6 +57,38 @@ def speed(case: StepCase, flags: Sequence[str], folder: Path, backend: str) -> d
         "tokens_per_s": work.layout.num_tokens / measured["step_s"],
         "matmul_flops": step_flops(config.model, work.layout, work.num_predictions) - attention,
         "attention_flops": attention,
+    }
+
+
+def new_lengths(case: StepCase, flags: Sequence[str], folder: Path, backend: str) -> dict[str, Any]:
+    """Times of steps on documents whose lengths are all new, and of the same steps when they are not.
+
+    Kernels that are prepared for every new shape, allocations of new sizes and the like make the difference: datasets
+    have thousands of lengths. Documents are as long as the case's, which comes first, or up to a quarter shorter.
+    """
+    generator = random.Random(case.seed)
+    shortest = case.prefix_tokens * 3 // 4
+    chosen = generator.sample(range(shortest, case.prefix_tokens), min(_NEW_LENGTHS, case.prefix_tokens - shortest))
+    documents = [dataclasses.replace(case, prefix_tokens=length) for length in chosen]
+    config, dataset = _prepared(case, [*flags, *_backend_flags(case, backend)], folder, *documents)
+    initialize(config)
+    try:
+        trainer = Trainer(config, dataset)
+        _step(trainer, case, number=0)
+        before = psutil.Process().memory_info().rss
+        passes = [
+            [_step(trainer, each, number)["iteration_time_s"] for number, each in enumerate(documents, 1)]
+            for _ in range(2)
+        ]
+    finally:
+        shut_down()
+    new_s, seen_s = map(sum, passes)
+    return {
+        "prefix_tokens": chosen,
+        "new_s": passes[0],
+        "seen_s": passes[1],
+        "new_over_seen": new_s / seen_s,
+        "host_gib": (psutil.Process().memory_info().rss - before) / 2**30,
     }
 
 

@@ -24,6 +24,9 @@ LAYOUTS = [
     pytest.param(RowLayout((DocumentLayout(300, (31, 50)),), cp_size=4, row_multiple=64), id="padding"),
     pytest.param(RowLayout((DocumentLayout(2048, (900, 1000)),)), id="long branches"),
     pytest.param(RowLayout((DocumentLayout(517, (65, 130)),), window_tokens=100), id="window"),
+    # cuDNN has its blocks here, and FlashAttention what is left of them.
+    pytest.param(RowLayout((DocumentLayout(1500, (600, 700)),)), id="blocks"),
+    pytest.param(RowLayout((DocumentLayout(2500, (300, 400)),), window_tokens=1100), id="blocks in a window"),
 ]
 KERNELS = [
     pytest.param(CudaFlashKernel(), torch.bfloat16, 2e-2, id="flash bf16"),
