@@ -54,7 +54,7 @@ class TrainingConfig:
     attention_backend: str = flag(
         AUTO,
         "attention kernel on a GPU: FlashAttention 2, which comes with torch; FlashAttention 3 (flash3; Hopper, needs "
-        "the package flash_attn_3); or fused, cuDNN's from 9.15.1 on, for Hopper and Blackwell",
+        "the package flash_attn_3); or fused, cuDNN's, for Hopper and Blackwell",
         choices=(AUTO, FLASH, FLASH3, FUSED),
         needs=given("bf16"),
         default_text="auto (fused on Hopper, else flash)",

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer, Offsets
 from megatron_longpo.data.document import Tokens
-from megatron_longpo.data.tokenizer import ChatTokenizer, Offsets
 
 MARGIN_CHARS = 2048
 """M: how far a cut or a difference may influence tokens. Pre-tokens (words, runs of blanks) are far shorter."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer, Offsets
 from megatron_longpo.data.document import (
     Branch,
     BranchPair,
@@ -22,7 +23,6 @@ from megatron_longpo.data.document import (
     common_prefix_length,
 )
 from megatron_longpo.data.encoding import SharedPrefixEncoder
-from megatron_longpo.data.tokenizer import ChatTokenizer, Offsets
 from megatron_longpo.pairs import Message, PreferenceDocument, TokenizedPair, TokenSequence, Turn
 
 DEFAULT_PROMPT_TEMPLATE = "{document}\n\n{instruction}"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.document import TokenizedDocument
 from megatron_longpo.data.tokenize import DocumentTokenizer
-from megatron_longpo.data.tokenizer import ChatTokenizer
 from megatron_longpo.pairs import PreferenceDocument
 
 _ATTEMPTS = 8

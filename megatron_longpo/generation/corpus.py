@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_longpo.data.tokenizer import ChatTokenizer
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.generation.chunking import draw_chunks
 from megatron_longpo.generation.model_files import run_tokenizer
 from megatron_longpo.generation.rollout import DocumentPlan

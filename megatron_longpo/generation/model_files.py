@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_longpo.data.chat_template import NO_TEMPLATE
-from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.tokenizer import load_tokenizer
 from megatron_longpo.generation.settings import OPENAI, TRANSFORMERS, GenerationSettings
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE, PromptTemplate
-from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
+from megatron_longpo.data.tokenizer import TokenizerSpec
 from megatron_longpo.files import check_writable
 from megatron_longpo.import_pairs.text import SPLIT, SPLIT_UNSURE, WHOLE, split_document
 from megatron_longpo.import_pairs.tokenized import REASONS, NotConvertible, TokenizedConverter

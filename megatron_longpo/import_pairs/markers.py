@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.data.tokenizer import ChatTokenizer
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 
 _WORDS = ("Q1x7", "A2y8", "Q3z9", "A4w6")
 """Messages that no template contains, without blanks around them that a template might cut off."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer, Offsets
 from megatron_longpo.data.document import CHOSEN, REJECTED, BranchPair, Tokens
 from megatron_longpo.data.tokenize import DocumentTokenizer, PromptTemplate, tokenized_pair
-from megatron_longpo.data.tokenizer import ChatTokenizer, Offsets
 from megatron_longpo.import_pairs.markers import find_markers
 from megatron_longpo.import_pairs.split import chunk_span, document_before, split_prompts
 from megatron_longpo.pair_formats.document import PreferenceDocument, TokenizedPair, TokenSequence, Turn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_longpo.data.tokenizer import ChatTokenizer
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.inspection.words import num_words
 
 

@@ -11,7 +11,8 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.tokenizer import load_tokenizer
 
 INST_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.encoding import SharedPrefixEncoder, common_prefix_chars
-from megatron_longpo.data.tokenizer import ChatTokenizer
 
 
 class Counting:

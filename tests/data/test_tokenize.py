@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.document import CHOSEN, REJECTED, TokenizedDocument, Tokens
 from megatron_longpo.data.tokenize import DocumentTokenizer, PromptTemplate, tokenized_pair
-from megatron_longpo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_longpo.data.tokenizer import load_tokenizer
 from megatron_longpo.pairs import Message, PreferenceDocument, TokenizedPair, TokenSequence, Turn
 from tests.data.conftest import CHATML_TEMPLATE, FORGETFUL_TEMPLATE
 

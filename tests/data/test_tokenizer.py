@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec, load_tokenizer
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
+from megatron_longpo.data.tokenizer import TokenizerSpec, load_tokenizer
 from tests.data.conftest import CHATML_TEMPLATE, INST_TEMPLATE
 
 CHAT = [

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.document import CHOSEN
 from megatron_longpo.data.tokenize import DocumentTokenizer
-from megatron_longpo.data.tokenizer import ChatTokenizer
 from megatron_longpo.data.truncate import cut_text, cut_tokens
 from megatron_longpo.pairs import PreferenceDocument, Turn
 from tests.data.samples import random_document

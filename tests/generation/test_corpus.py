@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from megatron_longpo.data.tokenizer import ChatTokenizer
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.generation.corpus import CorpusDocument, count_documents, make_planner, plan_document, read_corpus
 from tests.generation.conftest import Settings
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.tokenize import DocumentTokenizer
-from megatron_longpo.data.tokenizer import ChatTokenizer
 from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs
 from megatron_longpo.pairs import Message, PreferenceDocument, Turn, read_pairs, write_pairs
 from tests.import_pairs.conftest import Importer, write_rows

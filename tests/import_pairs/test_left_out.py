@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.tokenize import DocumentTokenizer
-from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
+from megatron_longpo.data.tokenizer import TokenizerSpec
 from megatron_longpo.import_pairs.convert import summary_table
 from megatron_longpo.import_pairs.tokenized import REASONS
 from tests.data.conftest import CHATML_TEMPLATE, INST_TEMPLATE

@@ -8,8 +8,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.tokenize import DocumentTokenizer, PromptTemplate
-from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
+from megatron_longpo.data.tokenizer import TokenizerSpec
 from megatron_longpo.import_pairs.convert import summary_table
 from tests.data.conftest import INST_TEMPLATE
 from tests.import_pairs.conftest import Importer

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_longpo.data.chat_tokenizer import ChatTokenizer
 from megatron_longpo.data.tokenize import DocumentTokenizer
-from megatron_longpo.data.tokenizer import ChatTokenizer, TokenizerSpec
+from megatron_longpo.data.tokenizer import TokenizerSpec
 from megatron_longpo.pairs import write_pairs
 from tests.data.conftest import (  # noqa: F401  (fixtures)
     INST_TEMPLATE,
