@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from megatron_longpo.arguments import parse_command_line, print_errors
 from megatron_longpo.config import ConfigError, RunConfig
-from megatron_longpo.processes import leave, one_voice_on_ctrl_c
+from megatron_longpo.processes import end, is_rank, leave, one_voice_on_ctrl_c
 
 if TYPE_CHECKING:  # `--help` and mistakes in flags do not wait for torch
     from megatron_longpo.data.dataset import PreferenceDataset
@@ -36,7 +37,12 @@ def run_command(job: Job, dry_run: Callable[[RunConfig], None] | None = None) ->
         message = f"{os.path.basename(sys.argv[0])}: error{'' if rank == '0' else f' (rank {rank})'}: {error}"
         leave(1, lambda: print(message, file=sys.stderr))
     except KeyboardInterrupt:
-        sys.exit(130)
+        end(130)
+    except Exception:
+        if not is_rank():
+            raise
+        traceback.print_exc()
+        end(1)
 
 
 def _say_interrupted() -> None:
@@ -52,13 +58,10 @@ def _run(job: Job, dry_run: Callable[[RunConfig], None] | None, config: RunConfi
             raise ConfigError("--dry-run is for pretrain_longpo.py: this command has none")
         return dry_run(config)
 
-    from megatron_longpo.training.distributed import initialize, shut_down
+    from megatron_longpo.training.distributed import process_groups
     from megatron_longpo.training.prepare import open_dataset, prepared
 
     config = prepared(config)
     dataset = open_dataset(config)
-    initialize(config)
-    try:
+    with process_groups(config):
         job(config, dataset)
-    finally:
-        shut_down()

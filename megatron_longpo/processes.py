@@ -54,6 +54,21 @@ def leave(code: int, say: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    end(code)
+
+
+def is_rank() -> bool:
+    """Whether torchrun, or something like it, started this process."""
+    return "RANK" in os.environ
+
+
+def end(code: int) -> NoReturn:
+    """End this process after a mistake or an interruption.
+
+    A rank ends at once: on its way out, Python frees process groups, which may wait for other ranks for ever.
+    """
+    if is_rank():
+        end_without_threads(code)
     sys.exit(code)
 
 
@@ -125,7 +140,8 @@ def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
         came.set()
         raise KeyboardInterrupt
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     signal.signal(signal.SIGINT, interrupt)
     outer_descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
@@ -140,6 +156,9 @@ def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
         signal.set_wakeup_fd(outer_descriptor)
         signal.signal(signal.SIGINT, outer_handler)
         os.write(writer, b"\0")
+        if not came.is_set():
+            # It may hold the last reference to all that `say` is bound to, and must not free that while Python ends.
+            watcher.join()
 
 
 @contextlib.contextmanager

@@ -6,8 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
+
+from megatron_longpo import processes
 
 THREAD_THAT_STAYS = """
 import threading
@@ -21,6 +25,25 @@ end_without_threads(130)
 def test_an_interrupted_process_waits_for_no_thread() -> None:
     done = subprocess.run([sys.executable, "-c", THREAD_THAT_STAYS], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (130, "stopped", "")
+
+
+def test_what_speaks_on_ctrl_c_is_let_go_with_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed later, by a thread while Python ends, a process group ends the process with SIGABRT."""
+    freed_in: list[threading.Thread] = []
+
+    class Trainer:
+        def say(self) -> None: ...
+
+        def __del__(self) -> None:
+            freed_in.append(threading.current_thread())
+
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda *arguments: (read(*arguments), time.sleep(0.2))[0])
+    trainer = Trainer()
+    with processes.one_voice_on_ctrl_c(trainer.say):
+        pass
+    del trainer
+    assert freed_in == [threading.main_thread()]
 
 
 INTERRUPTED = """

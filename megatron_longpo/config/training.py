@@ -151,7 +151,11 @@ class TrainingConfig:
         None, "save and exit at the first step divisible by this", unit="steps", at_least=1, default_text="never"
     )
     exit_duration_in_mins: float | None = flag(
-        None, "save and exit after this long", unit="minutes", above=0, default_text="never"
+        None,
+        "save and exit at the first step that ends this long after the process started",
+        unit="minutes",
+        above=0,
+        default_text="never",
     )
     exit_signal_handler: bool = flag(
         False,

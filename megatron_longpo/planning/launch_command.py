@@ -20,7 +20,11 @@ def launch_command(words: Sequence[str], num_gpus: int, gpus_per_node: int) -> s
     slurm = f"--nodes {nodes} --ntasks-per-node 1 --gpus-per-node {gpus_per_node} --exclusive --mem 0"
     # Expanded on the first node, where the batch script runs.
     rendezvous = '--rdzv-backend c10d --rdzv-endpoint "$(hostname):29500"'
-    torchrun = f"srun torchrun --nnodes {nodes} --nproc-per-node {gpus_per_node} {rendezvous}"
+    # Without a word from the site, one node's processes would wait for those of another that has failed.
+    srun = "srun --kill-on-bad-exit=1 --cpu-bind=none"
+    torchrun = f"{srun} torchrun --nnodes {nodes} --nproc-per-node {gpus_per_node} {rendezvous}"
+    # Ranks that compile at once get in each other's way in a home that nodes share.
+    environment.append("TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$SLURM_JOB_ID")
     script = "\n".join([f"export {' '.join(environment)}", _wrapped(torchrun, words)])
     return f"sbatch {slurm} <<'END'\n#!/bin/bash\n{script}\nEND"
 
@@ -28,8 +32,8 @@ def launch_command(words: Sequence[str], num_gpus: int, gpus_per_node: int) -> s
 def _environment(words: Sequence[str], ranks_per_node: int) -> list[str]:
     # Rows are of ever new lengths, which breaks the allocator's fixed blocks into pieces.
     settings = ["PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"]
-    if "--sequence-parallel" in words:
-        # Megatron asks for it: kernels start in the order of their launches, so communication gets behind computation.
+    if {"--sequence-parallel", "--context-parallel-size"} & set(words):
+        # Kernels start in the order of their launches then, so that communication gets behind computation.
         settings.append("CUDA_DEVICE_MAX_CONNECTIONS=1")
     if "--optimizer-cpu-offload" in words:
         # torchrun gives every process one thread; an optimizer on the host needs its share of the cores.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import random
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,22 @@ def initialize(config: RunConfig) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@contextlib.contextmanager
+def process_groups(config: RunConfig) -> Iterator[None]:
+    """`initialize` before the block, `shut_down` behind it; not after an error, unless this rank is alone.
+
+    To leave a group is a collective under NCCL: this rank would wait for others, which wait for it in another one.
+    """
+    initialize(config)
+    try:
+        yield
+    except BaseException:
+        if world_size() == 1:
+            shut_down()
+        raise
+    shut_down()
 
 
 def shut_down() -> None:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import dataclass
 from types import FrameType
+
+import psutil
 
 from megatron_longpo.config import CheckpointConfig, TrainingConfig
 from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint, iteration_of
 from megatron_longpo.training.distributed import any_rank
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why to leave.
+
+    Args:
+        text: To print.
+        urgent: Somebody ends the run otherwise, and soon.
+    """
+
+    text: str
+    urgent: bool
 
 
 class Leaving:
@@ -17,12 +33,13 @@ class Leaving:
     Use as a context manager: the SIGTERM handler is there only inside.
 
     Args:
-        settings: ``--exit-signal-handler``, ``--exit-duration-in-mins`` and ``--exit-interval``.
-        started_s: `time.monotonic` at the start of the run.
+        settings: ``--exit-signal-handler``, ``--exit-duration-in-mins`` and ``--exit-interval``. Minutes count from the
+            start of the process: what it loads before it trains takes a scheduler's time too.
     """
 
-    def __init__(self, settings: TrainingConfig, started_s: float) -> None:
-        self.settings, self.started_s = settings, started_s
+    def __init__(self, settings: TrainingConfig) -> None:
+        self.settings = settings
+        self.started_s = psutil.Process().create_time()
         self.signalled = False
 
     def __enter__(self) -> Leaving:
@@ -37,17 +54,17 @@ class Leaving:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signalled = True
 
-    def reason(self, iteration: int) -> str | None:
+    def reason(self, iteration: int) -> Reason | None:
         """Why to leave after this step, or None. Collectives: 1 all-reduce per condition that is switched on."""
         settings = self.settings
         if settings.exit_signal_handler and any_rank(self.signalled):
-            return "SIGTERM was received"
+            return Reason("SIGTERM was received", urgent=True)
         if settings.exit_duration_in_mins is not None:
-            minutes = (time.monotonic() - self.started_s) / 60
+            minutes = (time.time() - self.started_s) / 60
             if any_rank(minutes >= settings.exit_duration_in_mins):
-                return f"--exit-duration-in-mins {settings.exit_duration_in_mins} have passed"
+                return Reason(f"--exit-duration-in-mins {settings.exit_duration_in_mins} have passed", urgent=True)
         if settings.exit_interval is not None and iteration % settings.exit_interval == 0:
-            return f"--exit-interval {settings.exit_interval} was reached"
+            return Reason(f"--exit-interval {settings.exit_interval} was reached", urgent=False)
         return None
 
 

@@ -49,7 +49,6 @@ class Trainer:
 
     def __init__(self, config: RunConfig, dataset: PreferenceDataset) -> None:
         self.config, self.dataset = config, dataset
-        self.started_s = time.monotonic()
         self.train_numbers, self.eval_numbers = self._split()
         check_lengths(config, dataset, self.train_numbers, self.eval_numbers)
         self.total_samples, self.total_steps = self._duration()
@@ -106,7 +105,7 @@ class Trainer:
         if progress.iteration >= self.total_steps:
             reporter.print(f"nothing is left to train: the run has made all of its {self.total_steps} steps")
         skipped_in_a_row = 0
-        with Leaving(config.training, self.started_s) as leaving:
+        with Leaving(config.training) as leaving:
             batches = training_batches(micro_batches, self.sampler)
             while progress.iteration < self.total_steps:
                 with self.profiler.step(progress.iteration + 1):
@@ -128,17 +127,19 @@ class Trainer:
                         f"{', '.join(bad or [])}. Lower --lr, look at these samples, or resume from a checkpoint"
                     )
                 last = progress.iteration >= self.total_steps
-                self._maybe_evaluate(reporter, micro_batches, last)
                 reason = leaving.reason(progress.iteration)
                 interval = config.checkpoint.save_interval
                 if config.checkpoint.save and (
                     last or reason is not None or (interval and progress.iteration % interval == 0)
                 ):
                     self._save(reporter)
+                # After saving: it may take longer than a scheduler leaves to a run.
+                if reason is None or not reason.urgent:
+                    self._maybe_evaluate(reporter, micro_batches, last)
                 if reason is not None and not last:
                     self._report_interval(reporter)
                     saved = "it is saved" if config.checkpoint.save else "nothing is saved without --save"
-                    reporter.print(f"leaving after iteration {progress.iteration}: {reason}; {saved}")
+                    reporter.print(f"leaving after iteration {progress.iteration}: {reason.text}; {saved}")
                     break
         self.checkpointer.finish(blocking=True)
         self.profiler.close()
@@ -174,7 +175,10 @@ class Trainer:
         return means | own | self._performance(batch, ended - began), bad
 
     def _performance(self, batch: GlobalBatch, seconds: float) -> dict[str, float]:
-        """Rates of one step, over all ranks: 1 all-reduce over data-parallel and context-parallel ranks."""
+        """Rates of one step, over all ranks, and the memory of the fullest one.
+
+        Collectives: 1 all-reduce over data-parallel and context-parallel ranks, and 1 over all.
+        """
         model, world = self.config.model, dist.get_world_size()
         first_cp = parallel_state.get_context_parallel_rank() == 0
         # Predictions are spread over context-parallel ranks, rows are on all of them.
@@ -187,11 +191,13 @@ class Trainer:
         totals = torch.tensor([num_tokens, flops], dtype=torch.float64, device=platform.device())
         dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         tokens, flops = totals.tolist()
+        peak_gib = torch.tensor([platform.peak_memory_gib()], dtype=torch.float64, device=platform.device())
+        dist.all_reduce(peak_gib, dist.ReduceOp.MAX)
         return {
             "iteration_time_s": seconds,
             "tokens_per_s_per_gpu": tokens / seconds / world,
             "tflops_per_gpu": flops / seconds / world / 1e12,
-            "peak_memory_gib": platform.peak_memory_gib(),
+            "peak_memory_gib": peak_gib.item(),
         }
 
     def _report(self, reporter: Reporter, metrics: dict[str, float], bad: list[str] | None) -> None:

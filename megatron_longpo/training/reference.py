@@ -73,8 +73,9 @@ def reference_logprobs(
     # A scaled RoPE makes another model of the same weights.
     fingerprint = fingerprint or weights_fingerprint(chunks) + rope_scaling_mark(config.reference_rope)
     key = reference_key(config, dataset, fingerprint)
-    # All ranks must decide alike, even if a file appears while they look.
-    found = [(folder / "manifest.json").exists()]
+    # All ranks must decide alike, even if a file appears while they look. And the others must not look before the
+    # folder is there: a network file system remembers for a minute that it was not.
+    found = [is_rank_0() and (folder / "manifest.json").exists()]
     dist.broadcast_object_list(found, src=0)
     if not found[0]:
         if resumed:

@@ -37,6 +37,8 @@ def compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[s
     from megatron_longpo.training.distributed import initialize, shut_down
     from megatron_longpo.training.reference import reference_logprobs
 
+    if rank > 0:
+        remember_what_is_missing()
     fingerprints, world = [], dist.get_world_size()
     for number, (flags, place) in enumerate(runs):
         fresh_world(f"{folder}/rendezvous-{world}-{number}", rank, world)
@@ -51,6 +53,25 @@ def compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[s
         fingerprints.append(reference_logprobs(config, PreferenceDataset(f"{folder}/tiny"), chunks, None)[1])
         shut_down()
     return fingerprints
+
+
+def remember_what_is_missing() -> None:
+    """Let this rank have the memory of a network file system: a name that was not there stays away for a minute."""
+    from megatron_longpo.training import distributed
+
+    missing: set[Path] = set()
+    exists = Path.exists
+
+    def remembered(path: Path, **kwargs: Any) -> bool:
+        if missing & {path, *path.parents}:
+            return False
+        if exists(path, **kwargs):
+            return True
+        missing.add(next(part for part in (*reversed(path.parents), path) if not exists(part)))
+        return False
+
+    Path.exists = remembered  # type: ignore[method-assign]
+    distributed._LATEST_S = 0.5
 
 
 def save_model_and_compute(rank: int, runs: list[tuple[list[str], str]], folder: str) -> list[str]:

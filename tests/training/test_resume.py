@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from tests.tiny import write_tiny_dataset
+from megatron_longpo.arguments import parse_arguments
+from tests.distributed.harness import run_ranks
+from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 from tests.training.commands import metrics, stop_at_step, train
 
 STEPS = 20
@@ -129,6 +131,41 @@ def test_ctrl_c_says_where_the_run_is_and_how_it_goes_on(data: str, tmp_path: Pa
 @pytest.mark.slow
 def test_time_limit_saves_and_leaves(data: str, tmp_path: Path) -> None:
     save = tmp_path / "save"
-    output = train(data, "--train-iters=100000", f"--save={save}", "--exit-duration-in-mins=0.02")
-    assert "--exit-duration-in-mins 0.02 have passed" in output
+    limit = "--exit-duration-in-mins=0.001"  # over before the first step
+    evaluated = ["--split=50,50", "--eval-interval=1", "--eval-iters=1", f"--metrics-jsonl={save}.jsonl"]
+    output = train(data, "--train-iters=100000", f"--save={save}", limit, *evaluated)
+    assert "leaving after iteration 1: --exit-duration-in-mins 0.001 have passed; it is saved" in output
     assert (save / "latest_checkpointed_iteration.txt").exists()
+    # A scheduler would not wait for it.
+    assert not [line for line in metrics(Path(f"{save}.jsonl")) if "eval/loss" in line]
+
+
+def test_a_step_is_saved_before_it_is_evaluated(data: str, tmp_path: Path) -> None:
+    saved = run_ranks(saved_when_evaluated, 1, data, str(tmp_path / "save"))[0]
+    assert saved == [["iter_0000001"], ["iter_0000001", "iter_0000002"]]
+
+
+def saved_when_evaluated(rank: int, data: str, save: str) -> list[list[str]]:
+    """What is saved at the moments of evaluation: a step at which the run leaves, and its last one."""
+    from megatron_longpo.data.dataset import PreferenceDataset
+    from megatron_longpo.training.distributed import initialize
+    from megatron_longpo.training.loop import Trainer
+
+    seen: list[list[str]] = []
+    saved = Path(save)
+    for more in ("--exit-interval=1", f"--load={save}"):
+        evaluated = [
+            "--split=50,50",
+            "--eval-interval=1",
+            "--eval-iters=1",
+            "--objective=sft-chosen",
+            "--num-workers=0",
+        ]
+        flags = [*MODEL_FLAGS, data, "--train-iters=2", "--progress-bar=off", f"--save={save}", *evaluated, more]
+        config = parse_arguments(flags).with_device_defaults("local", "gloo")
+        if not seen:
+            initialize(config)
+        trainer = Trainer(config, PreferenceDataset(config.data.data_path))
+        trainer._maybe_evaluate = lambda *_: seen.append(sorted(p.name for p in saved.glob("iter_*")))  # type: ignore
+        trainer.train()
+    return seen
