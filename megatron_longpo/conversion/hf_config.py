@@ -86,7 +86,7 @@ def read_hf_folder(folder: str | Path) -> HFModel:
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
     }
-    return HFModel(family, _with_rope(path, shape, _rope(config)), stored)
+    return HFModel(family, _with_rope(path, shape, _rope(path, config)), stored)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -152,9 +152,14 @@ def _window(path: Path, family: Family, config: Any) -> int | None:
     return None
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    """RoPE's parameters in the form of transformers 5, from either generation."""
+def _rope(path: Path, config: Any) -> dict[str, Any]:
+    """RoPE's parameters in the form of transformers 5, from either generation; those of single layers are refused."""
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    if nested := [name for name, value in rope.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"{path}: rope_parameters has parameters of its own for {', '.join(nested)}, and RoPE by kind of layer is "
+            "not supported; give those of all layers without the layers' names"
+        )
     rope.setdefault("rope_theta", getattr(config, "rope_theta", 10_000.0))
     rope.setdefault("rope_type", rope.get("type") or "default")
     rope.setdefault("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))

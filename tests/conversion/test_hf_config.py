@@ -188,6 +188,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "quantised": (LLAMA31_8B | {"quantization_config": {"quant_method": "fp8"}}, r"weights are quantised"),
     "linear RoPE": (LLAMA31_8B | {"rope_scaling": {"type": "linear", "factor": 2.0}}, r"'linear' is not supported"),
     "partial RoPE": (LLAMA31_8B | {"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0.5 is not supported"),
+    "RoPE by layer": (
+        LLAMA31_8B | {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+        r"config\.json: rope_parameters has parameters of its own for full_attention, .* not supported; give those of",
+    ),
     "own YaRN temperature": (
         QWEN25_7B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 2.0}},
         r"attention_factor 2.0 is not the one of factor",
