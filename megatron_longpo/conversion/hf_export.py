@@ -13,6 +13,13 @@ import torch
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.config.flags import FLAGS
 from megatron_longpo.conversion.hf_config import CONFIG_FILE, HFModel
+from megatron_longpo.conversion.hf_rope import (
+    is_newer,
+    refuse_other_rope,
+    rope_parameters,
+    stored_parameters,
+    write_rope,
+)
 
 COPIED = (
     "generation_config.json",
@@ -48,7 +55,7 @@ def refuse_other_template(template: HFModel, model: ModelConfig, folder: str | P
 
 
 def exported_config(template: HFModel, model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The template's config.json, in the form of its generation, with only what the checkpoint changes.
+    """The template's config.json with only what the checkpoint changes, and a RoPE that transformers 4 and 5 both read.
 
     Args:
         template: What the folder says.
@@ -56,25 +63,45 @@ def exported_config(template: HFModel, model: ModelConfig, dtype: torch.dtype) -
         dtype: Type of the exported weights.
 
     Raises:
-        ValueError: The checkpoint has a sliding window, and the template's architecture cannot say so.
+        ValueError: The checkpoint has a sliding window, and the template's architecture cannot say so; or transformers
+            would read another RoPE than the checkpoint's.
     """
     config = dict(template.stored)
-    old, new = _rope(template.model), _rope(model)
+    old, new = rope_parameters(template.model), rope_parameters(model)
     if model.max_position_embeddings != template.model.max_position_embeddings:
         config["max_position_embeddings"] = model.max_position_embeddings
         # What transformers derives from the model's length must not follow it.
-        stored = config.get("rope_parameters") or config.get("rope_scaling") or {}
         for name in ("factor", "original_max_position_embeddings"):
-            if stored.get(name) is None:
+            if stored_parameters(config).get(name) is None:
                 old.pop(name, None)
-    _change_rope(config, old, new)
-    key = "dtype" if "dtype" in config or ("torch_dtype" not in config and _is_newer(config)) else "torch_dtype"
-    config[key] = str(dtype).removeprefix("torch.")
+    names = [name for name in ("dtype", "torch_dtype") if name in config]
+    for name in names or ["dtype" if is_newer(config) else "torch_dtype"]:
+        config[name] = str(dtype).removeprefix("torch.")
+    write_rope(config, old, new)
     if model.window_size != template.model.window_size:
         template.family.refuse_window(model)
         config["sliding_window"] = model.window_size.num_tokens
         config.pop("layer_types", None)  # they would still say the old one, and transformers believes them
+    refuse_other_rope(config, model)
     return config
+
+
+def restore_rope(folder: Path, model: ModelConfig) -> None:
+    """Make the config.json that another program's export wrote say a model's RoPE to transformers 4 and 5.
+
+    ``save_pretrained`` of transformers 5, which such programs use, writes nothing that transformers 4 reads.
+
+    Args:
+        folder: Holds the config.json, which is replaced.
+        model: The model that was exported.
+
+    Raises:
+        ValueError: transformers would still read another RoPE from it.
+    """
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    write_rope(config, {}, rope_parameters(model))
+    refuse_other_rope(config, model)
+    write_config(config, folder)
 
 
 def write_config(config: dict[str, Any], folder: Path) -> None:
@@ -107,55 +134,3 @@ def companions_bytes(template_folder: str | Path) -> int:
 def _companions(template_folder: str | Path) -> Iterator[Path]:
     for pattern in COPIED:
         yield from Path(template_folder).glob(pattern)
-
-
-def _rope(model: ModelConfig) -> dict[str, Any]:
-    """RoPE's parameters as transformers names them, rope_theta included."""
-    rope: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_type": "default"}
-    if model.use_rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": model.rope_scaling_factor,
-            "low_freq_factor": model.rope_low_freq_factor,
-            "high_freq_factor": model.rope_high_freq_factor,
-            "original_max_position_embeddings": model.rope_original_max_position_embeddings,
-        }
-    elif model.position_embedding_type == "yarn":
-        rope |= {
-            "rope_type": "yarn",
-            "factor": model.yarn_rotary_scaling_factor,
-            "original_max_position_embeddings": model.yarn_original_max_position_embeddings,
-            "beta_fast": model.yarn_beta_fast,
-            "beta_slow": model.yarn_beta_slow,
-            "truncate": model.yarn_correction_range_round_to_int,
-        }
-        scales = {"mscale": model.yarn_mscale, "mscale_all_dim": model.yarn_mscale_all_dim}
-        rope |= {name: value for name, value in scales.items() if value is not None}
-    return rope
-
-
-def _change_rope(config: dict[str, Any], old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Put the difference of two sets of RoPE's parameters where the configuration keeps them."""
-    changed = {name: value for name, value in new.items() if old.get(name) != value}
-    removed = set(old) - set(new)
-    if not changed and not removed:
-        return
-    if not _is_newer(config) and "rope_theta" in changed:
-        config["rope_theta"] = changed.pop("rope_theta")
-    if changed.keys() - {"rope_theta"} or removed:
-        # Names of older releases, and what is derived from the rest.
-        removed |= {"type", "attention_factor"}
-        changed["rope_type"] = new["rope_type"]
-    key = "rope_parameters" if _is_newer(config) else "rope_scaling"
-    if changed or removed:
-        kept = {name: value for name, value in (config.get(key) or {}).items() if name not in removed}
-        config[key] = kept | changed
-    if key == "rope_scaling" and new["rope_type"] == "default" and config.get(key):
-        config[key] = None
-
-
-def _is_newer(config: dict[str, Any]) -> bool:
-    """Whether transformers 5 wrote it: RoPE's base is in ``rope_parameters`` then, and ``torch_dtype`` is ``dtype``."""
-    if "rope_parameters" in config:
-        return True
-    return "rope_theta" not in config and str(config.get("transformers_version", "4")).split(".")[0] >= "5"

@@ -20,3 +20,12 @@ def to_hf(load: Path, hf_model: Path, save: Path, **options: Any) -> Path:
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def for_both_generations(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 5 wrote, with the RoPE that transformers 4 reads beside it, as in an export."""
+    scaling = dict(config["rope_parameters"])
+    older: dict[str, Any] = {"rope_theta": scaling.pop("rope_theta")}
+    if scaling["rope_type"] != "default":
+        older["rope_scaling"] = scaling
+    return config | older

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from megatron_longpo.config import Window
 from megatron_longpo.conversion.hf_config import read_hf_model
 from megatron_longpo.training.checkpoint_folder import find_checkpoint, saved_config
-from tests.conversion.converting import config_of, to_hf, to_megatron
+from tests.conversion.converting import config_of, for_both_generations, to_hf, to_megatron
 from tests.conversion.models import MODELS, assert_same_weights, save_random_model, weights_of
 
 
@@ -25,7 +25,7 @@ def test_there_and_back_is_bit_identical(name: str, dtype: torch.dtype, tmp_path
     to_megatron(tmp_path / "hf", tmp_path / "megatron")
     to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "back", max_shard_bytes=50_000)
     assert_same_weights(tmp_path / "hf", tmp_path / "back")
-    assert config_of(tmp_path / "back") == config_of(tmp_path / "hf")
+    assert config_of(tmp_path / "back") == for_both_generations(config_of(tmp_path / "hf"))
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert loaded.dtype == dtype
@@ -77,7 +77,7 @@ def test_params_dtype(tmp_path: Path) -> None:
     to_hf(tmp_path / "megatron", tmp_path / "hf", tmp_path / "back")
     before, after = weights_of(tmp_path / "hf"), weights_of(tmp_path / "back")
     assert all(after[name].equal(value.bfloat16()) for name, value in before.items())
-    assert config_of(tmp_path / "back") == config_of(tmp_path / "hf") | {"dtype": "bfloat16"}
+    assert config_of(tmp_path / "back") == for_both_generations(config_of(tmp_path / "hf")) | {"dtype": "bfloat16"}
 
 
 def test_mixed_types_need_params_dtype(llama: Path, tmp_path: Path) -> None:
@@ -100,13 +100,18 @@ GENERATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}},
         {"rope_theta": 1e7, "rope_scaling": LLAMA3 | {"type": "llama3"}},
     ),
+    # Beside what transformers 5 wrote stands what transformers 4 reads, which else takes 1e4 and no scaling.
     "5, plain": (
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
-        {"rope_parameters": {"rope_theta": 1e7, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e7, "rope_type": "default"}, "rope_theta": 1e7},
     ),
     "5, yarn": (
         {"rope_parameters": YARN | {"rope_theta": 1e4, "original_max_position_embeddings": 2048}},
-        {"rope_parameters": YARN | {"rope_theta": 1e7, "original_max_position_embeddings": 2048}},
+        {
+            "rope_parameters": YARN | {"rope_theta": 1e7, "original_max_position_embeddings": 2048},
+            "rope_theta": 1e7,
+            "rope_scaling": YARN | {"original_max_position_embeddings": 2048},
+        },
     ),
     # The original length was the model's own, 4096, which changes.
     "5, yarn without original length": (
@@ -117,7 +122,26 @@ GENERATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                 "rope_type": "yarn",
                 "factor": 2.0,
                 "original_max_position_embeddings": 4096,
-            }
+            },
+            "rope_theta": 1e7,
+            "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096},
+        },
+    ),
+    # Some programs write both (marin-community/marin#7801).
+    "both, plain": (
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "rope_theta": 1e4},
+        {"rope_parameters": {"rope_theta": 1e7, "rope_type": "default"}, "rope_theta": 1e7},
+    ),
+    "both, llama3": (
+        {
+            "rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5},
+            "rope_theta": 5e5,
+            "rope_scaling": LLAMA3 | {"rope_type": "llama3"},
+        },
+        {
+            "rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 1e7},
+            "rope_theta": 1e7,
+            "rope_scaling": LLAMA3 | {"rope_type": "llama3"},
         },
     ),
 }
@@ -148,18 +172,18 @@ def test_a_window_stays_unless_it_is_dropped(tmp_path: Path) -> None:
         assert read_hf_model(tmp_path / "back") == saved_config(find_checkpoint(tmp_path / "megatron")).model
         return config_of(tmp_path / "back")
 
-    assert exported() == config_of(hf)
+    before = for_both_generations(config_of(hf))
+    assert exported() == before
     # A longer model keeps the window that it was made with.
-    assert exported(max_position_embeddings=8192) == config_of(hf) | {"max_position_embeddings": 8192}
-    assert exported(window_size=Window()) == config_of(hf) | {"sliding_window": None}
-    assert exported(window_size=Window(4095, 0)) == config_of(hf) | {"sliding_window": 4096}
+    assert exported(max_position_embeddings=8192) == before | {"max_position_embeddings": 8192}
+    assert exported(window_size=Window()) == before | {"sliding_window": None}
+    assert exported(window_size=Window(4095, 0)) == before | {"sliding_window": 4096}
     saved = saved_config(find_checkpoint(tmp_path / "megatron"))
     assert saved.model.window_size == Window(4095, 0)
     # The reference model is the one before training, with its own window.
     assert saved.objective.reference_window_size == Window(15, 0)
     # transformers believes layer_types, where it is, before sliding_window.
     layers = {"layer_types": ["sliding_attention"] * 4}
-    before = config_of(hf)
     (hf / "config.json").write_text(json.dumps(before | layers))
     assert exported() == before | layers
     assert exported(window_size=Window()) == before | {"sliding_window": None}
