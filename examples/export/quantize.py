@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_longpo.conversion.hf_config import CONFIG_FILE
-from megatron_longpo.conversion.hf_export import copy_companions
+from megatron_longpo.config import ModelConfig
+from megatron_longpo.conversion.hf_config import CONFIG_FILE, read_hf_model
+from megatron_longpo.conversion.hf_export import copy_companions, restore_rope
 from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.target import check_target, filled_folder
 from megatron_longpo.data.dataset import PreferenceDataset
@@ -71,13 +72,14 @@ def quantize(model: Any, recipe: str, rows: Sequence[torch.Tensor]) -> Any:
     return mtq.quantize(model, copy.deepcopy(getattr(mtq, RECIPES[recipe])), calibrate)
 
 
-def export(model: Any, template: str | Path, save: str | Path) -> None:
-    """Write the quantised folder, with the tokenizer and chat template of the unquantised one."""
+def export(model: Any, trained: ModelConfig, template: str | Path, save: str | Path) -> None:
+    """Write the quantised folder, with the RoPE, the tokenizer and the chat template of the unquantised one."""
     from modelopt.torch.export import export_hf_checkpoint  # type: ignore[import-not-found]
 
     with filled_folder(save, stale=["*.safetensors", "*.safetensors.index.json"], last=CONFIG_FILE) as folder:
         with torch.inference_mode():
             export_hf_checkpoint(model, dtype=model.dtype, export_dir=folder)
+        restore_rope(folder, trained)
         copy_companions(template, folder)
 
 
@@ -108,6 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.recipe == "nvfp4" and not torch.cuda.is_available():
         raise ValueError("--recipe nvfp4 needs a GPU: ModelOpt computes its block scales there")
+    trained = read_hf_model(arguments.hf_model)
     with HFWeights(arguments.hf_model) as files:
         num_bytes = sum(tensor.num_bytes for tensor in files.tensors.values())
     check_target(arguments.save, num_bytes, arguments.overwrite, {"--hf-model": arguments.hf_model})
@@ -118,7 +121,7 @@ def run(arguments: argparse.Namespace) -> None:
     model = quantize(model, arguments.recipe, rows)
     if arguments.save_state:
         mto.save(model, arguments.save_state)
-    export(model, arguments.hf_model, arguments.save)
+    export(model, trained, arguments.hf_model, arguments.save)
     print(f"wrote {arguments.save}: vllm serve {arguments.save}, or trtllm-serve {arguments.save}")
 
 

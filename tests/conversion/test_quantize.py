@@ -68,6 +68,7 @@ def test_fp8_folder_for_inference_engines(exported: Path, dataset: str, tmp_path
     quantize.main([*words, "--num-samples", "4", "--max-tokens", "64"])
     config = json.loads((save / "config.json").read_text())
     assert config["quantization_config"]["quant_algo"] == "FP8"
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"], "what an engine on transformers 4 reads"
     assert (save / "chat_template.jinja").read_text() == "{{ messages }}"
     tensors = load_file(save / "model.safetensors")
     original = load_file(exported / "model.safetensors")
