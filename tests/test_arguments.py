@@ -104,6 +104,10 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("--lr fast", "--lr 'fast' must be a finite number"),
         ("--lr inf", "--lr 'inf' must be a finite number"),
         ("--lr -1", "--lr -1.0 must be greater than 0"),
+        (
+            "--position-embedding-type yarn --yarn-mscale 0.7 --yarn-mscale-all-dim 0",
+            "--yarn-mscale-all-dim 0.0 must be greater than 0",
+        ),
         ("--num-layers 0", "--num-layers 0 must be at least 1 layers"),
         (f"--seed {2**63}", f"--seed {2**63} must be at most {2**63 - 1}, the largest number that torch takes"),
         ("--profile --profile-ranks 0 x", "--profile-ranks 'x' must be a whole number"),

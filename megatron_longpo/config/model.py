@@ -116,7 +116,7 @@ class ModelConfig:
     yarn_mscale: float | None = flag(
         None,
         "attention temperature: numerator's scale",
-        at_least=0,
+        above=0,  # transformers takes 0 for absent, so no config.json could say it
         needs=(_YARN, given("yarn_mscale_all_dim")),
         default_text="1",
         source="YaRN",
@@ -125,7 +125,7 @@ class ModelConfig:
     yarn_mscale_all_dim: float | None = flag(
         None,
         "attention temperature: denominator's scale",
-        at_least=0,
+        above=0,  # transformers takes 0 for absent, so no config.json could say it
         needs=(_YARN, given("yarn_mscale")),
         default_text="0",
         source="YaRN",
