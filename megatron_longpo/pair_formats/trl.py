@@ -1,18 +1,26 @@
 """TRL's preference rows: ``prompt``, ``chosen``, ``rejected``, and our addition ``short_prompt``.
 
-Conversational rows hold lists of messages; ``prompt`` may be missing there, then it is what both conversations start
-with. Plain rows hold strings: the prompt is taken as the user's message and goes through the chat template like any
-other. Every row is one turn, whose prompt already contains the instruction. Other columns are ignored.
+Conversational rows hold lists of messages. ``prompt`` may be missing there, or be what both conversations start with;
+otherwise they follow it. Plain rows hold strings: the prompt is taken as the user's message and goes through the chat
+template like any other. Every row is one turn, whose prompt already contains the instruction. What a chat template
+would render besides roles and contents is refused; other columns are ignored.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_longpo.pair_formats.document import Location, Message, PairsError, PreferenceDocument, Turn
 from megatron_longpo.pair_formats.fields import check_answers, checked_text, kind_of
+
+_TEMPLATE_ARGUMENTS = ("tools", "chat_template_kwargs")
+"""Columns that TRL's DPOTrainer gives to the chat template with the row."""
+
+_MESSAGE_FIELDS = ("role", "content", "name")
+"""``name`` is what some sets call a speaker by, and the templates of the supported models do not render."""
 
 
 def parse(row: Mapping[str, Any], where: Location) -> PreferenceDocument:
@@ -21,6 +29,8 @@ def parse(row: Mapping[str, Any], where: Location) -> PreferenceDocument:
     Raises:
         PairsError: The row is not a usable preference pair.
     """
+    for key in _TEMPLATE_ARGUMENTS:
+        _refuse_unread(row.get(key), key, where)
     prompt, chosen, rejected = _prompt_and_answers(row, where)
     long_context, document = _last_user_message(prompt, "prompt", where)
     short_context: tuple[Message, ...] = ()
@@ -58,15 +68,16 @@ def _prompt_and_answers(row: Mapping[str, Any], where: Location) -> tuple[tuple[
         problem = f"is {kind_of(rejected)} and 'chosen' is {kind_of(chosen)}"
         raise PairsError(where, "rejected", problem, "make both strings or both lists of messages")
     long_chosen, long_rejected = (_as_messages(row[key], key, where) for key in ("chosen", "rejected"))
-    if len(long_chosen) == 1 and len(long_rejected) == 1:
-        if row.get("prompt") is None:
+    given, prompt = row.get("prompt"), long_chosen[:-1]
+    if long_rejected[:-1] != prompt:
+        problem = "does not start with the messages that 'chosen' starts with"
+        raise PairsError(where, "rejected", problem, "a pair must differ in the last message only")
+    # A string beside whole conversations repeats the user's message in them, as in UltraFeedback.
+    if not prompt or (isinstance(given, list) and given):
+        if given is None:
             raise PairsError(where, "prompt", "is missing", "add it, or put its messages before both answers")
-        prompt = _as_messages(row["prompt"], "prompt", where)
-    else:
-        prompt = long_chosen[:-1]
-        if long_rejected[:-1] != prompt:
-            problem = "does not start with the messages that 'chosen' starts with"
-            raise PairsError(where, "rejected", problem, "a pair must differ in the last message only")
+        before = _as_messages(given, "prompt", where)
+        prompt = prompt if prompt[: len(before)] == before else before + prompt
     for key, conversation in (("chosen", long_chosen), ("rejected", long_rejected)):
         if conversation[-1].role != "assistant":
             problem = f"ends with a message of role {conversation[-1].role!r}"
@@ -84,6 +95,9 @@ def _as_messages(value: Any, name: str, where: Location) -> tuple[Message, ...]:
         at = f"{name}[{number}]"
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise PairsError(where, at, "is not a message", 'write {"role": "…", "content": "…"}')
+        for key, field in message.items():
+            if key not in _MESSAGE_FIELDS:
+                _refuse_unread(field, f"{at}.{key}", where)
         messages.append(Message(message["role"], checked_text(message.get("content"), f"{at}.content", where)))
     return tuple(messages)
 
@@ -96,3 +110,16 @@ def _last_user_message(messages: Sequence[Message], name: str, where: Location) 
             where, f"{name}[{len(context)}].role", problem, "the last message of a prompt must be the user's"
         )
     return tuple(context), last.content
+
+
+def _refuse_unread(value: Any, name: str, where: Location) -> None:
+    if not _is_void(value):
+        problem = f"is {reprlib.repr(value)}, which a chat template may render and this reader does not"
+        raise PairsError(where, name, problem, "write it into a message's content, or remove it from every row")
+
+
+def _is_void(value: Any) -> bool:
+    """Null, or holding nothing else: what Arrow fills in where a row lacks a field that others have."""
+    if isinstance(value, Mapping):
+        return all(map(_is_void, value.values()))
+    return value is None or (isinstance(value, list) and all(map(_is_void, value)))

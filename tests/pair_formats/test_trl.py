@@ -52,6 +52,36 @@ def test_conversational_rows(row: dict[str, Any]) -> None:
     assert trl.parse(row, HERE).turns[0].chunk is None
 
 
+def test_answers_of_several_messages_follow_a_prompt_of_their_own() -> None:
+    """TRL renders the prompt's messages and then the completion's."""
+    before = [assistant("Which one?"), user("The first?")]
+    row = {
+        "prompt": [SYSTEM, user("Long?")],
+        "chosen": [*before, assistant("So.")],
+        "rejected": [*before, assistant("No.")],
+    }
+    document = trl.parse(row, HERE)
+    assert document.document == "The first?"
+    assert [message.content for message in document.long_context] == ["Be brief.", "Long?", "Which one?"]
+    assert document.turns == (Turn("", "So.", "No.", None),)
+    # Beside whole conversations a prompt says nothing new.
+    whole = {key: [*row["prompt"], *row[key]] for key in ("chosen", "rejected")}
+    for repeated in (row["prompt"], [SYSTEM], [*row["prompt"], *before], [], None, "Long?"):
+        assert trl.parse({**whole, "prompt": repeated}, HERE) == document
+    with pytest.raises(PairsError, match=r"'rejected' does not start with the messages"):
+        trl.parse({**row, "rejected": [assistant("No.")]}, HERE)
+
+
+def test_what_arrow_fills_in_says_nothing() -> None:
+    call = {"id": None, "function": {"name": None, "arguments": None}}
+    filled = {"tool_calls": None, "reasoning_content": None, "name": "Ann", "parts": [], "calls": [call]}
+    row = {"prompt": [user("Long?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
+    expected = trl.parse(row, HERE)
+    row = {key: [message | filled for message in messages] for key, messages in row.items()}
+    for empty in ({"tools": None, "chat_template_kwargs": {"enable_thinking": None}}, {"tools": []}):
+        assert trl.parse(row | empty, HERE) == expected
+
+
 def test_ids_are_taken_from_the_row() -> None:
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     assert trl.parse({**row, "id": "mine"}, HERE).id == "mine"
@@ -88,6 +118,27 @@ def test_ids_are_taken_from_the_row() -> None:
         (
             {"prompt": "p", "chosen": "a", "rejected": "b", "short_prompt": [user("x"), assistant("y")]},
             r"short_prompt\[1\]\.role",
+        ),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"type": "function"}]},
+            r"field 'tools' is \[\{'type': 'function'\}\], which a chat template may render .*; write it into",
+        ),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": '[{"type": "function"}]'}, r"field 'tools' is '\["),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "chat_template_kwargs": {"enable_thinking": False}},
+            r"field 'chat_template_kwargs' is \{'enable_thinking': False\}, which",
+        ),
+        (
+            {"chosen": [user("p"), assistant("a") | {"reasoning_content": "hm"}], "rejected": [user("p")]},
+            r"field 'chosen\[1\]\.reasoning_content' is 'hm', which .*; write it into a message's content, or remove",
+        ),
+        (
+            {
+                "prompt": [user("p"), {"role": "assistant", "content": "c", "tool_calls": [{"id": 1}]}, user("q")],
+                "chosen": [assistant("a")],
+                "rejected": [assistant("b")],
+            },
+            r"field 'prompt\[1\]\.tool_calls' is \[\{'id': 1\}\], which",
         ),
     ],
 )
