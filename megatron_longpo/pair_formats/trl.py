@@ -122,4 +122,4 @@ def _is_void(value: Any) -> bool:
     """Null, or holding nothing else: what Arrow fills in where a row lacks a field that others have."""
     if isinstance(value, Mapping):
         return all(map(_is_void, value.values()))
-    return value is None or (isinstance(value, list) and all(map(_is_void, value)))
+    return value in (None, "") or (isinstance(value, list) and all(map(_is_void, value)))
