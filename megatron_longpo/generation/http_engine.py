@@ -12,12 +12,9 @@ there when it is started again; with ``--skip-failed-documents`` it drops the do
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import io
 import os
 import random
-import re
-import time
 from typing import Any
 
 import aiohttp
@@ -26,18 +23,13 @@ from datatrove.pipeline.inference.types import ServerError
 from loguru import logger
 
 from megatron_longpo.generation.refusals import refusal
+from megatron_longpo.generation.server_errors import API_KEY, AskAgain, advice, error_text, is_too_long, retry_after_s
 from megatron_longpo.generation.settings import GenerationSettings
-
-API_KEY = "OPENAI_API_KEY"
-"""The environment variable with the key; no flag takes it, and nothing that is written or printed has it."""
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
-_LONGEST_RETRY_AFTER_S = 600.0
 _CONNECT_TIMEOUT_S = 30.0
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-_TOO_LONG = re.compile(r"context[ _-]?(?:length|window)|maximum (?:model|context|input)|too (?:long|many tokens)", re.I)
-_SHOWN_CHARS = 300
 
 
 class HttpEngine:
@@ -109,7 +101,7 @@ class HttpEngine:
             problem, retry_after_s = "", 0.0
             try:
                 return await self._once(method, url, body)
-            except _AskAgain as error:
+            except AskAgain as error:
                 problem, retry_after_s = str(error), error.after_s
             except TimeoutError:
                 problem = f"no reply within {self._settings.request_timeout_s:g} s (--request-timeout-s)"
@@ -138,57 +130,19 @@ class HttpEngine:
                 try:
                     reply = orjson.loads(content)
                 except orjson.JSONDecodeError as error:
-                    raise _AskAgain(f"the reply is not JSON ({error})") from error
+                    raise AskAgain(f"the reply is not JSON ({error})") from error
                 if not isinstance(reply, dict):
                     raise ServerError(f"{url}: the reply is not a JSON object; is it an OpenAI-compatible server?")
                 return reply
-            message = self._hidden(_error_text(content))
+            message = self._hidden(error_text(content))
             if response.status in _TRY_AGAIN:
-                raise _AskAgain(f"HTTP {response.status}: {message}", _retry_after_s(response.headers))
-            if response.status in (400, 413, 422) and body is not None and _TOO_LONG.search(message):
+                raise AskAgain(f"HTTP {response.status}: {message}", retry_after_s(response.headers))
+            if response.status in (400, 413, 422) and body is not None and is_too_long(content):
                 raise refusal("context_length", message)
             if response.status == 404 and body is None:
                 return {}  # a server without a list of models
-            raise ServerError(f"{url}: HTTP {response.status}: {message}{_advice(response.status)}")
+            raise ServerError(f"{url}: HTTP {response.status}: {message}{advice(response.status)}")
 
     def _hidden(self, text: str) -> str:
         """Without the key, which some servers repeat."""
         return text.replace(self._key, "…") if self._key else text
-
-
-class _AskAgain(Exception):
-    def __init__(self, message: str, after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.after_s = after_s
-
-
-def _retry_after_s(headers: Any) -> float:
-    """The pause that a server asks for, in seconds: given as such or as a date (RFC 9110, 10.2.3)."""
-    value = headers.get("Retry-After", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_S)
-
-
-def _error_text(content: bytes) -> str:
-    try:
-        reply = orjson.loads(content)
-        error = reply.get("error", reply)
-        text = error.get("message") or error.get("detail") if isinstance(error, dict) else error
-    except (orjson.JSONDecodeError, AttributeError):
-        text = None
-    text = str(text) if text else content.decode("utf-8", "replace")
-    return " ".join(text.split())[:_SHOWN_CHARS]
-
-
-def _advice(status: int) -> str:
-    if status in (401, 403):
-        return f"; set the environment variable {API_KEY}"
-    if status == 404:
-        return "; --base-url must end where /chat/completions follows, mostly in /v1, and --model be served there"
-    return ""
