@@ -36,8 +36,8 @@ class ChatTokenizer(Protocol):
     def template_hash(self) -> str:
         """SHA-256 of the chat template."""
 
-    def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, special tokens spelled out."""
+    def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False, **variables: object) -> str:
+        """The text of a conversation, special tokens spelled out; ``variables`` are for templates that ask for them."""
 
     def encode(self, text: str) -> tuple[Tokens, Offsets, Offsets]:
         """Token ids int32 ``[T]`` of a rendered text, and the characters ``[start, end)`` of each, int64 ``[T]``.

@@ -67,7 +67,7 @@ class HuggingFaceChatTokenizer:
         """SHA-256 of tokenizer.json as the tokenizers library writes it."""
         return sha256(self._backend.to_str())
 
-    def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False, **variables: object) -> str:
         """The text of a conversation by transformers' template engine, on a fixed date."""
         with template_errors():
             return str(
@@ -77,6 +77,7 @@ class HuggingFaceChatTokenizer:
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                     date_string=TEMPLATE_DATE,
+                    **variables,
                 )
             )
 

@@ -58,7 +58,7 @@ class SentencePieceChatTokenizer:
         """SHA-256 of the ``.model`` file's content."""
         return sha256(self._model.serialized_model_proto())
 
-    def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False) -> str:
+    def render(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = False, **variables: object) -> str:
         """The text of a conversation by Jinja alone, on a fixed date."""
         with template_errors():
             return str(
@@ -69,6 +69,7 @@ class SentencePieceChatTokenizer:
                     tools=None,  # transformers gives them too, and templates ask whether they are none
                     documents=None,
                     **self._variables,
+                    **variables,
                 )
             )
 

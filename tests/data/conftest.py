@@ -36,6 +36,13 @@ FORGETFUL_TEMPLATE = (
 )
 """Qwen3's manner: an earlier answer is rendered without its thoughts once another turn follows."""
 
+THINKING_TEMPLATE = FORGETFUL_TEMPLATE.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n{% endif %}"
+    "{% endif %}",
+)
+"""With Qwen3's switch: without thinking, the prompt of an answer ends in an empty thought."""
+
 
 @pytest.fixture(scope="session")
 def text() -> str:

@@ -15,7 +15,7 @@ from megatron_longpo.data.document import CHOSEN, REJECTED, TokenizedDocument, T
 from megatron_longpo.data.tokenize import DocumentTokenizer, PromptTemplate, tokenized_pair
 from megatron_longpo.data.tokenizer import load_tokenizer
 from megatron_longpo.pairs import Message, PreferenceDocument, TokenizedPair, TokenSequence, Turn
-from tests.data.conftest import CHATML_TEMPLATE, FORGETFUL_TEMPLATE
+from tests.data.conftest import CHATML_TEMPLATE, FORGETFUL_TEMPLATE, THINKING_TEMPLATE
 
 LOOSE_TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'user' %}Question: {{ message.content }}\n"
@@ -225,6 +225,18 @@ def test_a_template_that_rewrites_earlier_turns_needs_independent_ones(huggingfa
     tokenized = DocumentTokenizer(tokenizer, turns="independent")(example(2))
     assert tokenizer.decode(tokenized.independent[1][CHOSEN].response(1)).startswith("<think>\n\n</think>\nPart 1")
     assert DocumentTokenizer(tokenizer)(example(1)).joint is not None
+
+
+def test_where_an_empty_thought_goes(huggingface_folder: Path) -> None:
+    """To the response, as the template renders it; to the prompt, where the template is told not to think."""
+    for switch, in_response in (("", True), ("{%- set enable_thinking = false %}\n", False)):
+        tokenizer = load_tokenizer(huggingface_folder, chat_template=switch + THINKING_TEMPLATE)
+        tokenized = DocumentTokenizer(tokenizer)(example(1))
+        assert tokenized.joint is not None
+        prompt = tokenizer.decode(tokenized.document_tokens)
+        response = tokenizer.decode(tokenized.joint[CHOSEN].response(0))
+        assert response.startswith("<think>\n\n</think>\nPart 0") == in_response
+        assert ("<think>" in prompt) != in_response and prompt.endswith("</think>\n") != in_response
 
 
 @pytest.mark.parametrize(
