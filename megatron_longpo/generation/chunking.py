@@ -139,4 +139,5 @@ def _trimmed(text: str, starts: NDArray[np.int64], first: int, stop: int) -> Chu
     leading = re.match(r"(?:[ \t]*\n)*", piece)
     start += leading.end() if leading else 0
     end = start + len(text[start:end].rstrip())
-    return Chunk(start, end, stop - first) if start < end else None
+    num_tokens = int(np.searchsorted(starts, end) - np.searchsorted(starts, start))
+    return Chunk(start, end, num_tokens) if start < end else None
