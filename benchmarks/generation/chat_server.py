@@ -28,6 +28,7 @@ from megatron_longpo.help_format import HelpFormatter, number_at_least_0
 MODEL = "words"
 
 _HANG_S = 30.0
+_HALVES = ("abort", "cancelled", "content_filter")
 _WORDS = re.compile(r"[A-Za-z]{3,}")
 
 
@@ -40,9 +41,12 @@ class ChatServer:
         latency_s: Time that every answer takes.
         faults: Given to the requests in turn, each prompt's first request only, so that asking again helps: ``429``
             and other statuses; ``cut``, a connection cut within the body; ``garbage``, a body that is not JSON;
-            ``hang``, no reply; ``refuse``, a connection closed at once.
+            ``hang``, no reply; ``refuse``, a connection closed at once; ``abort`` and other ``finish_reason``s, half of
+            the answer.
         fault_every: One request in so many gets a fault.
         context_chars: Longer prompts get the error of a too long context.
+        cut_chars: Longer prompts are cut to this, without an error.
+        not_known: Fields that requests must not have, and the message of the error that they get.
         retry_after_s: Sent with 429.
         key: Requests without this key get 401.
         down_after: After so many answers every connection is closed at once, until it is None again.
@@ -53,13 +57,17 @@ class ChatServer:
     faults: tuple[str, ...] = ()
     fault_every: int = 3
     context_chars: int | None = None
+    cut_chars: int | None = None
+    not_known: dict[str, str] = field(default_factory=dict)
     retry_after_s: float | None = None
     key: str | None = None
     down_after: int | None = None
     seen: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
     prompts: list[str] = field(default_factory=list)
+    payloads: list[dict[str, Any]] = field(default_factory=list)
     retries_after: list[float] = field(default_factory=list)
+    num_refused: int = 0
     in_flight: int = 0
     most_in_flight: int = 0
     keep_prompts: bool = False
@@ -87,6 +95,10 @@ class ChatServer:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         payload = json.loads(await request.read())
+        for name in self.not_known:
+            if name in payload:
+                self.num_refused += 1
+                return web.json_response({"error": {"message": self.not_known[name]}}, status=400)
         prompt = payload["messages"][-1]["content"]
         # A pool of the same chunk is asked for again with another seed.
         digest = hashlib.sha256(f"{prompt}{payload.get('seed')}".encode()).hexdigest()
@@ -96,6 +108,7 @@ class ChatServer:
         self.seen[digest] += 1
         if self.keep_prompts and self.seen[digest] == 1:
             self.prompts.append(prompt)
+            self.payloads.append(payload)
         if self.key is not None and request.headers.get("Authorization") != f"Bearer {self.key}":
             message = f"invalid key {request.headers.get('Authorization')}"
             return web.json_response({"error": {"message": message}}, status=401)
@@ -108,7 +121,10 @@ class ChatServer:
         else:
             self.retries_after.append(now - self._first_seen[digest])
         if self.faults and number % self.fault_every == 0 and self.seen[digest] == 1:
-            return await self._fail(request, self.faults[number // self.fault_every % len(self.faults)])
+            fault = self.faults[number // self.fault_every % len(self.faults)]
+            if fault in _HALVES:
+                return web.json_response(_half(_reply(prompt, digest), fault))
+            return await self._fail(request, fault)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         self.first_s = self.first_s or now
@@ -117,7 +133,7 @@ class ChatServer:
         self.answered[digest] += 1
         self.last_s = asyncio.get_running_loop().time()
         self.busy_s += self.last_s - now
-        return web.json_response(_reply(prompt, digest))
+        return web.json_response(_reply(prompt[: self.cut_chars], digest))
 
     async def _fail(self, request: web.Request, fault: str) -> web.StreamResponse:
         if fault.isdigit():
@@ -149,9 +165,18 @@ def _reply(prompt: str, digest: str) -> dict[str, Any]:
             f"The text speaks of {chosen[0]} and of {chosen[1]}. It says that the {chosen[2]} comes before any "
             f"{chosen[3]}, while {chosen[4]} is left to the {chosen[5]} of the reader, as the {chosen[6]} shows."
         )
-    usage = {"prompt_tokens": len(prompt) // 4, "completion_tokens": len(text) // 4}
+    # A tokenizer of characters: no other one counts more.
+    usage = {"prompt_tokens": len(prompt), "completion_tokens": len(text)}
     message = {"role": "assistant", "content": text}
     return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
+
+
+def _half(reply: dict[str, Any], reason: str) -> dict[str, Any]:
+    """The reply of a server that ended early."""
+    choice = reply["choices"][0]
+    choice["message"]["content"] = choice["message"]["content"][: len(choice["message"]["content"]) // 2]
+    choice["finish_reason"] = reason
+    return reply
 
 
 @contextmanager

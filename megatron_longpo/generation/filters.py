@@ -51,6 +51,8 @@ class AnswerFilter:
             references: Texts whose language it should have.
         """
         text = answer.text.strip()
+        if answer.broken_off:
+            return answer.broken_off
         if not text:
             return "empty"
         checks = {

@@ -2,6 +2,7 @@
 
     server down, connection cut, answer cut short, timeout, 408, 409, 429, 5xx   asked again, after a growing pause
     prompt longer than the server's context                                      the document is dropped, and counted
+    a field of ours that only some servers know                                  asked again without it
     401, 403, 404, every other 4xx                                               the run stops: a flag is wrong
 
 A pause grows from half a second to a minute, is spread at random so that requests do not come back in step, and is at
@@ -15,6 +16,8 @@ import asyncio
 import io
 import os
 import random
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -24,12 +27,16 @@ from loguru import logger
 
 from megatron_longpo.generation.refusals import refusal
 from megatron_longpo.generation.server_errors import API_KEY, AskAgain, advice, error_text, is_too_long, retry_after_s
+from megatron_longpo.generation.server_replies import read_reply
 from megatron_longpo.generation.settings import GenerationSettings
 
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 60.0
 _CONNECT_TIMEOUT_S = 30.0
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+_NOT_KNOWN_BY_ALL = {"repetition_penalty": "repetition_penalty", "chat_template_kwargs": "chat_template"}
+"""Fields of a request that are not OpenAI's, and the word by which a server that refuses one names it: vLLM refuses
+``chat_template_kwargs`` as "chat_template" for Mistral's own tokenizers, whose models never think."""
 
 
 class HttpEngine:
@@ -41,6 +48,7 @@ class HttpEngine:
         self._urls = [url.rstrip("/") for url in (settings.base_url, settings.long_base_url or settings.base_url)]
         self._key = os.environ.get(API_KEY)
         self._session: aiohttp.ClientSession | None = None
+        self._unknown: dict[str, set[str]] = {}  # by address: fields that the server has refused
 
     async def __aenter__(self) -> HttpEngine:
         headers = {"Content-Type": "application/json"}
@@ -73,52 +81,61 @@ class HttpEngine:
         """
         payload = dict(payload)
         url = f"{self._urls[payload.pop('whole_document', False)]}/chat/completions"
-        reply = await self._persistently("POST", url, orjson.dumps(payload))
-        match reply:
-            case {"choices": [{"message": dict() as message} as choice, *_]}:
-                text, usage = message.get("content"), reply.get("usage")
-            case _:
-                raise ServerError(f"{url}: the reply has no choices[0].message; is it an OpenAI-compatible server?")
-        if not isinstance(text, str | None):
-            raise ServerError(f"{url}: choices[0].message.content of the reply is no text, but {str(text)[:100]}")
-        # datatrove wants every field that servers may leave out or fill with null.
-        usage = usage if isinstance(usage, dict) else {}
-        return {
-            "choices": [{"message": {"content": text}, "finish_reason": choice.get("finish_reason")}],
-            "usage": {name: count for name, count in usage.items() if isinstance(count, int)},
-        }
+        text_tokens = payload.pop("text_tokens", 0)
+        prompt = payload["messages"][-1]["content"]
+        unknown = self._unknown.setdefault(url, set())
+        while True:
+            sent = {name: value for name, value in payload.items() if name not in unknown}
+            ask = partial(self._ask, url, orjson.dumps(sent), prompt, text_tokens)
+            try:
+                return await self._persistently(url, ask, is_chat=True)
+            except _Refused as error:
+                said = str(error.error)
+                refused = {name for name, word in _NOT_KNOWN_BY_ALL.items() if name in sent and word in said}
+                if not refused:
+                    raise
+                if refused - unknown:
+                    logger.warning(f"{said}; going on without {', '.join(sorted(refused))} in requests")
+                unknown |= refused
 
     async def _require_model(self, url: str) -> None:
         """Fail early where the server is not there or does not serve the model."""
-        reply = await self._persistently("GET", f"{url}/models", None)
+        ask = partial(self._once, "GET", f"{url}/models", None)
+        reply = await self._persistently(f"{url}/models", ask, is_chat=False)
         models = reply["data"] if isinstance(reply.get("data"), list) else []
         names = [str(model.get("id")) for model in models if isinstance(model, dict)]
         if names and self._settings.model not in names:
             raise ServerError(f"{url} does not serve --model {self._settings.model}; it serves {', '.join(names)}")
 
-    async def _persistently(self, method: str, url: str, body: bytes | None) -> dict[str, Any]:
+    async def _persistently(
+        self, url: str, ask: Callable[[], Awaitable[dict[str, Any]]], *, is_chat: bool
+    ) -> dict[str, Any]:
+        """What ``ask`` gives, which is called again, after a pause, as long as there is hope."""
         for attempt in range(self._settings.max_retries + 1):
-            problem, retry_after_s = "", 0.0
+            problem, at_least_s = "", 0.0
             try:
-                return await self._once(method, url, body)
+                return await ask()
             except AskAgain as error:
-                problem, retry_after_s = str(error), error.after_s
+                problem, at_least_s = str(error), error.after_s
             except TimeoutError:
                 problem = f"no reply within {self._settings.request_timeout_s:g} s (--request-timeout-s)"
             except (aiohttp.ClientError, OSError) as error:
                 problem = self._hidden(f"{type(error).__name__}: {error}")
             if attempt < self._settings.max_retries:
                 spread = random.uniform(0.5, 1.5)  # when a request is sent again changes no answer
-                pause_s = max(min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S) * spread, retry_after_s)
+                pause_s = max(min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S) * spread, at_least_s)
                 logger.warning(f"{url}: {problem}; asking again in {pause_s:.1f} s")
                 await asyncio.sleep(pause_s)
         tries = f"{url}: {problem}, also after asking {self._settings.max_retries + 1} times"
-        if self._settings.skip_failed_documents and body is not None:
+        if self._settings.skip_failed_documents and is_chat:
             raise refusal("request_failed", tries)
         raise ServerError(
             f"{tries}; what has been answered is kept: start the same command again when the server is back"
-            + (", or with --skip-failed-documents" if body is not None else "")
+            + (", or with --skip-failed-documents" if is_chat else "")
         )
+
+    async def _ask(self, url: str, body: bytes, prompt: str, text_tokens: int) -> dict[str, Any]:
+        return read_reply(await self._once("POST", url, body), url, prompt, text_tokens)
 
     async def _once(self, method: str, url: str, body: bytes | None) -> dict[str, Any]:
         assert self._session is not None
@@ -141,8 +158,13 @@ class HttpEngine:
                 raise refusal("context_length", message)
             if response.status == 404 and body is None:
                 return {}  # a server without a list of models
-            raise ServerError(f"{url}: HTTP {response.status}: {message}{advice(response.status)}")
+            problem = f"{url}: HTTP {response.status}: {message}{advice(response.status)}"
+            raise _Refused(problem) if response.status in (400, 422) else ServerError(problem)
 
     def _hidden(self, text: str) -> str:
         """Without the key, which some servers repeat."""
         return text.replace(self._key, "…") if self._key else text
+
+
+class _Refused(ServerError):
+    """The server does not take this request, perhaps because of a field in it."""

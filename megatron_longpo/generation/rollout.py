@@ -145,7 +145,7 @@ class Rollout:
             missing = [turn for turn in turns if turn.number not in pools]
             replies = await ask([self._pool_request(plan.id, turn, attempt) for turn in missing])
             for turn, reply in zip(missing, replies, strict=True):
-                if pool := parse_pool(reply.text):
+                if not reply.broken_off and (pool := parse_pool(reply.text)):
                     pools[turn.number] = pool
         taken: list[str] = []
         drawn = []
@@ -172,11 +172,16 @@ class Rollout:
             settings.top_p,
             # Servers take a seed of 31 bits.
             draw(settings.seed, document_id, "pool", turn.number, attempt) % 2**31,
+            text_tokens=turn.chunk.num_tokens,
         )
 
     async def _chosen(self, turns: list[_Turn], ask: Ask, outcome: Outcome) -> list[_Turn]:
         limit = self._settings.max_answer_tokens
-        answers = await ask([Request(self._message.fill(t.chunk_text, t.instruction), limit) for t in turns])
+        requests = [
+            Request(self._message.fill(t.chunk_text, t.instruction), limit, text_tokens=t.chunk.num_tokens)
+            for t in turns
+        ]
+        answers = await ask(requests)
         kept = []
         for turn, answer in zip(turns, answers, strict=True):
             if problem := self._filter.problem(answer, turn.chunk_text, turn.instruction):
@@ -188,7 +193,12 @@ class Rollout:
 
     async def _rejected(self, plan: DocumentPlan, turns: list[_Turn], ask: Ask, outcome: Outcome) -> None:
         limit = self._settings.max_answer_tokens
-        requests = [Request(self._message.fill(plan.text, t.instruction), limit, whole_document=True) for t in turns]
+        requests = [
+            Request(
+                self._message.fill(plan.text, t.instruction), limit, whole_document=True, text_tokens=plan.num_tokens
+            )
+            for t in turns
+        ]
         for turn, answer in zip(turns, await ask(requests), strict=True):
             assert turn.chosen is not None
             if problem := self._filter.problem(answer, turn.chunk_text, turn.instruction):

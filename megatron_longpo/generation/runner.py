@@ -216,6 +216,12 @@ def _chat_payload(request: Request) -> dict[str, Any]:
         "messages": [{"role": "user", "content": request.prompt}],
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
+        # Servers take what a request leaves out from the model's generation_config.json. A penalty there, 1.05 for
+        # Qwen2.5, counts the prompt's tokens too: it would keep an answer from the words of its document.
+        "repetition_penalty": 1.0,
+        # For Qwen3's chat template and others like it: a thought is no part of an answer.
+        "chat_template_kwargs": {"enable_thinking": False},
+        "text_tokens": request.text_tokens,
     }
     if request.temperature > 0:
         payload |= {"top_p": request.top_p, "seed": request.seed}
@@ -231,4 +237,5 @@ def _answer(result: InferenceResult) -> Answer:
         result.finish_reason == "length",
         int(usage.get("prompt_tokens") or 0),
         int(usage.get("completion_tokens") or 0),
+        "" if result.finish_reason in ("stop", "length") else result.finish_reason,
     )

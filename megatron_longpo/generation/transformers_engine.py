@@ -13,11 +13,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from datatrove.pipeline.inference.types import ServerError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_longpo.data.encoding import SharedPrefixEncoder
-from megatron_longpo.generation.engine import Answer, Request
+from megatron_longpo.generation.engine import Answer, Request, holds_thoughts
 from megatron_longpo.generation.model_files import model_folder, run_tokenizer
 from megatron_longpo.generation.refusals import refusal
 from megatron_longpo.generation.settings import GenerationSettings
@@ -46,9 +47,16 @@ class TransformersEngine:
 
         Raises:
             InferenceError: A prompt is longer than the model's positions.
+            ServerError: The model writes down its thoughts.
         """
         requests = [Request(**request) for request in payload["requests"]]
         answers = await asyncio.to_thread(self.answer, requests)
+        if any(holds_thoughts(answer.text, request.prompt) for answer, request in zip(answers, requests, strict=True)):
+            raise ServerError(
+                f"--model {self._settings.model} writes down its thoughts, which are no part of a pair, though its "
+                "chat template was told enable_thinking false: give --chat-template FILE with one that ends in an "
+                "empty thought, or another model"
+            )
         usage = {
             "answers": [asdict(answer) for answer in answers],
             "prompt_tokens": sum(answer.num_prompt_tokens for answer in answers),
@@ -100,7 +108,10 @@ class TransformersEngine:
         self._rotary = {False: _rotary(self._model), True: _rotary(self._model, settings.long_rotary_base)}
 
     def _encode(self, prompt: str) -> list[int]:
-        text = self._tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        # The switch of Qwen3's template and others like it; servers get it in every request.
+        text = self._tokenizer.render(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, enable_thinking=False
+        )
         return [int(token) for token in self._encoder.encode(text)[0]]
 
     def _require_positions(self, prompts: Sequence[Sequence[int]], requests: Sequence[Request]) -> None:

@@ -106,7 +106,7 @@ def test_another_seed_makes_other_pairs(clean: Clean, settings: Settings) -> Non
 
 def test_every_fault_is_survived(clean: Clean, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_engine, "_FIRST_PAUSE_S", 0.02)
-    faults = ("429", "500", "503", "cut", "garbage", "refuse", "hang")
+    faults = ("429", "500", "503", "cut", "garbage", "refuse", "hang", "abort", "cancelled")
     server = ChatServer(latency_s=0.001, faults=faults, fault_every=4)
     with running(server) as url:
         found = run(settings(base_url=url, request_timeout_s=1.0))

@@ -13,7 +13,7 @@ TOO_LONG = {
     "OpenAI": {"error": {"message": "Your input is over the limit.", "type": "x", "code": "context_length_exceeded"}},
     "SGLang": {
         "object": "error",
-        "message": "Input length (160062 tokens) exceeds the maximum allowed length (59862 tokens). Use a shorter input",
+        "message": "Input length (160062 tokens) exceeds the maximum allowed length (59862 tokens). Use a",
         "code": 400,
     },
     "TensorRT-LLM": {
@@ -23,7 +23,7 @@ TOO_LONG = {
     "TensorRT-LLM, with the answer": {
         "message": "The sum of prompt length (9000.0), max_tokens (2048) should not exceed max_seq_len (10000)"
     },
-    "llama.cpp": {"error": {"code": 400, "message": "request (16500 tokens) exceeds the available context size (4096)"}},
+    "llama.cpp": {"error": {"code": 400, "message": "request (16500 tokens) exceeds the available context size"}},
     "llama.cpp, by its type": {"error": {"code": 400, "message": "no room", "type": "exceed_context_size_error"}},
     "TGI": {"error": "Input validation error: `inputs` must have less than 4095 tokens. Given: 16500"},
     "TGI, with the answer": {

@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from megatron_longpo.data.tokenizer import load_tokenizer
-from megatron_longpo.generation.engine import Answer, Request
+from megatron_longpo.generation.engine import Answer, EngineError, Request
 from megatron_longpo.generation.output import PAIRS, prepare_output, write_results
 from megatron_longpo.generation.runner import run_task
 from megatron_longpo.generation.settings import GenerationSettings
@@ -91,6 +91,24 @@ def test_a_template_for_tokenizers_that_have_none(
         tokenizer = load_tokenizer(path, chat_template=str(inst_template_file))
         text = tokenizer.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
         assert "[INST]" in text and answer.num_prompt_tokens == len(tokenizer.encode(text)[0])
+
+
+def test_templates_are_told_not_to_think_and_thoughts_stop_the_run(
+    settings: Settings, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "thinking.jinja"
+    template.write_text(
+        "{{ messages[0].content }}{% if enable_thinking is defined and enable_thinking is false %} empty{% endif %}"
+    )
+    chosen = embedded(settings, model_folder, chat_template=str(template))
+    (answer,) = asyncio.run(answers(chosen, [Request("One prompt", 8)]))
+    assert answer.num_prompt_tokens == len(load_tokenizer(model_folder).encode("One prompt empty")[0])
+    prepare_output(chosen)
+    monkeypatch.setattr(
+        TransformersEngine, "answer", lambda self, requests: [Answer("Hm.\n</think>\n\n1. Go.", False)] * len(requests)
+    )
+    with pytest.raises(EngineError, match=r"--model .* writes down its thoughts, .*: give --chat-template FILE"):
+        run_task(chosen)
 
 
 def test_going_on_with_another_template_is_refused(
