@@ -24,6 +24,7 @@ SOURCES = {
     "tools/benchmark_step.py": ["benchmarks/step/run.py"],
     "tools/convert_checkpoint.py": ["megatron_longpo/convert_checkpoint.py"],
     "tools/generate_pairs.py": ["megatron_longpo/generation/flags.py"],
+    "tools/lengthen_model.py": ["megatron_longpo/generation/long_model.py"],
     "benchmarks.gpu": ["benchmarks/gpu/__main__.py"],
     "benchmarks.memory": ["benchmarks/memory.py"],
 }

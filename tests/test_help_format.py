@@ -20,6 +20,7 @@ PROGRAMS = [
     "tools.generate_pairs",
     "tools.import_pairs",
     "tools.inspect_pairs",
+    "tools.lengthen_model",
     "tools.plan_run",
     "tools.plot_metrics",
     "tools.preprocess_pairs",
