@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import MistralConfig
 
 from megatron_longpo.pairs import read_pairs
 from tests.data.conftest import huggingface_folder, text  # noqa: F401
@@ -19,11 +22,40 @@ from tests.tiny import MODEL_FLAGS, write_tiny_dataset
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = REPOSITORY / "examples" / "slurm"
+SCRIPT = "examples/slurm/generate_pairs.sbatch"
 
-VLLM = """#!/bin/sh
-echo "$@" >> "$CALLS"
-while [ "$1" != --port ]; do shift; done
-exec {python} -m benchmarks.generation.chat_server --latency-ms 20 --model model --port "$2"
+VLLM_FLAGS = {
+    "--served-model-name",
+    "--host",
+    "--port",
+    "--tensor-parallel-size",
+    "--gpu-memory-utilization",
+    "--max-model-len",
+    "--generation-config",
+    "--chat-template",
+    "--enable-prefix-caching",
+}
+"""Those that we use, of ``vllm serve`` as it is: others, such as ``--disable-log-requests``, are gone."""
+
+VLLM = """#!{python}
+import argparse, json, os, sys, urllib.request
+
+parser = argparse.ArgumentParser(allow_abbrev=False)
+parser.add_argument("command", choices=["serve"])
+parser.add_argument("model")
+for flag in {flags}:
+    parser.add_argument(flag, **({{"action": "store_true"}} if flag == "--enable-prefix-caching" else {{}}))
+call = vars(parser.parse_args())
+call["config"] = json.load(open(call["model"] + "/config.json"))
+try:
+    urllib.request.urlopen(f"http://127.0.0.1:{{int(call['port']) - 1}}/v1/models")
+    call["is_second"] = True
+except OSError:
+    call["is_second"] = False
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps(call), file=calls)
+words = ["--latency-ms", "20", "--model", call["served_model_name"], "--port", call["port"]]
+os.execv(sys.executable, [sys.executable, "-m", "benchmarks.generation.chat_server", *words])
 """
 
 SRUN = """#!/bin/sh
@@ -37,19 +69,23 @@ exec "$@"
 def test_two_elements_of_the_array_make_the_pairs(corpus: Path, huggingface_folder: Path, tmp_path: Path) -> None:  # noqa: F811
     vllm = tmp_path / "bin" / "vllm"
     vllm.parent.mkdir()
-    vllm.write_text(VLLM.format(python=sys.executable))
+    vllm.write_text(VLLM.format(python=sys.executable, flags=sorted(VLLM_FLAGS)))
     vllm.chmod(0o755)
+    model = tmp_path / "model"
+    shutil.copytree(huggingface_folder, model)
+    MistralConfig(max_position_embeddings=4096).save_pretrained(model)
     flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in LENGTHS.items())
     environment = os.environ | {
         "PATH": f"{vllm.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPOSITORY),
         "CALLS": str(tmp_path / "calls"),
-        "MODEL": str(huggingface_folder),
+        "MODEL": str(model),
         "DOCUMENTS": str(corpus),
         "OUTPUT": str(tmp_path / "pairs"),
         "LONG_ROPE_BASE": "1e7",
         "FLAGS": f"{flags} --no-progress",
         "SLURM_ARRAY_TASK_COUNT": "2",
+        "TMPDIR": str(tmp_path / "scratch"),
     }
 
     def start(element: int) -> subprocess.Popen[str]:
@@ -58,6 +94,7 @@ def test_two_elements_of_the_array_make_the_pairs(corpus: Path, huggingface_fold
             [SCRIPTS / "generate_pairs.sbatch"], cwd=REPOSITORY, env=values, stdout=subprocess.PIPE, text=True
         )
 
+    (tmp_path / "scratch").mkdir()
     # Slurm's warning before the time is up: the work so far is kept.
     stopped = start(0)
     while not (tmp_path / "pairs" / "state" / "00000" / "replay.sqlite3").exists():
@@ -69,8 +106,24 @@ def test_two_elements_of_the_array_make_the_pairs(corpus: Path, huggingface_fold
     assert "task 0 of 2 is finished; the last one to finish writes pairs.jsonl" in outputs[0]
     assert "documents with pairs" in outputs[1]
     assert len(list(read_pairs(tmp_path / "pairs" / "pairs.jsonl"))) == NUM_DOCUMENTS
-    calls = (tmp_path / "calls").read_text()
-    assert '"rope_theta": 1e7' in calls and "--enable-prefix-caching" in calls
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len(calls) == 6 and all(call["enable_prefix_caching"] for call in calls)
+    for short, long in zip(calls[::2], calls[1::2], strict=True):
+        # Of one GPU: the second server starts when the first one answers, and only whole documents get their room.
+        assert (short["is_second"], short["max_model_len"]) == (False, "36864")
+        assert (long["is_second"], long["max_model_len"]) == (True, str(131072 + 4096))
+        bases = [MistralConfig(**call["config"]).rope_parameters["rope_theta"] for call in (short, long)]
+        assert bases == [MistralConfig().rope_parameters["rope_theta"], 1e7]
+        assert [call["config"]["max_position_embeddings"] for call in (short, long)] == [36864, 131072 + 4096]
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("file", ["docs/generation.md", "megatron_longpo/generation/flags.py", SCRIPT], ids=str)
+def test_commands_give_vllm_only_flags_that_it_has(file: str) -> None:
+    content = (REPOSITORY / file).read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+    commands = re.findall(r"^ *vllm serve .*", content, re.MULTILINE)
+    given = {flag for command in commands for flag in re.findall(r"(?<=\s)--[a-z-]+", command)}
+    assert {"--enable-prefix-caching", "--max-model-len", "--generation-config"} <= given <= VLLM_FLAGS
 
 
 @pytest.mark.slow
