@@ -15,9 +15,10 @@ the model in this process, on a GPU or a CPU:
       --engine transformers --model DIR
 
 a server, with room for whole documents:
-  vllm serve DIR --served-model-name NAME --enable-prefix-caching \\
-      --max-model-len 135168 \\
-      --hf-overrides '{"max_position_embeddings": 135168}'
+  python tools/lengthen_model.py --hf-model DIR --save LONG_DIR \\
+      --max-position-embeddings 135168
+  vllm serve LONG_DIR --served-model-name NAME --max-model-len 135168 \\
+      --enable-prefix-caching --generation-config vllm
   python tools/generate_pairs.py --documents 'corpus/*.jsonl' --output pairs/ \\
       --engine openai --base-url http://127.0.0.1:8000/v1 \\
       --model NAME --tokenizer-model DIR

@@ -222,8 +222,9 @@ def refuse_without_effect(engine: str, given: Mapping[str, Any]) -> None:
             hint += ". The server renders it: give it there (vllm serve … --chat-template FILE)"
         if "long_rotary_base" in wrong:
             hint += (
-                ". A server has one RoPE base for all requests: start a second one with the other base (vllm serve … "
-                "--hf-overrides '{\"rope_theta\": 1e7}') and give its address as --long-base-url"
+                ". A server has one RoPE base for all requests: make the model a second folder with the other base "
+                f"(python tools/lengthen_model.py … --rotary-base {given['long_rotary_base']:g}), serve that too, and "
+                "give its address as --long-base-url"
             )
         raise ValueError(
             f"{', '.join(flags)} {'has' if len(flags) == 1 else 'have'} no effect with --engine {engine}, "

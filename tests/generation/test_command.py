@@ -27,7 +27,11 @@ EMBEDDED = ["--engine", "transformers", "--model", "m"]
             [*OPENAI, "--base-url", "http://me:secret@host/v1"],
             "--base-url carries a user name, password or query: give",
         ),
-        ([*OPENAI, "--long-rotary-base", "1e7"], "--long-base-url"),
+        (
+            [*OPENAI, "--long-rotary-base", "1e7"],
+            "(python tools/lengthen_model.py … --rotary-base 1e+07), serve that too, and give its address as "
+            "--long-base-url",
+        ),
         (
             [*OPENAI, "--batch-size", "4", "--dtype", "bf16"],
             "--dtype bf16, --batch-size 4 have no effect with --engine openai, only with --engine transformers: leave",
