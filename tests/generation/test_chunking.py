@@ -39,8 +39,7 @@ def test_chunks_lie_apart_within_their_limits(text: str, low: int, more: int, mo
         assert 0 <= chunk.start < chunk.end <= len(text)
         assert low <= chunk.num_tokens <= low + more
         assert chunk.num_tokens < len(starts)
-        inside = int(((starts >= chunk.start) & (starts < chunk.end)).sum())
-        assert abs(inside - chunk.num_tokens) <= 1  # a blank token at the edge may be trimmed
+        assert chunk.num_tokens == int(((starts >= chunk.start) & (starts < chunk.end)).sum())
         assert text[chunk.start : chunk.end] == text[chunk.start : chunk.end].rstrip()
     assert found == chunks(text, low, low + more, most, seed)
 
@@ -52,6 +51,13 @@ def test_all_tiles_cover_the_document() -> None:
     assert sum(chunk.num_tokens for chunk in found) > 1000 - 50
     for one, other in pairwise(found):
         assert text[one.end : other.start].strip() == ""
+
+
+def test_blank_lines_around_a_chunk_are_not_counted() -> None:
+    text = ("x" * 40 + "\n" * 30) * 20
+    found = draw_chunks(text, np.arange(len(text)), "a", min_tokens=60, max_tokens=80, max_chunks=100, seed=0)
+    assert len(found) > 15
+    assert all(chunk.num_tokens == chunk.end - chunk.start for chunk in found)
 
 
 def test_the_draw_depends_on_seed_and_id() -> None:

@@ -20,7 +20,7 @@ CHUNKS = (Chunk(34, 82, 12), Chunk(0, 33, 8), Chunk(83, 108, 6))
 PLAN = DocumentPlan(5, "doc", TEXT, 26, CHUNKS)
 POOL = "1. Explain why the king left town.\n2. Describe what the river did to the bridge."
 
-Say = Callable[[Request], str]
+Say = Callable[[Request], str | Answer]
 
 
 def roll_out(settings: Settings, say: Say, plan: DocumentPlan = PLAN, **changes: object) -> tuple[Outcome, list]:
@@ -29,7 +29,8 @@ def roll_out(settings: Settings, say: Say, plan: DocumentPlan = PLAN, **changes:
 
     async def ask(requests: Sequence[Request]) -> list[Answer]:
         calls.append(requests)
-        return [Answer(say(request), False, 10, 3) for request in requests]
+        said = [say(request) for request in requests]
+        return [text if isinstance(text, Answer) else Answer(text, False, 10, 3) for text in said]
 
     outcome = asyncio.run(Rollout(chosen, prompt_writer(chosen))(plan, ask))
     assert Outcome.from_dict(json.loads(json.dumps(outcome.to_dict()))) == outcome
@@ -76,6 +77,25 @@ def test_a_pool_that_cannot_be_read_is_asked_for_again_then_counted(settings: Se
     assert len({call[0].seed for call in calls[:3]}) == 3, "another seed, or the same reply would come again"
     assert outcome.dropped_turns == Counter(no_instruction=1)
     assert len(outcome.turns) == 2
+
+
+def test_half_a_pool_is_asked_for_again(settings: Settings) -> None:
+    def filtered(request: Request) -> str | Answer:
+        text = plainly(request)
+        return Answer(text, False, broken_off="content_filter") if request.seed in first else text
+
+    _, (pools, *_) = roll_out(settings, plainly)
+    first = {pools[0].seed}
+    outcome, calls = roll_out(settings, filtered)
+    assert [len(call) for call in calls] == [3, 1, 3, 3]
+    assert len(outcome.turns) == 3
+
+
+def test_every_request_says_how_long_its_text_is(settings: Settings) -> None:
+    _, (pools, chosen, rejected) = roll_out(settings, plainly)
+    assert [request.text_tokens for request in pools] == [chunk.num_tokens for chunk in CHUNKS]
+    assert [request.text_tokens for request in chosen] == [chunk.num_tokens for chunk in CHUNKS]
+    assert {request.text_tokens for request in rejected} == {PLAN.num_tokens}
 
 
 def test_no_two_turns_ask_for_the_same(settings: Settings) -> None:
