@@ -54,6 +54,8 @@ def test_what_is_kept() -> None:
     for config in CONFIGS.values():
         assert long_config(SHAPE | config, 4000) == SHAPE | config, "it has room already"
     assert long_config(SHAPE | {"rope_theta": 1e6}, 8192)["rope_theta"] == 1e6
+    derived = {"rope_type": "yarn", "factor": None} | LENGTH
+    assert long_config(SHAPE | {"rope_scaling": derived}, 8192)["rope_scaling"]["factor"] == 4.0
 
 
 def test_the_rest_of_the_folder_is_linked(tmp_path: Path) -> None:
