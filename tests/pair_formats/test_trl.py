@@ -78,7 +78,7 @@ def test_what_arrow_fills_in_says_nothing() -> None:
     row = {"prompt": [user("Long?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}
     expected = trl.parse(row, HERE)
     row = {key: [message | filled for message in messages] for key, messages in row.items()}
-    for empty in ({"tools": None, "chat_template_kwargs": {"enable_thinking": None}}, {"tools": []}):
+    for empty in ({"tools": None, "chat_template_kwargs": {"enable_thinking": None}}, {"tools": []}, {"tools": ""}):
         assert trl.parse(row | empty, HERE) == expected
 
 
