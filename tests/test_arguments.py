@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -282,6 +283,7 @@ def test_the_script_prints_help_and_errors_from_one_rank(
     # Another rank waits to be ended by torchrun, and speaks only if it was not.
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setattr("os._exit", sys.exit)
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as left:
         parse_command_line(["--lrr", "1"])

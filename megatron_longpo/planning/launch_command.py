@@ -22,10 +22,10 @@ def launch_command(words: Sequence[str], num_gpus: int, gpus_per_node: int) -> s
     rendezvous = '--rdzv-backend c10d --rdzv-endpoint "$(hostname):29500"'
     # Without a word from the site, one node's processes would wait for those of another that has failed.
     srun = "srun --kill-on-bad-exit=1 --cpu-bind=none"
-    torchrun = f"{srun} torchrun --nnodes {nodes} --nproc-per-node {gpus_per_node} {rendezvous}"
+    torchrun = f"{srun} \\\n    torchrun --nnodes {nodes} --nproc-per-node {gpus_per_node} {rendezvous}"
     # Ranks that compile at once get in each other's way in a home that nodes share.
     environment.append("TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$SLURM_JOB_ID")
-    script = "\n".join([f"export {' '.join(environment)}", _wrapped(torchrun, words)])
+    script = "\n".join([*(f"export {setting}" for setting in environment), _wrapped(torchrun, words)])
     return f"sbatch {slurm} <<'END'\n#!/bin/bash\n{script}\nEND"
 
 

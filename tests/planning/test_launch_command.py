@@ -32,7 +32,7 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     start = "sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 8 --exclusive --mem 0 <<'END'\n#!/bin/bash\n"
     cache = "TRITON_CACHE_DIR=${TMPDIR:-/tmp}/triton-$SLURM_JOB_ID"
     srun = "srun --kill-on-bad-exit=1 --cpu-bind=none"
-    assert command.startswith(f"{start}export {memory} {cache}\n{srun} torchrun")
+    assert command.startswith(f"{start}export {memory}\nexport {cache}\n{srun} \\\n    torchrun")
     assert words_of(command) == words
     assert words_of(launch_command(words, 4, 8)) == words
     for num_gpus in (4, 4096):
@@ -40,7 +40,8 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
     hosted = [*words, "--optimizer-cpu-offload"]
     threads = "OMP_NUM_THREADS=$(($(nproc --all) / {}))"
     assert launch_command(hosted, 4, 8).startswith(f"{memory} {threads.format(4)} \\\ntorchrun")
-    assert f"\nexport {memory} {threads.format(8)} {cache}\nsrun" in launch_command(hosted, 16, 8)
+    exports = f"export {memory}\nexport {threads.format(8)}\nexport {cache}\nsrun"
+    assert f"\n{exports}" in launch_command(hosted, 16, 8)
     for split in (["--sequence-parallel"], ["--context-parallel-size", "2"]):
         started = launch_command([*words, *split], 4, 8)
         assert started.startswith(f"{memory} CUDA_DEVICE_MAX_CONNECTIONS=1 \\\ntorchrun")
@@ -48,11 +49,12 @@ def test_several_nodes_get_a_batch_script_with_the_same_words() -> None:
 
 
 LAUNCHERS = """
+SLURM_JOB_ID=1
 torchrun() { printf '%s\\0' "$@"; }
 srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }
 sbatch() { shift $#; source /dev/stdin; }
 """
-"""What starts programs on nodes, here as functions of the shell that print what they would start."""
+"""What starts programs on nodes, here as functions and a variable of the shell."""
 
 
 def shell_words(command: str) -> list[str]:
