@@ -59,9 +59,13 @@ os.execv(sys.executable, [sys.executable, "-m", "benchmarks.generation.chat_serv
 """
 
 SRUN = """#!/bin/sh
-echo "$@" >> "$CALLS"
-shift  # its own flag
+while [ "${1#--}" != "$1" ]; do shift; done  # its own flags
 exec "$@"
+"""
+
+TORCHRUN = """#!/bin/sh
+echo "$@" >> "$CALLS"
+exec {torchrun} "$@"
 """
 
 
@@ -128,17 +132,19 @@ def test_commands_give_vllm_only_flags_that_it_has(file: str) -> None:
 
 @pytest.mark.slow
 def test_elements_of_the_array_train_one_after_the_other(tmp_path: Path) -> None:
-    srun = tmp_path / "bin" / "srun"
-    srun.parent.mkdir()
-    srun.write_text(SRUN)
-    srun.chmod(0o755)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    environments = Path(sys.executable).parent
+    for name, script in (("srun", SRUN), ("torchrun", TORCHRUN.format(torchrun=environments / "torchrun"))):
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
     data = write_tiny_dataset(tmp_path / "tiny")
     start, run = tmp_path / "start", tmp_path / "run"
     flags = [*MODEL_FLAGS, "--use-cpu", "--seq-length=512", "--train-iters=5", "--global-batch-size=2"]
     flags += [f"--data-path={data}", f"--save={run}", f"--load={run}", f"--metrics-jsonl={run}/metrics.jsonl"]
     flags += ["--objective=sft-chosen", "--split=100,0", "--num-workers=0", "--progress-bar=off"]
     environment = os.environ | {
-        "PATH": f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{environments}:{os.environ['PATH']}",
         "PYTHONPATH": str(REPOSITORY),
         "CALLS": str(tmp_path / "calls"),
         "SLURM_GPUS_ON_NODE": "2",
