@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_longpo.arguments import parse_command_line, print_errors
 from megatron_longpo.config import ConfigError, RunConfig
-from megatron_longpo.processes import end, is_rank, leave, one_voice_on_ctrl_c
+from megatron_longpo.processes import end, is_rank, leave, one_voice_on_ctrl_c, take_ctrl_c_once
 
 if TYPE_CHECKING:  # `--help` and mistakes in flags do not wait for torch
     from megatron_longpo.data.dataset import PreferenceDataset
@@ -25,8 +25,9 @@ def run_command(job: Job, dry_run: Callable[[RunConfig], None] | None = None) ->
     A mistake of the user ends in a message without a traceback: exit code 2 for flags, 1 for everything else. Ctrl-C
     ends in one of rank 0, with exit code 130.
     """
-    config = parse_command_line()
+    take_ctrl_c_once()
     try:
+        config = parse_command_line()
         with one_voice_on_ctrl_c(_say_interrupted):
             _run(job, dry_run, config)
     except ConfigError as error:

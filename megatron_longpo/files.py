@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_longpo.processes import uninterrupted
+
 _BLOCK_BYTES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TORCH_SAVE = ("inline_container", "iostream error")
@@ -33,8 +35,9 @@ def sync_file(path: str | Path) -> None:
 def replace_file(temporary: str | Path, path: str | Path) -> None:
     """Give a finished temporary file its name; after a power cut the name points to the old or to the new file."""
     sync_file(temporary)
-    os.replace(temporary, path)
-    sync_folder(Path(path).parent)
+    with uninterrupted():
+        os.replace(temporary, path)
+        sync_folder(Path(path).parent)
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -131,10 +134,11 @@ def _problem_of_writing(path: str | Path) -> str | None:
     probe = temporary_name(path)
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.touch()
-        finally:
-            probe.unlink(missing_ok=True)
+        with uninterrupted():
+            try:
+                probe.touch()
+            finally:
+                probe.unlink(missing_ok=True)
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
@@ -84,16 +85,65 @@ def end_without_threads(code: int) -> NoReturn:
     os._exit(code)
 
 
+class FirstInterrupt:
+    """A signal handler that raises KeyboardInterrupt once, so that nothing interrupts what then cleans up.
+
+    Second signals are common: schedulers and launchers pass on what a process has received already, and people press
+    Ctrl-C twice. Where cleaning up takes longer than `_CLEAN_UP_S`, the next one ends the process. Processes that were
+    forked from the one that made the handler end without a word.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.came_s: float | None = None
+        self.said = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if os.getpid() != self.process:
+            os._exit(130)
+        if self.came_s is None:
+            self.came_s = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self.came_s > _CLEAN_UP_S:
+            end_without_threads(130)
+
+
+def take_ctrl_c_once() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt once; where it is for others, in the background, it stays theirs."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, FirstInterrupt())
+
+
 def take_sigterm_as_ctrl_c() -> None:
-    """Let the scheduler's SIGTERM clean up like Ctrl-C does."""
+    """Let the scheduler's SIGTERM clean up like Ctrl-C does, and raise KeyboardInterrupt once for both."""
+    handler = FirstInterrupt()
+    signal.signal(signal.SIGTERM, handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
 
-    def stop(number: int, frame: object) -> None:
-        # What a script starts in the background is born with Ctrl-C ignored.
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.raise_signal(signal.SIGINT)
 
-    signal.signal(signal.SIGTERM, stop)
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off to the end of the block, and SIGTERM where it is handled.
+
+    For short blocks between whose lines a result is neither the old one nor the new one.
+    """
+    held: dict[signal.Signals, Callable[..., object]] = {}
+    came: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                held[number] = handler
+    try:
+        for number in held:
+            signal.signal(number, lambda number, frame: came.append(number))
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class _InterruptedAndSaid(KeyboardInterrupt):
@@ -107,8 +157,8 @@ def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
     torchrun passes SIGINT on to all ranks. Python's KeyboardInterrupt waits until the main thread is back from a
     collective, minutes in a long step, or for ever once another rank has left. So a thread speaks at once, and ends the
     process with code 130 if KeyboardInterrupt has not within `_CLEAN_UP_S`. What else the block raises meanwhile,
-    connections that ranks which left have closed, becomes KeyboardInterrupt too. Processes that the block forks end
-    without a word. Of nested blocks the innermost speaks.
+    connections that ranks which left have closed, becomes KeyboardInterrupt too. Of nested blocks the innermost speaks,
+    and the others do not, also if Ctrl-C comes again. Signals are handled by `FirstInterrupt`.
 
     Args:
         say: Prints the message; called on rank 0, in another thread.
@@ -117,7 +167,7 @@ def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
     if outer_handler is signal.SIG_IGN:  # started in the background, where Ctrl-C is for others
         yield
         return
-    rank_process = os.getpid()
+    interrupt = outer_handler if isinstance(outer_handler, FirstInterrupt) else FirstInterrupt()
     came, spoken = threading.Event(), threading.Event()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -128,17 +178,12 @@ def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
             if number == 0:
                 return
         came.set()
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" and not interrupt.said:
+            interrupt.said = True
             say()
         spoken.set()
         time.sleep(_CLEAN_UP_S)
         end_without_threads(130)
-
-    def interrupt(number: int, frame: object) -> None:
-        if os.getpid() != rank_process:
-            os._exit(130)
-        came.set()
-        raise KeyboardInterrupt
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -147,7 +192,7 @@ def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not (came.is_set() or isinstance(error, KeyboardInterrupt)):
+        if not (came.is_set() or interrupt.came_s is not None or isinstance(error, KeyboardInterrupt)):
             raise
         if not isinstance(error, _InterruptedAndSaid):
             spoken.wait(_CLEAN_UP_S)
@@ -156,19 +201,21 @@ def one_voice_on_ctrl_c(say: Callable[[], None]) -> Iterator[None]:
         signal.set_wakeup_fd(outer_descriptor)
         signal.signal(signal.SIGINT, outer_handler)
         os.write(writer, b"\0")
-        if not came.is_set():
+        if not came.is_set() and interrupt.came_s is None:
             # It may hold the last reference to all that `say` is bound to, and must not free that while Python ends.
             watcher.join()
 
 
 @contextlib.contextmanager
-def plain_ending(program: str) -> Iterator[None]:
+def plain_ending(program: str, result: str | Path | None = None) -> Iterator[None]:
     """End a program that writes all or nothing without a traceback: code 1 for what the user can mend, 130 for Ctrl-C.
 
     Args:
         program: Its name, for the messages.
+        result: The file that it writes, the last one of several, to know whether Ctrl-C came too late.
     """
     take_sigterm_as_ctrl_c()
+    before = _identity(result)
     try:
         yield
         sys.stdout.flush()
@@ -177,5 +224,15 @@ def plain_ending(program: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: error: {error}")
     except KeyboardInterrupt:
-        print(f"{program}: stopped, nothing was written", file=sys.stderr)
+        written = "nothing was written" if _identity(result) == before else f"{result} was written"
+        print(f"{program}: stopped, {written}", file=sys.stderr)
         sys.exit(130)
+
+
+def _identity(file: str | Path | None) -> tuple[int, ...] | None:
+    """What changes when another file takes a name; None where there is none."""
+    try:
+        found = os.stat(file) if file is not None else None
+    except OSError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from megatron_longpo import processes
+from megatron_longpo.processes import uninterrupted
 
 THREAD_THAT_STAYS = """
 import threading
@@ -100,3 +102,94 @@ def test_ctrl_c_has_one_message_whatever_the_ranks_wait_for(wait: str, rank: str
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=20)
     assert (process.returncode, output.strip()) == (130, said)
+
+
+TWICE = """
+import os, signal, time
+from megatron_longpo import processes
+
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.2)
+def say(name):
+    return lambda: print(name, end=" ", flush=True)
+
+try:
+    with processes.one_voice_on_ctrl_c(say("outer")):
+        try:
+            with processes.one_voice_on_ctrl_c(say("inner")):
+                try:
+                    press()
+                finally:
+                    press()
+                    print("cleaned up", end=" ")
+        finally:
+            press()
+            print("all of it", end=" ")
+except KeyboardInterrupt:
+    print("once")
+"""
+
+
+def test_what_cleans_up_after_ctrl_c_is_not_interrupted_by_the_next() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "inner cleaned up all of it once\n", "")
+
+
+HANGS = """
+import os, signal, time
+from megatron_longpo import processes
+
+processes._CLEAN_UP_S = 0.1
+processes.take_sigterm_as_ctrl_c()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+finally:
+    for _ in range(20):
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_ctrl_c_ends_a_process_whose_cleaning_up_hangs() -> None:
+    done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_block_that_is_not_to_be_interrupted_comes_to_its_end() -> None:
+    finished = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            finished.append("inner")
+        finished.append("outer")
+    assert finished == ["inner", "outer"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+WRITES = """
+import os, signal, sys
+from megatron_longpo.files import atomic_writer
+from megatron_longpo.processes import plain_ending
+
+where, number = sys.argv[1], signal.Signals[sys.argv[2]]
+def stop(event, arguments):
+    if event == where:
+        os.kill(os.getpid(), number)
+with plain_ending("write.py", "result"), atomic_writer("result") as file:
+    file.write("all of it")
+    sys.addaudithook(stop)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("where", "said"), [("open", "nothing"), ("os.rename", "result")])
+def test_a_program_that_is_stopped_says_whether_it_has_written(
+    where: str, said: str, number: str, tmp_path: Path
+) -> None:
+    words = [sys.executable, "-c", WRITES, where, number]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"write.py: stopped, {said} was written\n")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == ({} if said == "nothing" else {"result": "all of it"})

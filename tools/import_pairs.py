@@ -47,7 +47,7 @@ def main() -> None:
     tokenizer = None
     if arguments.tokenizer_model is not None:
         tokenizer = TokenizerSpec(arguments.tokenizer_model, *(getattr(arguments, name) for name in needs_tokenizer))
-    with plain_ending("import_pairs.py"):
+    with plain_ending("import_pairs.py", arguments.output):
         # Imported here: Ctrl-C ends plainly from now on.
         from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs, summary_table
 

@@ -33,7 +33,7 @@ def main() -> None:
         if name in runs:
             parser.error(f"the name {name!r} occurs twice: give every run its own, NAME=FILE")
         runs[name] = file
-    with plain_ending("plot_metrics.py"):
+    with plain_ending("plot_metrics.py", arguments.output):
         # Imported here: Ctrl-C ends plainly from now on.
         from megatron_longpo.report import plot_runs, summary_table
 

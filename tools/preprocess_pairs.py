@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_longpo.data.document import TURNS
+from megatron_longpo.data.manifest import manifest_path
 from megatron_longpo.data.outcome import PreprocessOptions
 from megatron_longpo.data.tokenize import DEFAULT_PROMPT_TEMPLATE
 from megatron_longpo.data.tokenizer import HUGGING_FACE, SENTENCE_PIECE, TokenizerSpec
@@ -45,7 +46,7 @@ def main() -> None:
     add("--turns", choices=TURNS, default="joint", help="conversations to keep; joint keeps both kinds")
     arguments = parser.parse_args()
 
-    with plain_ending("preprocess_pairs.py"):
+    with plain_ending("preprocess_pairs.py", manifest_path(arguments.output_prefix)):
         options = PreprocessOptions(
             inputs=tuple(arguments.input),
             output_prefix=arguments.output_prefix,
