@@ -30,6 +30,7 @@ from megatron_longpo.data.document import TURNS, Branch, ShortPrompt, TokenizedD
 from megatron_longpo.data.manifest import SCHEMA, Manifest, manifest_path
 from megatron_longpo.data.rows import training_row
 from megatron_longpo.files import file_hash, name_file, replace_file, sync_file, temporary_name
+from megatron_longpo.processes import uninterrupted
 
 _HAS_JOINT, _HAS_INDEPENDENT, _HAS_SHORT = 1, 2, 4
 
@@ -110,7 +111,8 @@ class RecordWriter:
             row_tokens={t: n if len(n) == self.num_documents else [] for t, n in self._row_tokens.items()},
             **about,
         )
-        with manifest.saved_last(self.prefix):
+        # The older dataset goes and the new one takes its place.
+        with uninterrupted(), manifest.saved_last(self.prefix):
             replace_file(self._temporary_bin, f"{self.prefix}.bin")
             replace_file(self._temporary_idx, f"{self.prefix}.idx")
         return manifest

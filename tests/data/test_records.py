@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,6 +143,20 @@ def test_a_crash_between_the_renames_leaves_no_manifest(prefix: Path, monkeypatc
         write(prefix, [random_document(9)])
     with pytest.raises(ValueError, match="did not finish"):
         RecordReader(prefix)
+
+
+def test_ctrl_c_between_the_renames_waits_for_the_whole_dataset(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_file = records.replace_file
+
+    def interrupt(temporary: Path, path: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        replace_file(temporary, path)
+
+    monkeypatch.setattr(records, "replace_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(prefix, [random_document(9)])
+    assert RecordReader(prefix)[0] == random_document(9)
+    assert {path.name for path in prefix.parent.iterdir()} == {"pairs.bin", "pairs.idx", "pairs.manifest.json"}
 
 
 def test_a_disk_without_room_for_the_manifest_keeps_the_old_dataset(prefix: Path) -> None:
