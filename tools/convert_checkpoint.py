@@ -8,6 +8,8 @@ python tools/convert_checkpoint.py verify --hf-model DIR --megatron DIR --torchr
 import sys
 
 from megatron_longpo.convert_checkpoint import main
+from megatron_longpo.processes import take_sigterm_as_ctrl_c
 
 if __name__ == "__main__":
+    take_sigterm_as_ctrl_c()
     sys.exit(main())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_longpo.files import failed_write, folder_lock, sync_file, sync_folder
+from megatron_longpo.processes import uninterrupted
 
 _PARTIAL = ".partial"
 
@@ -72,9 +73,9 @@ def filled_folder(folder: str | Path, stale: Collection[str], last: str) -> Iter
 
 def _filled(folder: Path, existed: bool, stale: Collection[str], last: str) -> Iterator[Path]:
     partial = folder / _PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         try:
             yield partial
             for path in partial.rglob("*"):
@@ -89,7 +90,9 @@ def _filled(folder: Path, existed: bool, stale: Collection[str], last: str) -> I
             raise OSError(
                 f"--save {folder} could not be written: {problem}; what was there before is as it was"
             ) from error
-        _publish(partial, folder, stale, last)
+        # Interrupted in between, the removal of what is left would take the old content with it.
+        with uninterrupted():
+            _publish(partial, folder, stale, last)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed and not any(folder.iterdir()):

@@ -238,3 +238,40 @@ def test_killed_half_way_leaves_nothing_that_looks_complete(llama: Path, tmp_pat
         assert not (fresh[direction] / ".partial").exists()
     # Ctrl-C cleans up behind itself.
     assert not interrupted.exists()
+
+
+def test_ctrl_c_while_the_old_content_goes_waits_for_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def interrupt(source: Path, target: Path) -> None:
+        signal.raise_signal(signal.SIGINT)
+        rename(source, target)
+
+    for content in ("old", "new"):
+        with pytest.raises(KeyboardInterrupt), target.filled_folder(tmp_path / "save", (), last="last") as partial:
+            for name in ("first", "last"):
+                (partial / name).write_text(content)
+            monkeypatch.setattr(os, "rename", interrupt)
+        found = {path.name: path.read_text() for path in (tmp_path / "save").iterdir()}
+        assert found == {"first": content, "last": content}
+
+
+STOPPED = """
+import os, runpy, signal, sys
+def stop(event, arguments):
+    if event == "os.mkdir" and str(arguments[0]).endswith(".partial"):
+        os.kill(os.getpid(), signal.SIGTERM)
+sys.addaudithook(stop)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_cleans_up_like_ctrl_c(llama: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
+    words = ["hf-to-megatron", "--hf-model", str(llama), "--save", str(tmp_path / "save")]
+    command = [sys.executable, "-W", "ignore", "-c", STOPPED, str(script), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "convert_checkpoint.py: interrupted\n")
+    assert not (tmp_path / "save").exists()
