@@ -37,7 +37,14 @@ from megatron_longpo.training.checkpoint_checks import (
     clear_damage,
     clear_failure,
 )
-from megatron_longpo.training.checkpoint_folder import RUN_FILE, TRACKER, common_state, iteration_folder, iteration_of
+from megatron_longpo.training.checkpoint_folder import (
+    RUN_FILE,
+    TRACKER,
+    common_state,
+    iteration_folder,
+    iteration_of,
+    remove_remains,
+)
 from megatron_longpo.training.distributed import is_rank_0
 from megatron_longpo.training.optimizer import awaits_first_step
 from megatron_longpo.training.random_state import random_state, set_random_state
@@ -90,9 +97,7 @@ class Checkpointer:
         final = iteration_folder(settings.save, progress.iteration)
         partial = final.with_name(f".{final.name}.partial")
         if is_rank_0():
-            # Of runs that were killed, or found the disk full, while they saved or removed.
-            for stale in (*final.parent.glob(".iter_*.partial"), *final.parent.glob(".iter_*.removed")):
-                shutil.rmtree(stale, ignore_errors=True)
+            remove_remains(final.parent)
             partial.mkdir(parents=True)
         dist.barrier()
         state: dict[str, Any] = {

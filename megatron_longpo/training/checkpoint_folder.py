@@ -9,6 +9,7 @@ The names are Megatron-LM's, the last one aside.
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def find_checkpoint(folder: str | Path) -> Path | None:
             f"complete iter_* folder into {tracker.name}"
         )
     return found
+
+
+def remove_remains(folder: str | Path) -> None:
+    """Remove what runs leave in a folder that were killed, or found the disk full, while they saved or removed."""
+    for stale in (*Path(folder).glob(".iter_*.partial"), *Path(folder).glob(".iter_*.removed")):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -30,7 +30,8 @@ class Reason:
 class Leaving:
     """Asks all ranks once per step whether it is time to leave, so that they leave together.
 
-    Use as a context manager: the SIGTERM handler is there only inside.
+    Use as a context manager: the SIGTERM handler is there only inside, and stays once SIGTERM has come: torchrun passes
+    it on to ranks that have it from the scheduler already, and the second must not end a run that is leaving.
 
     Args:
         settings: ``--exit-signal-handler``, ``--exit-duration-in-mins`` and ``--exit-interval``. Minutes count from the
@@ -48,7 +49,7 @@ class Leaving:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.settings.exit_signal_handler:
+        if self.settings.exit_signal_handler and not self.signalled:
             signal.signal(signal.SIGTERM, self.previous)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

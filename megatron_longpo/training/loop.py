@@ -141,7 +141,7 @@ class Trainer:
                     saved = "it is saved" if config.checkpoint.save else "nothing is saved without --save"
                     reporter.print(f"leaving after iteration {progress.iteration}: {reason.text}; {saved}")
                     break
-        self.checkpointer.finish(blocking=True)
+            self.checkpointer.finish(blocking=True)
         self.profiler.close()
 
     def _step(self, batch: GlobalBatch) -> tuple[dict[str, float], list[str] | None]:

@@ -10,7 +10,7 @@ from megatron_longpo.config import RunConfig
 from megatron_longpo.config.checkpoint import CheckpointConfig
 from megatron_longpo.files import check_folder_writable, check_writable, folder_lock
 from megatron_longpo.metrics_file import metrics_of
-from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint
+from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint, remove_remains
 from megatron_longpo.training.distributed import is_rank_0, require_shared
 
 _BEGINNING = '{"iteration"'
@@ -21,6 +21,8 @@ _BEGINNING = '{"iteration"'
 def own_outputs(config: RunConfig) -> Iterator[None]:
     """Check what a run writes, and keep other runs out of its folder of checkpoints while the block runs.
 
+    Remains of killed runs go from there.
+
     Raises:
         ValueError: As `check_outputs`; nodes do not share ``--save``; another run writes there.
     """
@@ -30,6 +32,8 @@ def own_outputs(config: RunConfig) -> Iterator[None]:
         require_shared(save, "--save")
     complaint = f"--save {save}: another run is writing its checkpoints there; wait for it, or give another folder"
     with folder_lock(save, complaint) if save is not None and is_rank_0() else nullcontext():
+        if save is not None and is_rank_0():
+            remove_remains(save)  # a run that has made all its steps saves no more, and never would
         yield
 
 

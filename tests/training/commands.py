@@ -66,9 +66,15 @@ def run_in_one_process(commands: list[tuple[str, list[str]]]) -> list[tuple[int,
 
 
 def _run_each(rank: int, commands: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
-    dist.destroy_process_group()
+    return run_in_this_rank(commands)
+
+
+def run_in_this_rank(commands: list[tuple[str, list[str]]]) -> list[tuple[int, str]]:
+    """What `run_in_one_process` does, in the only rank of `run_ranks`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        os.environ.pop(name)
+        os.environ.pop(name, None)
     return [_run_here(script, flags) for script, flags in commands]
 
 
