@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_longpo.help_format import HelpFormatter, window_size
+from megatron_longpo.processes import no_interrupt_lost
 
 if TYPE_CHECKING:
     from megatron_longpo.conversion.verify import LogitsRow, TensorRow
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the three commands; returns the exit code."""
     arguments = parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        with no_interrupt_lost():
+            return int(arguments.run(arguments))
     except (ValueError, OSError) as error:
         print(f"convert_checkpoint.py: error: {error}", file=sys.stderr)
         return 2

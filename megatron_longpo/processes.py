@@ -123,6 +123,21 @@ def take_sigterm_as_ctrl_c() -> None:
 
 
 @contextlib.contextmanager
+def no_interrupt_lost() -> Iterator[None]:
+    """Raise KeyboardInterrupt where it was raised before and somebody made another error of it.
+
+    transformers, whose imports take seconds, says of a class that it could not be imported.
+    """
+    try:
+        yield
+    except Exception:
+        handler = signal.getsignal(signal.SIGTERM)
+        if isinstance(handler, FirstInterrupt) and handler.came_s is not None:
+            raise KeyboardInterrupt from None
+        raise
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Put Ctrl-C off to the end of the block, and SIGTERM where it is handled.
 
@@ -217,7 +232,8 @@ def plain_ending(program: str, result: str | Path | None = None) -> Iterator[Non
     take_sigterm_as_ctrl_c()
     before = _identity(result)
     try:
-        yield
+        with no_interrupt_lost():
+            yield
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the summary has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

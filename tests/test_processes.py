@@ -136,6 +136,23 @@ def test_what_cleans_up_after_ctrl_c_is_not_interrupted_by_the_next() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "inner cleaned up all of it once\n", "")
 
 
+LOST = """
+import os, signal
+from megatron_longpo.processes import plain_ending
+
+with plain_ending("read.py"):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        raise ValueError("could not import module 'LlamaConfig'")
+"""
+
+
+def test_an_interrupt_of_which_a_library_makes_an_error_is_one() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "read.py: stopped, nothing was written\n")
+
+
 HANGS = """
 import os, signal, time
 from megatron_longpo import processes

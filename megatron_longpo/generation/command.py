@@ -13,7 +13,7 @@ from typing import Any
 from megatron_longpo.generation.engine import EngineError
 from megatron_longpo.generation.flags import make_parser
 from megatron_longpo.generation.settings import GenerationSettings, refuse_without_effect
-from megatron_longpo.processes import take_sigterm_as_ctrl_c
+from megatron_longpo.processes import no_interrupt_lost, take_sigterm_as_ctrl_c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"generate_pairs.py: error: {error}", file=sys.stderr)
         return 2
     try:
-        return _run(settings, task)
+        with no_interrupt_lost():
+            return _run(settings, task)
     except (ValueError, OSError, EngineError) as error:
         print(f"generate_pairs.py: error: {error}", file=sys.stderr)
         return 1
