@@ -90,6 +90,16 @@ def name_file(error: BaseException | None, path: str | Path) -> None:
     error.filename = str(path)
 
 
+@contextmanager
+def file_named(path: str | Path) -> Iterator[None]:
+    """Put a file's name, or a folder's, into the errors of the writes in the block."""
+    try:
+        yield
+    except OSError as error:
+        name_file(error, path)
+        raise
+
+
 def failed_write(error: BaseException) -> str | None:
     """The words of torch.save for a file that cannot be written, or None for any other error."""
     text = str(error).partition("\n")[0]
@@ -109,31 +119,38 @@ def check_writable(path: str | Path, flag: str, example: str) -> None:
     """
     if Path(path).is_dir():
         raise ValueError(f"{flag} {path} is a folder: give a file's name, such as {Path(path) / example}")
-    if problem := _problem_of_writing(path):
+    if problem := problem_of_writing(path):
         raise ValueError(f"{flag} {path} cannot be written ({problem}): give a file in another folder")
 
 
-def check_folder_writable(folder: str | Path, flag: str) -> None:
-    """Find out before hours of work that nothing could be written into a folder; creates it.
+def check_folder_writable(folder: str | Path, flag: str, create: bool = True) -> None:
+    """Find out before hours of work that nothing could be written into a folder.
 
     Args:
         folder: The folder.
         flag: Where it was given, for the message.
+        create: Create it; otherwise, where there is none, its nearest parent is looked at.
 
     Raises:
         ValueError: It is a file, or nothing can be written there.
     """
     if Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"{flag} {folder} is a file: give a folder")
-    if problem := _problem_of_writing(Path(folder) / "probe"):
+    if problem := problem_of_writing(Path(folder) / "probe", create):
         raise ValueError(f"{flag} {folder} cannot be written ({problem}): give another folder")
 
 
-def _problem_of_writing(path: str | Path) -> str | None:
-    """Why a file cannot be made there, or None; creates its folder."""
-    probe = temporary_name(path)
+def problem_of_writing(path: str | Path, create: bool = True) -> str | None:
+    """Why a file cannot be made there, or None; with ``create`` its folder is made."""
+    folder = Path(path).parent
+    places = (folder, *folder.absolute().parents)
+    for place in places:
+        if place.is_symlink() and not place.exists():
+            return f"{place} is a link to {os.readlink(place)}, which is not there"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(next(place for place in places if place.exists()) / Path(path).name)
         with uninterrupted():
             try:
                 probe.touch()

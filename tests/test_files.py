@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import IO
 import numpy as np
 import pytest
 
-from megatron_longpo.files import atomic_writer, file_hash, write_json
+from megatron_longpo.files import atomic_writer, check_folder_writable, check_writable, file_hash, write_json
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -83,3 +84,23 @@ def test_hash_of_a_file_larger_than_a_block(tmp_path: Path) -> None:
     content = b"0123456789" * 200_000
     (tmp_path / "large").write_bytes(content)
     assert file_hash(tmp_path / "large") == hashlib.sha256(content).hexdigest()
+
+
+def test_what_cannot_be_written_is_named_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("gone")
+    says = "link is a link to gone, which is not there): give a"
+    for check in (
+        lambda: check_folder_writable("link", "--save"),
+        lambda: check_folder_writable("link", "--save", create=False),
+        lambda: check_folder_writable("link/deep/er", "--save"),
+        lambda: check_writable("link/file", "--output", "pairs.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=f"^--(save|output) link.* cannot be written .*{re.escape(says)}"):
+            check()
+    check_folder_writable("new/er", "--save", create=False)
+    assert [path.name for path in Path().iterdir()] == ["link"]
+    with pytest.raises(ValueError, match="--save /proc/run cannot be written"):
+        check_folder_writable("/proc/run", "--save", create=False)
+    check_folder_writable("new/er", "--save")
+    assert list(Path("new").iterdir()) == [Path("new/er")] and not list(Path("new/er").iterdir())

@@ -8,14 +8,14 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_longpo.files import failed_write, folder_lock, sync_file, sync_folder
+from megatron_longpo.files import check_folder_writable, failed_write, folder_lock, sync_file, sync_folder
 from megatron_longpo.processes import uninterrupted
 
 _PARTIAL = ".partial"
 
 
 def check_target(folder: str | Path, num_bytes: int, overwrite: bool, sources: Mapping[str, str | Path]) -> None:
-    """Refuse a target that holds something, or whose disk is too small.
+    """Refuse a target that holds something or cannot be written, or whose disk is too small.
 
     Args:
         folder: What ``--save`` gives; need not exist.
@@ -24,7 +24,7 @@ def check_target(folder: str | Path, num_bytes: int, overwrite: bool, sources: M
         sources: The folders that are read, by flag.
 
     Raises:
-        ValueError: It is a file or one of the sources, is not empty, or its disk has too little room.
+        ValueError: It is a file or one of the sources, is not empty or not writable, or its disk has too little room.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -38,6 +38,7 @@ def check_target(folder: str | Path, num_bytes: int, overwrite: bool, sources: M
     if held and not overwrite:
         shown = ", ".join(held[:3]) + (", …" if len(held) > 3 else "")
         raise ValueError(f"--save {folder} is not empty ({shown}): give another folder, or --overwrite")
+    check_folder_writable(folder, "--save", create=False)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.batch import Batch, collate
 from megatron_longpo.data.dataset import PreferenceDataset
-from megatron_longpo.files import folder_lock
+from megatron_longpo.files import folder_lock, problem_of_writing
 from megatron_longpo.model.build import unwrap
 from megatron_longpo.training.distributed import is_rank_0, require_shared
 from megatron_longpo.training.fingerprint import rope_scaling_mark, weights_fingerprint
@@ -93,7 +93,8 @@ def reference_logprobs(
 
 def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other passes out: one of other weights would remove this one's parts, and replace what it wrote."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if problem := problem_of_writing(folder / "probe"):
+        raise ValueError(f"{folder} cannot be written ({problem}): give another --reference-dir for the log-probs")
     complaint = "another run is computing reference log-probs there; start again when it is done, to use them"
     return folder_lock(folder, f"{folder}: {complaint}, or give another --reference-dir")
 

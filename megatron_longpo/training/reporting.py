@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_longpo.config import LoggingConfig, RunConfig
-from megatron_longpo.files import atomic_writer
+from megatron_longpo.files import atomic_writer, file_named
 from megatron_longpo.metrics_file import line_of, metrics_of
 
 WANDB_ID = "wandb_run_id.txt"
@@ -106,11 +106,13 @@ class Reporter:
         counters = ("iteration", "consumed_samples")
         named = {(k if k in counters else prefix + k): v for k, v in metrics.items()}
         if self.jsonl is not None:
-            self.jsonl.write(line_of(named) + "\n")
-            self.jsonl.flush()
+            with file_named(self.jsonl.name):
+                self.jsonl.write(line_of(named) + "\n")
+                self.jsonl.flush()
         if self.tensorboard is not None:
-            for name, value in named.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with file_named(self.tensorboard.log_dir):
+                for name, value in named.items():
+                    self.tensorboard.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(named, step=step)
         self.print(_line(metrics, self.total_steps, prefix))
@@ -121,9 +123,12 @@ class Reporter:
         """Flush and close everything."""
         if self.bar is not None:
             self.bar.close()
-        for sink in (self.jsonl, self.tensorboard):
-            if sink is not None:
-                sink.close()
+        if self.jsonl is not None:
+            with file_named(self.jsonl.name):  # what could not be written is written again
+                self.jsonl.close()
+        if self.tensorboard is not None:
+            with file_named(self.tensorboard.log_dir):
+                self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -53,6 +53,16 @@ def test_checkpoints_of_a_training_run_are_never_overwritten(llama: Path, tmp_pa
         to_hf(tmp_path / "megatron", llama, tmp_path / "run", overwrite=True)
 
 
+def test_a_target_that_cannot_be_written_is_refused(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(
+        ValueError, match=r"--save .*link cannot be written \(.*link is a link to gone, which is not th"
+    ):
+        to_megatron(llama, tmp_path / "link")
+    with pytest.raises(ValueError, match=r"--save /proc/run cannot be written \(.*\): give another folder"):
+        to_megatron(llama, Path("/proc/run"))
+
+
 def test_a_second_writer_is_refused(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "megatron").mkdir()
     with (

@@ -174,6 +174,11 @@ MISTAKES = {
         ["--reference-dir={locked}"],
         "FOLDER/locked/tiny.reference-short: another run is computing reference log-probs there",
     ),
+    "reference where nothing can be written": (
+        1,
+        ["--reference-dir=/proc/run"],
+        "/proc/run/tiny.reference-short cannot be written (No such file or directory): give another --reference-dir",
+    ),
     "metrics over a file": (
         1,
         [*SFT, "--metrics-jsonl={file}"],

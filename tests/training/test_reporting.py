@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_a_line_that_a_kill_or_a_power_cut_tore_is_left_out(tmp_path: Path, end:
     check_outputs(config)
     Reporter(config, active=True, total_steps=4, first_step=3).close()
     assert path.read_bytes() == line
+
+
+def test_a_disk_without_room_for_metrics_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    reporter = Reporter(parse_arguments([f"--metrics-jsonl={path}"]), active=True, total_steps=4, first_step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        for act in (lambda: reporter.report({"iteration": 1, "consumed_samples": 8, "loss": 1.0}), reporter.close):
+            with pytest.raises(OSError, match=f"File too large: '{path}'"):
+                act()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_evaluation_alone_removes_no_step(tmp_path: Path) -> None:
