@@ -95,9 +95,10 @@ def _filled(folder: Path, existed: bool, stale: Collection[str], last: str) -> I
         with uninterrupted():
             _publish(partial, folder, stale, last)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not existed and not any(folder.iterdir()):
-            folder.rmdir()
+        with uninterrupted():
+            shutil.rmtree(partial, ignore_errors=True)
+            if not existed and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _problem_of_writing(error: OSError | RuntimeError, partial: Path) -> object:

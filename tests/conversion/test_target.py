@@ -266,6 +266,23 @@ def test_ctrl_c_while_the_old_content_goes_waits_for_the_new(tmp_path: Path, mon
         assert found == {"first": content, "last": content}
 
 
+def test_ctrl_c_while_the_remains_go_waits_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree = shutil.rmtree
+
+    def interrupt(folder: Path, ignore_errors: bool) -> None:
+        if folder.exists():
+            signal.raise_signal(signal.SIGINT)
+        rmtree(folder, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupt)
+    with pytest.raises(KeyboardInterrupt), target.filled_folder(tmp_path / "save", (), last="last") as partial:
+        (partial / "last").touch()
+    assert [path.name for path in (tmp_path / "save").iterdir()] == ["last"]
+    with pytest.raises(KeyboardInterrupt), target.filled_folder(tmp_path / "new", (), last="last"):
+        raise ValueError
+    assert not (tmp_path / "new").exists()
+
+
 STOPPED = """
 import os, runpy, signal, sys
 def stop(event, arguments):
