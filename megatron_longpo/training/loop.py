@@ -129,9 +129,8 @@ class Trainer:
                 last = progress.iteration >= self.total_steps
                 reason = leaving.reason(progress.iteration)
                 interval = config.checkpoint.save_interval
-                if config.checkpoint.save and (
-                    last or reason is not None or (interval and progress.iteration % interval == 0)
-                ):
+                due = interval and progress.iteration % interval == 0
+                if config.checkpoint.save and (last or reason is not None or due):
                     self._save(reporter)
                 # After saving: it may take longer than a scheduler leaves to a run.
                 if reason is None or not reason.urgent:

@@ -20,7 +20,7 @@ from tests.training.commands import FLAGS, run_in_this_rank
 def test_the_handler_stays_once_sigterm_has_come() -> None:
     settings = RunConfig.from_flat_dict({"exit_signal_handler": True}).training
     before = signal.getsignal(signal.SIGTERM)
-    with Leaving(settings, started_s=0.0) as leaving:
+    with Leaving(settings) as leaving:
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
     try:
