@@ -42,6 +42,7 @@ from megatron_longpo.generation.store import (
     store_file,
     task_folder,
 )
+from megatron_longpo.processes import interrupts_for_asyncio
 
 
 def generation_pipeline(settings: GenerationSettings) -> list[PipelineStep]:
@@ -120,7 +121,8 @@ class PairsRunner(InferenceRunner):
         lock = exclusive_lock(task_folder(output, rank) / "lock", complaint)
         with lock, damage_named(store_file(output, rank)), Progress(self.settings, rank) as self._progress:
             try:
-                super().run(data, rank, world_size)
+                with interrupts_for_asyncio():
+                    super().run(data, rank, world_size)
             except ServerError as error:
                 raise EngineError(str(error.error)) from error
             except InferenceError as error:
