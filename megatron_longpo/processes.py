@@ -123,25 +123,6 @@ def take_sigterm_as_ctrl_c() -> None:
 
 
 @contextlib.contextmanager
-def interrupts_for_asyncio() -> Iterator[None]:
-    """Let `asyncio.run` in the block handle Ctrl-C, and SIGTERM with it.
-
-    It cancels the main task, which ends its parts in order. KeyboardInterrupt would end the main task in the middle of
-    one, and the others might wait for it for ever.
-    """
-    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if isinstance(held[signal.SIGINT], FirstInterrupt):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # what asyncio replaces, and nothing else
-        if held[signal.SIGTERM] is held[signal.SIGINT]:
-            signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        for number, handler in held.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def no_interrupt_lost() -> Iterator[None]:
     """Raise KeyboardInterrupt where it was raised before and somebody made another error of it.
 

@@ -27,6 +27,7 @@ from megatron_longpo.data.parallel import ordered_map
 from megatron_longpo.files import exclusive_lock
 from megatron_longpo.generation.corpus import CorpusDocument, make_planner, read_corpus
 from megatron_longpo.generation.engine import Answer, EngineError, Request
+from megatron_longpo.generation.interrupts import interrupts_cancel_this_task
 from megatron_longpo.generation.language import load_model
 from megatron_longpo.generation.progress import Progress
 from megatron_longpo.generation.prompts import prompt_writer
@@ -42,7 +43,6 @@ from megatron_longpo.generation.store import (
     store_file,
     task_folder,
 )
-from megatron_longpo.processes import interrupts_for_asyncio
 
 
 def generation_pipeline(settings: GenerationSettings) -> list[PipelineStep]:
@@ -121,8 +121,7 @@ class PairsRunner(InferenceRunner):
         lock = exclusive_lock(task_folder(output, rank) / "lock", complaint)
         with lock, damage_named(store_file(output, rank)), Progress(self.settings, rank) as self._progress:
             try:
-                with interrupts_for_asyncio():
-                    super().run(data, rank, world_size)
+                super().run(data, rank, world_size)
             except ServerError as error:
                 raise EngineError(str(error.error)) from error
             except InferenceError as error:
@@ -135,7 +134,8 @@ class PairsRunner(InferenceRunner):
     async def run_async(self, *arguments: Any, **named: Any) -> None:
         """Answer all documents of a task; the error of the first that fails is raised."""
         asyncio.get_running_loop().set_exception_handler(_log_what_nobody_awaits)
-        await super().run_async(*arguments, **named)
+        with interrupts_cancel_this_task():
+            await super().run_async(*arguments, **named)
 
     def _init_server(self, rank: int) -> Any:
         if self.settings.engine == OPENAI:
