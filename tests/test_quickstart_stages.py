@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import sentencepiece
 import torch
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
+from examples.quickstart import run
 from examples.quickstart.answer import AnswerSettings, answer_held_out
 from examples.quickstart.commands import PairsSettings, generate_pairs
 from examples.quickstart.corpus import CorpusSettings, Document, read_corpus, write_corpus
@@ -86,6 +89,23 @@ def test_a_stage_that_fails_is_not_taken_for_done(tmp_path: Path) -> None:
     runs: list[str] = []
     run_stages([copy_stage(source, output, runs)], tmp_path / "stamps")
     assert runs == ["output"]
+
+
+def test_ctrl_c_ends_the_quickstart_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setattr("examples.quickstart.stages.run_stages", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == (
+        "\nquickstart: stopped; finished stages are kept, the same command goes on behind them\n"
+    )
 
 
 def test_a_stage_that_leaves_an_output_out_is_an_error(tmp_path: Path) -> None:

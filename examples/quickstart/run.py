@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 
-from transformers.utils import logging
-
-from examples.quickstart.job import ANSWER, EXPORTED, FOLDER, METRICS, REPORT, REPOSITORY, stages
-from examples.quickstart.stages import run_stages
 from megatron_longpo.help_format import HelpFormatter
-from megatron_longpo.report import summary_table
+from megatron_longpo.processes import take_sigterm_as_ctrl_c
 
 
 def main() -> None:
@@ -24,6 +21,22 @@ def main() -> None:
     argparse.ArgumentParser(
         prog="python -m examples.quickstart.run", description=__doc__, formatter_class=HelpFormatter
     ).parse_args()
+    take_sigterm_as_ctrl_c()
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("\nquickstart: stopped; finished stages are kept, the same command goes on behind them", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
+    # Imported here: Ctrl-C ends plainly from now on.
+    from transformers.utils import logging
+
+    from examples.quickstart.job import ANSWER, EXPORTED, FOLDER, METRICS, REPORT, REPOSITORY, stages
+    from examples.quickstart.stages import run_stages
+    from megatron_longpo.report import summary_table
+
     started = time.monotonic()
     os.chdir(REPOSITORY)
     logging.set_verbosity_error()
