@@ -194,8 +194,6 @@ class RunConfig:
             if spec.group != "model":
                 continue
             ours, theirs = getattr(self.model, spec.field), getattr(model, spec.field)
-            if ours == 0 and spec.kind is int:
-                continue  # a size of 0 is not given
             if ours != theirs and not spec.info.changeable:
                 errors.append(
                     f"{flag_of(key)} {show(ours)} disagrees with {source}, which has {show(theirs)}; remove the flag"

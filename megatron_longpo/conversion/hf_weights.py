@@ -96,11 +96,11 @@ class HFWeights:
         return {name: TensorInfo(path, dtype, shape) for name, (dtype, shape) in kinds.items()}
 
 
-def listed(names: Iterable[str], limit: int = 20) -> str:
-    """Names for an error message: all, or the first ones and how many more."""
+def listed(names: Iterable[str]) -> str:
+    """Names for an error message: all, or the first 20 and how many more."""
     names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:

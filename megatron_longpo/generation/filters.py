@@ -13,6 +13,11 @@ _NGRAM = 4
 _MIN_NGRAMS = 20
 """Shorter answers repeat themselves by chance."""
 
+_NO_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters."""
+
+_WORD = re.compile(rf"[{_NO_BLANKS}]|[^\W_{_NO_BLANKS}]+|[^\w\s]")
+
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i[’']?m|i am|we[’']?re|we are|my apologies|i apologi[sz]e)?\W*(?:very |so |really |terribly )?"
     r"(?:sorry|afraid|apologies|i apologi[sz]e|unfortunately|regrettably)\b[^.!?\n]{0,60}?\b)?\s*(?:but |that |,\s*)*"
@@ -75,9 +80,7 @@ def repetition(text: str) -> float:
 
     In scripts without blanks between words every character is a word.
     """
-    words = re.findall(r"[^\W_]+|[^\w\s]", text.casefold())
-    if sum(map(len, words)) > 12 * len(words):
-        words = list(text)
+    words = _WORD.findall(text.casefold())
     ngrams = [tuple(words[i : i + _NGRAM]) for i in range(len(words) - _NGRAM + 1)]
     if len(ngrams) < _MIN_NGRAMS:
         return 0.0

@@ -49,11 +49,9 @@ class Histogram:
 
 
 def histogram(values: NDArray[np.float64], num_bins: int = 20) -> Histogram:
-    """Counts from zero up, in round steps; the upper hundredth does not stretch the axis."""
+    """Whole numbers counted from zero up, in round steps; the upper hundredth does not stretch the axis."""
     top = float(np.quantile(values, 0.99)) if len(values) else 1.0
-    step = round_step(max(top, 1e-9) / num_bins)
-    if not (values % 1).any():
-        step = max(step, 1.0)
+    step = max(1.0, round_step(max(top, 1e-9) / num_bins))
     num_steps = max(1, math.floor(top / step) + 1)
     edges = np.arange(num_steps + 1) * step
     counts, _ = np.histogram(np.minimum(values, edges[-1]), edges)

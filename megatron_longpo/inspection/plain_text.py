@@ -50,7 +50,8 @@ def _wrap_line(line: str, width: int) -> list[str]:
     for piece in re.findall(r" +|[^ ]+", line):
         cells = num_cells(piece)
         if used + cells > width and piece.isspace():
-            lines.append(current)
+            if current:
+                lines.append(current)
             current, used = "", 0
             continue
         if used + cells > width and current.strip():

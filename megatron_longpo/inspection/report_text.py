@@ -19,7 +19,7 @@ def report_lines(inspection: Inspection, terminal: Terminal) -> Iterator[str]:
     """The lines of the report; none where not all pairs were read."""
     statistics = inspection.statistics
     if statistics is not None:
-        yield _title("Report", terminal)
+        yield terminal.paint(f"━━ Report {'━' * max(0, terminal.width - 10)}", "bold")
         yield from _counts(statistics)
         yield from _lengths(statistics, terminal)
         yield from _turns(statistics, terminal)
@@ -27,10 +27,6 @@ def report_lines(inspection: Inspection, terminal: Terminal) -> Iterator[str]:
         yield from _positions(statistics, terminal)
     if statistics is not None and inspection.generation is not None:
         yield from _generation(inspection.generation, terminal)
-
-
-def _title(text: str, terminal: Terminal) -> str:
-    return terminal.paint(f"━━ {text} {'━' * max(0, terminal.width - len(text) - 4)}", "bold")
 
 
 def _counts(statistics: PairStatistics) -> Iterator[str]:

@@ -42,10 +42,10 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         num_query_groups=model.num_query_groups,
         normalization=model.normalization,
         layernorm_epsilon=model.norm_epsilon,
-        gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
-        use_te_activation_func=model.swiglu,  # takes the module that the spec names, here `SwiGLU`
-        add_bias_linear=not model.disable_bias_linear,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        use_te_activation_func=True,  # takes the module that the spec names, here `SwiGLU`
+        add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
         qk_layernorm=model.qk_layernorm,
         # YaRN scales queries and keys alike, so the scores by the square.

@@ -34,8 +34,7 @@ def attention_flops(model: ModelConfig, layout: RowLayout) -> float:
 
 def layer_weights(model: ModelConfig) -> int:
     """Weights of a layer's matrices."""
-    mlp_matrices = 3 if model.swiglu else 2
-    return model.hidden_size * (2 * model.query_width + 2 * model.kv_width + mlp_matrices * model.ffn_hidden_size)
+    return model.hidden_size * (2 * model.query_width + 2 * model.kv_width + 3 * model.ffn_hidden_size)
 
 
 def forward_flops(model: ModelConfig, layout: RowLayout, num_predictions: int) -> float:

@@ -47,8 +47,7 @@ def block_spec(
     attention.core_attention = ModuleSpec(SharedPrefixAttention, {"backend": attention_backend})
     attention.linear_qkv = PieceProjection.in_front_of(attention.linear_qkv)
     attention.linear_proj = PieceProjection.in_front_of(attention.linear_proj)
-    if model.swiglu:
-        platform.mlp_submodules(layer.submodules.mlp).activation_func = SwiGLU
+    platform.mlp_submodules(layer.submodules.mlp).activation_func = SwiGLU
     layer.module = FrugalLayer
     layer.params = {**layer.params, **chunk_tokens}
     return TransformerBlockSubmodules(layer_specs=[layer] * num_local_layers, layer_norm=RMSNorm)

@@ -49,7 +49,7 @@ def weights_fingerprint(chunks: list[torch.nn.Module]) -> str:
             values = parameter.detach()
             if name.startswith(("embedding.word_embeddings", "output_layer")):
                 values = values[: max(0, model.model_shape.vocab_size - tp_rank * len(values))]
-            total += _factor(_canonical(name)) * _mixed_sum(values).cpu()
+            total += _factor(name) * _mixed_sum(values).cpu()
     total = total.to(platform.device())
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return f"{int(total.item()) & (1 << 64) - 1:016x}"
@@ -62,13 +62,6 @@ def rope_scaling_mark(model: ModelConfig) -> str:
         return ""
     values = [getattr(model, field.name) for field in dataclasses.fields(model) if field.name.startswith(f"{kind}_")]
     return "-".join(["", "llama3" if kind == "rope" else kind, *map(show, values)])
-
-
-def _canonical(name: str) -> str:
-    """TE keeps a norm's weight in the linear that follows it; the local spec keeps it apart."""
-    return name.replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.").replace(
-        "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
-    )
 
 
 def _factor(name: str) -> int:

@@ -24,8 +24,6 @@ def _world(config: RunConfig, world_size: int) -> Iterator[str]:
 def _tensor_parallel(config: RunConfig, world_size: int) -> Iterator[str]:
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     heads, groups = model.num_attention_heads, model.num_query_groups
-    if config.parallel.sequence_parallel and tp == 1:
-        yield "--sequence-parallel needs --tensor-model-parallel-size > 1"
     if heads % tp:
         yield f"--num-attention-heads {heads} must be a multiple of --tensor-model-parallel-size {tp}"
     if groups and groups != heads and groups % tp:
@@ -48,8 +46,6 @@ def _pipeline(config: RunConfig, world_size: int) -> Iterator[str]:
             f"--num-layers {layers} must be a multiple of --pipeline-model-parallel-size {pp}; "
             f"largest that fits: {largest_divisor(layers, pp)}"
         )
-    elif virtual is not None and pp == 1:
-        yield "--num-layers-per-virtual-pipeline-stage needs --pipeline-model-parallel-size > 1"
     elif virtual is not None and (layers // pp) % virtual:
         yield (
             f"--num-layers-per-virtual-pipeline-stage {virtual} must divide the {layers // pp} layers of a pipeline "

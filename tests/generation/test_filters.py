@@ -13,6 +13,8 @@ GERMAN = (
     "Der Autor vergleicht zwei Verfahren und stellt fest, dass das zweite schneller ist, aber mehr Speicher braucht."
 )
 CHINESE = "作者比较了两种方法，发现第二种更快，但是需要更多的内存，并且在长文本上表现得更好。"
+JAPANESE = "これは長い文書の要約であり、著者は二つの方法を比較して、二番目の方法がより速いことを示している。"
+THAI = "ผู้เขียนเปรียบเทียบสองวิธีและพบว่าวิธีที่สองเร็วกว่า แม้จะใช้หน่วยความจำมากขึ้น"
 
 REFUSALS = [
     "I'm sorry, but I can't assist with that.",
@@ -52,6 +54,8 @@ def test_repetition() -> None:
     assert repetition("the same words again and " * 30) > 0.9
     assert repetition("作者比较了两种方法。" * 20) > 0.8
     assert repetition(CHINESE) < 0.1
+    assert repetition(CHINESE * 2) > 0.45 and repetition(JAPANESE * 3) > 0.6 and repetition(THAI * 3) > 0.6
+    assert repetition(JAPANESE) < 0.1 and repetition(THAI) < 0.1
     assert repetition("yes " * 10) == 0, "short answers are not judged"
     # Ten distinct sentences, each said twice: half of the 4-grams, about.
     twice = " ".join(f"sentence number {i} speaks of topic {i * 7} at length." for i in range(10)) + " "

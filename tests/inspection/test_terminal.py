@@ -29,7 +29,8 @@ def test_wrapping_keeps_indents_and_counts_cells() -> None:
     assert wrap("    code here\n\nand text", 9) == ["    code", "here", "", "and text"]
     assert wrap("長い文書です", 4) == ["長い", "文書", "です"]
     # An indent that leaves no room is left out.
-    assert wrap("    0", 4) == ["0"] and wrap("   長", 4) == ["長"]
+    assert wrap("    0", 4) == wrap("      0", 4) == ["0"] and wrap("   長", 4) == ["長"]
+    assert wrap("one two", 3) == ["one", "two"]
     assert wrap("abcdefgh", 3) == ["abc", "def", "gh"]
     assert num_cells("e\u0301長") == 3
 
