@@ -91,7 +91,9 @@ def _clean(text: str) -> str:
                 text = inner
     if len(text) > 2 and text[-1] == _QUOTES.get(text[0]) and text[0] not in text[1:-1]:
         text = text[1:-1]
-    return text.strip().removesuffix("**").strip()
+    if text.count("**") % 2:  # bold began before the mark
+        text = text.strip().removesuffix("**")
+    return text.strip()
 
 
 def asks_for_the_same(instruction: str, others: Iterable[str]) -> bool:

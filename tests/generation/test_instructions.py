@@ -63,10 +63,25 @@ def test_numbers_within_an_instruction_are_no_marks() -> None:
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "I would rather not.", "One line.\nAnother line.", "1.\n2.\n3.", "{'a': 1}", "[" * 3000 + "]"]
+    "reply",
+    [
+        "",
+        "I would rather not.",
+        "One line.\nAnother line.",
+        "1.\n2.\n3.",
+        "{'a': 1}",
+        "[" * 3000 + "]",
+        f'[["{ONE}"], ["{TWO}"]]',
+        f'[{{"a": "{ONE}", "b": "{TWO}"}}, {{"a": "{TWO}", "b": "{ONE}"}}]',
+    ],
 )
 def test_what_is_no_list_is_empty(reply: str) -> None:
     assert parse_pool(reply) == []
+
+
+def test_marks_around_single_words_stay() -> None:
+    pool = ["**Explain** why the king **left**", "`a` and `b`: which is right?"]
+    assert parse_pool("\n".join(f"{number}. {text}" for number, text in enumerate(pool, 1))) == pool
 
 
 def test_a_pool_of_one() -> None:

@@ -55,6 +55,8 @@ def test_going_on_with_other_flags_or_documents_is_refused(settings: Settings, c
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"full is not empty \(notes.txt\)"):
         prepare_output(settings(output=str(tmp_path / "full")))
+    with pytest.raises(ValueError, match=r"--output .*notes.txt is a file: give a folder"):
+        prepare_output(settings(output=str(tmp_path / "full" / "notes.txt")))
 
 
 @pytest.mark.parametrize(
@@ -112,6 +114,21 @@ def test_an_outcome_that_nobody_waits_for_does_not_stop_the_writer(tmp_path: Pat
         await asyncio.wait_for(store.close(), 5)
 
     asyncio.run(interrupted())
+
+
+def test_an_outcome_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) -> None:
+    async def lost() -> None:
+        store = TaskStore(tmp_path)
+        await store.initialize(0)
+        assert store._conn is not None
+        await store._conn.execute("DROP TABLE outcomes")
+        try:
+            await store.store_outcome(Outcome(0, "id"), 0.0)
+        finally:
+            await store.close()
+
+    with pytest.raises(OSError, match=r"replay.sqlite3 cannot be written: no such table"):
+        asyncio.run(lost())
 
 
 def test_a_bad_document_is_found_before_anything_is_asked_or_written(settings: Settings, tmp_path: Path) -> None:

@@ -77,6 +77,35 @@ def test_rows_that_cannot_be_had_exactly_are_left_out_and_counted(
 
 
 @pytest.mark.parametrize(
+    ("turn", "change", "taken", "reason"),
+    [
+        (0, {"instruction": "And now?"}, "ref_rejected", "other_instructions"),
+        (1, {"instruction": "And now?"}, "ref", "other_instructions"),
+        (1, {"chosen": "It is something else."}, "ref", "other_responses"),
+        (1, {"rejected": "It is 1 ✓, of 2.\n"}, "", "empty_text"),
+    ],
+)
+def test_rows_that_are_of_two_documents_are_left_out(
+    turn: int,
+    change: dict[str, str],
+    taken: str,
+    reason: str,
+    huggingface_tokenizer: ChatTokenizer,
+    specs: dict[str, TokenizerSpec],
+    text: str,
+    run: Importer,
+) -> None:
+    """The short prompts of another one, with other instructions or answers; answers that differ in blanks alone."""
+    tokenize, document = DocumentTokenizer(huggingface_tokenizer), text_document(text, 2, 2)
+    turns = list(document.turns)
+    turns[turn] = replace(turns[turn], **change)
+    other = token_row(tokenize(replace(document, turns=tuple(turns))))
+    bad = token_row(tokenize(document)) | {key: value for key, value in other.items() if key.startswith(taken)}
+    with pytest.raises(ValueError, match=re.escape(REASONS[reason])):
+        run([bad], specs[huggingface_tokenizer.path])
+
+
+@pytest.mark.parametrize(
     ("content", "reason"),
     [
         ("message.content | trim", "other_tokens"),
@@ -127,3 +156,12 @@ def test_only_the_proof_finds_a_template_that_trims(
     trimming = CHATML_TEMPLATE.replace("message.content", "message.content | trim")
     imported, counts = run(rows, TokenizerSpec(str(huggingface_folder), chat_template=trimming))
     assert [d.id for d in imported] == ["document 1"] and counts.dropped == {"other_tokens": 1}
+
+
+def test_a_template_that_writes_no_conversation_is_refused(
+    sentencepiece_tokenizer: ChatTokenizer, sentencepiece_file: Path, text: str, run: Importer
+) -> None:
+    row = token_row(DocumentTokenizer(sentencepiece_tokenizer)(text_document(text, 1, 1)))
+    backwards = INST_TEMPLATE.replace("in messages", "in messages | reverse")
+    with pytest.raises(ValueError, match=r"does not write the messages of a conversation one after another"):
+        run([row], TokenizerSpec(str(sentencepiece_file), chat_template=backwards))

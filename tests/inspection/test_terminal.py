@@ -83,6 +83,42 @@ def test_pairs_stand_side_by_side_where_there_is_room(tmp_path: Path, width: int
     assert "[… 190 characters …]" in shown
 
 
+@pytest.mark.parametrize("width", [40, 80])
+def test_rows_without_a_chunk_show_their_whole_prompts(tmp_path: Path, width: int) -> None:
+    (tmp_path / "trl.jsonl").write_text(
+        '{"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Long text. Why?"}],'
+        ' "chosen": [{"role": "assistant", "content": "So."}], "rejected": [{"role": "assistant", "content": "No."}]}'
+    )
+    inspection = inspect(InspectOptions((str(tmp_path),)), progress=False)
+    (view,) = inspection.views
+    lines = list(pair_lines(view, Terminal(width), 10_000))
+    assert lines[1:7] == [
+        "long prompt  15 characters",
+        "system       9 characters",
+        "  Be brief.",
+        "short prompt none: the row has no short prompt",
+        "prompt's end 15 characters · 3 words",
+        "  Long text. Why?",
+    ]
+    report = "\n".join(report_lines(inspection, Terminal(width)))
+    assert "with the chunk's place known  0" in report and "place of chunks" not in report
+
+
+def test_tokens_without_a_tokenizer_are_counted_only(tokenized: Path) -> None:
+    (view, *_) = inspect(InspectOptions((str(tokenized),)), progress=False).views
+    lines = list(pair_lines(view, Terminal(80), 10_000))
+    assert lines[1] == "Only tokens are known; --tokenizer-model DIR shows them as text."
+    assert all(num_cells(line) <= 80 for line in lines) and "  " not in {line[:2] for line in lines}
+
+
+def test_long_counts_are_short_where_columns_are_narrow(tmp_path: Path) -> None:
+    turn = Turn("What?", "Chosen " * 1_500, "Rejected " * 1_500, "A part.")
+    write_pairs(tmp_path / "pairs.jsonl", [PreferenceDocument("one", "A document.", (turn,))])
+    (view,) = inspect(InspectOptions((str(tmp_path),)), progress=False).views
+    lines = list(pair_lines(view, Terminal(72), 100))
+    assert "chosen  10,500 c · 1,500 w         │ rejected  13,500 c · 1,500 w" in lines
+
+
 def test_the_report_names_every_number(generated: Path) -> None:
     inspection = inspect(InspectOptions((str(generated),)), progress=False)
     lines = list(report_lines(inspection, Terminal(80)))
