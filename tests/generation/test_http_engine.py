@@ -132,6 +132,28 @@ def test_replies_of_other_protocols(
         run(settings(base_url=url, max_documents=1))
 
 
+def test_a_reply_that_is_no_object(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_server, "_reply", lambda prompt, digest: ["text"])
+    with running(ChatServer()) as url, pytest.raises(EngineError, match=r"not a JSON object; is it an OpenAI-compat"):
+        run(settings(base_url=url, max_documents=1))
+
+
+def test_an_address_that_ends_too_early_is_found_at_the_first_request(settings: Settings) -> None:
+    """Not before: some servers have no list of models."""
+    with (
+        running(ChatServer()) as url,
+        pytest.raises(EngineError, match=r"completions: HTTP 404: .*; --base-url must end where /chat/completions"),
+    ):
+        run(settings(base_url=url.removesuffix("/v1"), max_documents=1))
+
+
+def test_a_field_that_every_server_must_know_is_not_left_out(settings: Settings) -> None:
+    server = ChatServer(not_known={"messages": "chat_template and messages do not go together"})
+    with running(server) as url, pytest.raises(EngineError, match="HTTP 400: chat_template and messages do not go"):
+        run(settings(base_url=url, max_documents=1))
+    assert server.num_refused >= 1
+
+
 def test_a_model_that_is_not_served(settings: Settings) -> None:
     with (
         running(ChatServer()) as url,

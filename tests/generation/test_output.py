@@ -155,10 +155,20 @@ def test_a_finished_run_needs_no_server_to_write_its_results_again(settings: Set
     assert pairs.read_bytes() == content
 
 
-def test_results_wait_for_every_task(settings: Settings) -> None:
+def test_results_wait_for_every_task(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     with running(ChatServer()) as url:
         chosen = settings(base_url=url, num_tasks=2)
         prepare_output(chosen)
-        run_task(chosen, 0)
+        assert main([*command(chosen)[2:], "--tasks", "2", "--task", "0"]) == 0
+        assert capsys.readouterr().out == "task 0 of 2 is finished; the last one to finish writes pairs.jsonl\n"
         with pytest.raises(ValueError, match=r"task 1 of 2 has not run; start it with --task 1"):
             write_results(chosen)
+        asyncio.run(_begin_task(chosen.output, 1))
+        with pytest.raises(ValueError, match=r"'doc-1' has not been answered .* task 1 of 2 .* again with --task 1"):
+            write_results(chosen)
+
+
+async def _begin_task(output: str, number: int) -> None:
+    store = TaskStore(Path(output, "state"))
+    await store.initialize(number)
+    await store.close()
