@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.conversion.hf_config import read_hf_folder
-from megatron_longpo.conversion.hf_weights import HFWeights, listed
+from megatron_longpo.conversion.hf_weights import HFWeights
 from megatron_longpo.conversion.layouts import Shard
 from megatron_longpo.conversion.names import named_parameters
 from megatron_longpo.conversion.plan import planned_weights
@@ -24,7 +24,7 @@ def load_hf_weights(config: RunConfig, chunks: list[Any], folder: str | Path) ->
 
     Args:
         config: The run; its model is that of the folder, up to what no weight depends on.
-        chunks: This rank's model chunks, split over TP, PP and virtual PP, bare or wrapped.
+        chunks: This rank's model chunks, built for the run, split over TP, PP and virtual PP, bare or wrapped.
         folder: A Hugging Face checkpoint.
 
     Raises:
@@ -38,9 +38,8 @@ def load_hf_weights(config: RunConfig, chunks: list[Any], folder: str | Path) ->
     with HFWeights(folder) as files:
         weights = {weight.name: weight for weight in planned_weights(family, model, files)}
         targets = list(named_parameters(chunks))
-        _check(
-            folder, targets, {name: weight.layout.shape(model, padded_vocab, shard) for name, weight in weights.items()}
-        )
+        for name, parameter in targets:
+            assert parameter.shape == weights[name].layout.shape(model, padded_vocab, shard), name
         wanted = {"on": False, "off": True}.get(config.logging.progress_bar)  # None: on a terminal
         progress = tqdm(
             total=sum(parameter.nbytes for _, parameter in targets),
@@ -55,16 +54,3 @@ def load_hf_weights(config: RunConfig, chunks: list[Any], folder: str | Path) ->
                 sources = [files[source] for source in weight.hf]
                 weight.layout.merge_into(parameter, sources, model, shard)
                 progress.update(parameter.nbytes)
-
-
-def _check(folder: str | Path, targets: list[tuple[str, torch.nn.Parameter]], shapes: dict[str, Any]) -> None:
-    unknown = [name for name, _ in targets if name not in shapes]
-    if unknown:
-        raise ValueError(f"{folder} has no weights for these parameters of the model: {listed(unknown)}")
-    wrong = [
-        f"{name} is {list(parameter.shape)}, not {list(shapes[name])}"
-        for name, parameter in targets
-        if tuple(parameter.shape) != shapes[name]
-    ]
-    if wrong:
-        raise ValueError(f"the model was built for another shape than {folder} has: {listed(wrong)}")

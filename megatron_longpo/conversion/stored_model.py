@@ -48,10 +48,13 @@ class StoredModel:
             place = weight.place(self.model.num_layers)
             expected[place.key] = place.stored_shape(weight.layout.shape(self.model, self.model.vocab_size))
         found = {key: tensor for key, tensor in self._reader.tensors.items() if key.startswith(_MODEL_KEYS)}
-        if missing := [key for key in expected if key not in found]:
-            errors.append(f"parameters are missing: {listed(missing)}")
-        if unknown := [key for key in found if key not in expected]:
+        missing, unknown = [key for key in expected if key not in found], [key for key in found if key not in expected]
+        if missing:
+            errors.append(f"{family.architecture} has parameters that are missing: {listed(missing)}")
+        if unknown:
             errors.append(f"{family.architecture} has no place for the parameters: {listed(unknown)}")
+        if missing or unknown:
+            errors.append("give as --hf-model a folder of the checkpoint's own kind of model")
         if wrong := [
             f"{key} is {list(found[key].size)}, not {list(shape)}"
             for key, shape in expected.items()

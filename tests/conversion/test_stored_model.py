@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conversion.converting import to_hf, to_megatron
+from tests.conversion.models import save_random_model
 
 
 def test_iterations(llama: Path, tmp_path: Path) -> None:
@@ -21,6 +24,33 @@ def test_iterations(llama: Path, tmp_path: Path) -> None:
         to_hf(tmp_path / "run", llama, tmp_path / "none", iteration=15)
     with pytest.raises(ValueError, match=r"^/.*llama holds no checkpoint: .*; give the folder that a run's or"):
         to_hf(llama, llama, tmp_path / "none")
+
+
+def test_a_template_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "qwen2.5", "qwen2.5")
+    save_random_model(tmp_path / "qwen3", "qwen3")
+    to_megatron(tmp_path / "qwen2.5", tmp_path / "megatron")
+    with pytest.raises(
+        ValueError,
+        match=r"Qwen3ForCausalLM has parameters that are missing: \S*q_layernorm.weight, .*; "
+        r"Qwen3ForCausalLM has no place for the parameters: .*linear_qkv.bias; give as --hf-model a folder of",
+    ):
+        to_hf(tmp_path / "megatron", tmp_path / "qwen3", tmp_path / "back")
+
+
+def test_tensors_of_other_shapes_and_types_are_refused(llama: Path, tmp_path: Path) -> None:
+    to_megatron(llama, tmp_path / "megatron")
+    release = tmp_path / "megatron" / "release"
+    metadata = pickle.loads((release / ".metadata").read_bytes())
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].properties.dtype = torch.float32
+    (release / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"release has parameters of torch.bfloat16, torch.float32; expected one of"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
+    common = torch.load(release / "common.pt", weights_only=False)
+    common["args"].ffn_hidden_size += 16
+    torch.save(common, release / "common.pt")
+    with pytest.raises(ValueError, match=r"shapes disagree with the recorded flags: \S*linear_fc1.weight is \[4, 160"):
+        to_hf(tmp_path / "megatron", llama, tmp_path / "back")
 
 
 def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -128,6 +128,9 @@ def test_a_disk_that_is_full_for_torch_is_no_traceback(tmp_path: Path) -> None:
         torch.save({"weights": torch.zeros(9)}, "/dev/full")
     with pytest.raises(RuntimeError, match="another"), target.filled_folder(tmp_path, stale=[], last="last"):
         raise RuntimeError("another")
+    # A file that is not being written.
+    with pytest.raises(OSError, match=r"gone: '/shard'$"), target.filled_folder(tmp_path, stale=[], last="last"):
+        raise FileNotFoundError(errno.ENOENT, "gone", "/shard")
 
 
 def test_a_disk_that_is_full_at_the_end_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
