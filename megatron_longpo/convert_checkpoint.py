@@ -46,7 +46,7 @@ def parse_size(text: str) -> int:
 def _positive(kind: type, above: float) -> Any:
     def convert(text: str) -> Any:
         try:
-            value = kind(float(text)) if kind is float else kind(text)
+            value = kind(text)
         except ValueError:
             value = above
         if not above < value < float("inf"):

@@ -95,6 +95,22 @@ def test_verify_compares_logits_of_a_split_model(name: str, tmp_path: Path, caps
     assert row[1] == ("80" if name == "mistral-v0.1" else "64"), "more tokens than the window holds"
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("hf-to-megatron --rotary-base 1", "--rotary-base: '1' must be a number greater than 1"),
+        ("hf-to-megatron --rotary-base inf", "--rotary-base: 'inf' must be a number greater than 1"),
+        ("hf-to-megatron --rotary-base base", "--rotary-base: 'base' must be a number greater than 1"),
+        ("megatron-to-hf --iteration -1", "--iteration: '-1' must be a number greater than -1"),
+        ("megatron-to-hf --iteration 1.5", "--iteration: '1.5' must be a number greater than -1"),
+    ],
+)
+def test_numbers_that_cannot_be(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert message in capsys.readouterr().err
+
+
 def test_verify_refuses_sizes_that_the_model_cannot_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_random_model(tmp_path / "hf", "llama3.1")
     words = ["verify", "--hf-model", str(tmp_path / "hf"), "--megatron", str(tmp_path / "none"), "--torchrun"]

@@ -256,6 +256,12 @@ def test_families_without_gated_mlp_are_refused() -> None:
     assert [line.split()[0] for line in caught.value.errors] == ["--swiglu", "--disable-bias-linear"]
 
 
+def test_a_run_of_less_than_a_step_is_refused() -> None:
+    words = GOOD.replace("--train-iters 10", "--train-samples 7")
+    with pytest.raises(ConfigError, match="--train-samples 7 is less than one step; at least --global-batch-size 8"):
+        validate(parse_arguments(words.split()), 1)
+
+
 def test_values_set_in_code_are_checked_too() -> None:
     config = parse_arguments(GOOD.split())
     config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, beta=-1.0, turns="all"))

@@ -18,7 +18,8 @@ from megatron_longpo.conversion.load import load_hf_weights
 from megatron_longpo.conversion.logits import model_logits
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
 from megatron_longpo.model.build import build_model
-from megatron_longpo.training.initial import with_initial_model
+from megatron_longpo.training.checkpoint import Checkpointer
+from megatron_longpo.training.initial import load_initial_state, with_initial_model
 from tests.conversion.models import MODELS, hf_logits, random_tokens, run_config, save_random_model
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -256,6 +257,12 @@ def test_a_converted_checkpoint_gives_the_reference_what_the_model_was_before(tm
     for load in (folder, folder / "iter_0000010"):
         config = with_initial_model(parse_arguments([f"--load={load}", "--use-checkpoint-args"]))
         assert (config.reference_rotary_base, config.reference_window_size) == (1e4, Window(15, 0))
+
+
+def test_a_folder_without_a_checkpoint_is_no_model_to_start_from(tmp_path: Path) -> None:
+    config = parse_arguments([f"--pretrained-checkpoint={tmp_path}"])
+    with pytest.raises(ValueError, match=rf"--pretrained-checkpoint {tmp_path} holds no checkpoint"):
+        load_initial_state(config, Checkpointer(config, []))
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:

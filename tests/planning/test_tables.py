@@ -12,7 +12,7 @@ from megatron_longpo.planning.options import MEMORY_OPTIONS
 from megatron_longpo.planning.parts import Part
 from megatron_longpo.planning.search import Plan
 from megatron_longpo.planning.step_time import StepTime
-from megatron_longpo.planning.tables import memory_table, plans_table
+from megatron_longpo.planning.tables import layout_line, memory_table, plans_table
 from tests.planning.cases import run_config
 
 EVERY_PART = dict.fromkeys(Part, 2**38)
@@ -40,6 +40,33 @@ def test_a_table_of_the_longest_layouts_and_options_fits_a_terminal() -> None:
         assert f" recomputed: {option.recomputed}; on the host: {option.on_host}, 256.0 GiB" in joined
     table = memory_table([MEMORY, MEMORY], None).partition("\n(")[0]
     assert max(map(len, table.split("\n"))) <= 100
+
+
+def test_the_layout_names_everything_that_saves_memory() -> None:
+    config = run_config()
+    assert layout_line(config, 1).endswith(", whole optimizer, 8 micro-batches, recompute none, fp32")
+    training = replace(
+        config.training,
+        bf16=True,
+        recompute_granularity="selective",
+        recompute_modules=("core_attn", "mlp"),
+        mlp_chunk_tokens=4096,
+        projection_chunk_tokens=2048,
+        cpu_offloading_num_layers=3,
+    )
+    config = replace(
+        config,
+        training=training,
+        parallel=ParallelConfig(use_distributed_optimizer=True),
+        optimizer=replace(config.optimizer, optimizer_cpu_offload=True),
+    )
+    assert layout_line(config, 2) == (
+        "2 GPUs: TP 1 · PP 1 · CP 1 · DP 2, sharded optimizer on the host, 4 micro-batches, recompute selective "
+        "(core_attn mlp), MLP in pieces of 4096 tokens, projections in pieces of 2048 tokens, 3 layers per stage "
+        "offloaded, bf16"
+    )
+    training = replace(training, recompute_granularity="full", recompute_keep_attention=True, mlp_chunk_tokens=None)
+    assert "recompute full but attention, projections" in layout_line(replace(config, training=training), 2)
 
 
 def test_a_run_that_needs_a_little_too_much_has_digits_that_differ() -> None:

@@ -141,6 +141,9 @@ MISTAKES = {
     "length": (1, ["--seq-length=16"], "above --seq-length 16"),
     # The step that is made takes others.
     "length of a later one": (1, [*SFT, "--seq-length=62"], "'tiny-3' has a conversation of 63 tokens, above --seq-l"),
+    "no data": (2, ["--data-path="], "--data-path is missing: the PREFIX that tools/preprocess_pairs.py wrote"),
+    "no shape": (1, ["--load=nowhere", "--use-checkpoint-args"], "neither --load nor --pretrained-checkpoint holds a"),
+    "only a warm-up": (1, [*SFT, "--lr-warmup-fraction=0.9"], "would warm up for 2 samples of a schedule of 2: lower"),
     "unknown flag": (2, ["--learning-rate=1"], "--learning-rate is not a flag"),
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),
     "other optimizer": (
@@ -219,6 +222,8 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         ("tools/compute_reference_logprobs.py", foreign),
         ("pretrain_longpo.py", [*FLAGS, f"--data-path={poisoned}", *LENGTH, "--max-skipped-steps=0", *background]),
         ("pretrain_longpo.py", [*COMMON, *SFT, data, "--train-iters=3", "--exit-interval=1", "--log-interval=2"]),
+        ("tools/compute_reference_logprobs.py", [*COMMON, data, "--dry-run"]),
+        ("tools/compute_reference_logprobs.py", [*COMMON, data, *SFT]),
     ]
     for _, flags, _ in MISTAKES.values():
         commands.append(("pretrain_longpo.py", [*COMMON, data, *(flag.format(**places) for flag in flags)]))
@@ -233,7 +238,8 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     last = results[2][1].rpartition("saving checkpoint at iteration ")[2].split()[0]
     assert (places["poisoned"] / "latest_checkpointed_iteration.txt").read_text() == last
     results = [(code, output.replace(str(folder), "FOLDER")) for code, output in results]
-    return dict(zip(["saved", "foreign reference", "poisoned", "unsaved", *MISTAKES], results, strict=True))
+    others = ["saved", "foreign reference", "poisoned", "unsaved", "dry reference", "no reference"]
+    return dict(zip([*others, *MISTAKES], results, strict=True))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -248,6 +254,13 @@ def test_reference_of_another_model_is_refused(mistakes: dict[str, tuple[int, st
     code, output = mistakes["foreign reference"]
     assert code == 1
     assert "were made from something else: weights" in output and "--reference-dir" in output
+
+
+def test_the_reference_pass_refuses_runs_that_it_is_not_for(mistakes: dict[str, tuple[int, str]]) -> None:
+    code, output = mistakes["dry reference"]
+    assert code == 2 and "error: --dry-run is for pretrain_longpo.py: this command has none\n" in output
+    code, output = mistakes["no reference"]
+    assert code == 2 and "error: --objective sft-chosen has no reference model: nothing to compute\n" in output
 
 
 def test_a_run_that_leaves_without_a_folder_says_so_and_reports_its_last_steps(
