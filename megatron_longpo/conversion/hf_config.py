@@ -67,7 +67,7 @@ def read_hf_folder(folder: str | Path) -> HFModel:
         value = getattr(config, name, None)
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{path}: {name} is {value!r}; it must be a whole number of at least 1")
-    heads, groups = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
     shape = {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,

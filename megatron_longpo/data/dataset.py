@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_longpo.config.data import split_shares
 from megatron_longpo.data.document import CHOSEN, REJECTED, TURNS, TokenizedDocument
 from megatron_longpo.data.manifest import Manifest
 from megatron_longpo.data.records import RecordReader
@@ -102,47 +102,34 @@ class PreferenceDataset:
             if num_tokens > limit:
                 raise too_long(self._reader.document_id(number), num_tokens, limit)
 
-    def split(self, shares: str) -> tuple[NDArray[np.int64], ...]:
+    def split(self, shares: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Divide the documents, each with all of its turns, by a hash of their ids.
 
-        The same documents always fall on the same side, whatever their order in the pairs file. Every share above
-        zero gets at least one document.
+        The same documents always fall on the same side, whatever their order in the pairs file.
 
         Args:
-            shares: ``--split``, relative sizes such as ``98,2`` (training, evaluation) or ``969,30,1``.
+            shares: ``--split``, relative sizes of what is trained on and what is held out, such as ``98,2``.
 
         Returns:
             For each share the numbers of its documents, ascending.
 
         Raises:
-            ValueError: The shares cannot be read, or there are fewer documents than shares.
+            ValueError: The shares cannot be read, or there is one document for two shares.
         """
-        sizes = split_sizes(shares, len(self))
+        num_held_out = held_out_documents(shares, len(self))
         ranks = [(hashlib.sha256(self._reader.document_id(n).encode("utf-8")).digest(), n) for n in range(len(self))]
         order = np.array([number for _, number in sorted(ranks)], dtype=np.int64)
-        bounds = np.cumsum([0, *sizes])
-        return tuple(np.sort(order[start:stop]) for start, stop in pairwise(bounds.tolist()))
+        return np.sort(order[: len(self) - num_held_out]), np.sort(order[len(self) - num_held_out :])
 
 
-def split_sizes(shares: str, num_documents: int) -> list[int]:
-    """Documents per share: proportional by the largest remainder, at least one where the share is above zero."""
-    try:
-        numbers = [float(share) for share in shares.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(0 <= number < float("inf") for number in numbers) or sum(numbers) == 0:
-        raise ValueError(f"--split {shares!r} must be numbers such as 98,2 that are not negative and not all zero")
-    needed = sum(number > 0 for number in numbers)
-    if num_documents < needed:
+def held_out_documents(shares: str, num_documents: int) -> int:
+    """How many documents ``--split`` holds out: the nearest to its share; at least one, and not all, above 0."""
+    train, held_out = split_shares(shares)
+    if held_out == 0:
+        return 0
+    if num_documents < 2:
         raise ValueError(
-            f"--split {shares} makes {needed} parts and the dataset has {num_documents} documents: use fewer parts, "
-            f"such as --split {','.join('100' if i == 0 else '0' for i in range(len(numbers)))}"
+            f"--split {shares} holds documents out and the dataset has {num_documents}: give more, or --split 100,0"
         )
-    exact = [number / sum(numbers) * num_documents for number in numbers]
-    sizes = [max(int(size), int(size > 0)) for size in exact]
-    while sum(sizes) != num_documents:
-        step = 1 if sum(sizes) < num_documents else -1
-        # Largest remainder first when documents are left over, the most overfull share first when there are too many.
-        candidates = [i for i, number in enumerate(numbers) if number > 0 and (step > 0 or sizes[i] > 1)]
-        sizes[max(candidates, key=lambda i: step * (exact[i] - sizes[i]))] += step
-    return sizes
+    trained_on, left_out = (share / (train + held_out) * num_documents for share in (train, held_out))
+    return min(max(1, int(left_out) + (left_out % 1 > trained_on % 1)), num_documents - 1)

@@ -49,7 +49,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, dataset: PreferenceDataset) -> None:
         self.config, self.dataset = config, dataset
-        self.train_numbers, self.eval_numbers = self._split()
+        train, held_out = self.dataset.split(config.data.split)
+        self.train_numbers, self.eval_numbers = train.tolist(), held_out.tolist()
         check_lengths(config, dataset, self.train_numbers, self.eval_numbers)
         self.total_samples, self.total_steps = self._duration()
         self.chunks: list[Any] = build_model(config)
@@ -256,10 +257,6 @@ class Trainer:
         if progress.sampler:
             sampler.load_state_dict(progress.sampler)
         return sampler
-
-    def _split(self) -> tuple[list[int], list[int]]:
-        train, *rest = self.dataset.split(self.config.data.split)
-        return train.tolist(), rest[0].tolist() if rest else []
 
     def _duration(self) -> tuple[int, int]:
         """Documents and steps of the whole run."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_longpo.data.dataset import PreferenceDataset, split_sizes
+from megatron_longpo.data.dataset import PreferenceDataset, held_out_documents
 from megatron_longpo.data.document import TokenizedDocument
 from megatron_longpo.data.records import RecordWriter
 from tests.data.samples import random_document
@@ -77,31 +77,29 @@ def test_the_split_follows_the_documents_not_their_order(dataset: PreferenceData
 
 
 def test_the_split_covers_every_document_once(dataset: PreferenceDataset) -> None:
-    parts = dataset.split("70,20,10")
-    assert [len(part) for part in parts] == [14, 4, 2]
+    parts = dataset.split("70,30")
+    assert [len(part) for part in parts] == [14, 6]
     assert sorted(np.concatenate(parts).tolist()) == list(range(20))
     assert all(np.array_equal(part, np.sort(part)) for part in parts)
     assert [len(part) for part in dataset.split("100,0")] == [20, 0]
 
 
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=4).filter(any), st.integers(4, 500))
-def test_split_sizes_are_proportional(shares: list[int], num_documents: int) -> None:
-    sizes = split_sizes(",".join(map(str, shares)), num_documents)
-    assert sum(sizes) == num_documents
-    for share, size in zip(shares, sizes, strict=True):
-        exact = share / sum(shares) * num_documents
-        assert (size == 0) == (share == 0)
-        # At most one document off, except where smaller shares were lifted to one.
-        assert abs(size - exact) < 1 + len(shares)
+@given(st.integers(1, 1000), st.integers(1, 1000), st.integers(2, 500))
+def test_the_nearest_number_of_documents_is_held_out(train: int, held_out: int, num_documents: int) -> None:
+    number = held_out_documents(f"{train},{held_out}", num_documents)
+    assert 1 <= number < num_documents
+    if 1 < number < num_documents - 1:
+        assert abs(number - held_out / (train + held_out) * num_documents) < 0.5 + 1e-9
+    assert held_out_documents(f"{train},0", num_documents) == 0
 
 
-@pytest.mark.parametrize("shares", ["", "a,b", "98,-2", "0,0", "nan,1", "inf,1"])
+@pytest.mark.parametrize("shares", ["", "a,b", "98,-2", "0,0", "nan,1", "inf,1", "70,20,10"])
 def test_unusable_shares_are_named(shares: str) -> None:
     with pytest.raises(ValueError, match="--split"):
-        split_sizes(shares, 10)
+        held_out_documents(shares, 10)
 
 
-def test_more_parts_than_documents() -> None:
-    assert split_sizes("98,2", 2) == [1, 1]
-    with pytest.raises(ValueError, match="makes 2 parts and the dataset has 1 documents"):
-        split_sizes("98,2", 1)
+def test_one_document_cannot_be_shared() -> None:
+    assert held_out_documents("98,2", 2) == held_out_documents("1e20,1", 2) == 1
+    with pytest.raises(ValueError, match="--split 98,2 holds documents out and the dataset has 1: give more, or"):
+        held_out_documents("98,2", 1)

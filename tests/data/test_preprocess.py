@@ -19,9 +19,11 @@ import pytest
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.outcome import PreprocessOptions
 from megatron_longpo.data.preprocess import preprocess, summary_table
+from megatron_longpo.data.tokenize import DocumentTokenizer
 from megatron_longpo.data.tokenizer import TokenizerSpec
 from megatron_longpo.files import file_hash
 from megatron_longpo.pairs import PreferenceDocument, Turn, write_pairs
+from tests.tokenized_rows import text_document, token_row
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "preprocess_pairs.py"
 
@@ -140,6 +142,18 @@ def test_long_documents_are_cut_instead_if_asked(options: PreprocessOptions) -> 
                 )
 
 
+def test_documents_that_came_as_tokens_are_cut_too(options: PreprocessOptions, tmp_path: Path, text: str) -> None:
+    tokenized = DocumentTokenizer(options.tokenizer.load())(text_document(text, 1, 2))
+    path = tmp_path / "tokens.jsonl"
+    path.write_text(json.dumps(token_row(tokenized)))
+    limit = tokenized.longest_sequence_tokens - 100
+    manifest = preprocess(
+        replace(options, inputs=(str(path),), max_seq_length=limit, truncate_document=True), progress=False
+    )
+    (cut,) = manifest.truncated
+    assert (cut["id"], cut["tokens_cut"], manifest.longest_sequence_tokens) == ("document 1", 100, limit)
+
+
 def _read(options: PreprocessOptions) -> list:
     whole = replace(options, output_prefix=options.output_prefix + "-whole")
     preprocess(whole, progress=False)
@@ -208,6 +222,7 @@ def test_tokenized_rows_and_text_rows_in_one_run(options: PreprocessOptions, tmp
         ({"max_seq_length": 1}, "--max-seq-length 1"),
         ({"truncate_document": True}, "--truncate-document has no effect"),
         ({"prompt_template": "{document}"}, "--prompt-template"),
+        ({"num_workers": 0}, "--workers 0 must be at least 1"),
         ({"output_prefix": "data/"}, "--output-prefix data/ is a folder: add a name, data/pairs"),
     ],
 )

@@ -49,6 +49,25 @@ def test_a_document_that_cannot_fit_is_given_up(tokenizer: ChatTokenizer, docume
     assert cut_text(document, tokenize(document), 20, tokenize, tokenizer) is None
 
 
+def test_a_seam_that_makes_more_tokens_is_cut_further(
+    sentencepiece_tokenizer: ChatTokenizer, document: PreferenceDocument
+) -> None:
+    tokenize = DocumentTokenizer(sentencepiece_tokenizer)
+    whole = tokenize(document)
+    limit = whole.longest_sequence_tokens - 10
+    seams = iter(["one two three", ""])
+    cut = cut_text(
+        document,
+        whole,
+        limit,
+        lambda cut: tokenize(replace(cut, document=cut.document + next(seams))),
+        sentencepiece_tokenizer,
+    )
+    assert cut is not None and cut.document.longest_sequence_tokens <= limit and next(seams, None) is None
+    # It does not go on for ever.
+    assert cut_text(document, whole, limit, lambda cut: whole, sentencepiece_tokenizer) is None
+
+
 def test_documents_that_came_as_tokens() -> None:
     document = random_document(0, prefix=40)
     cut = cut_tokens(document, document.longest_sequence_tokens - 7)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_longpo.pair_formats.counting import count_rows
 from megatron_longpo.pair_formats.document import PairsError
 from megatron_longpo.pair_formats.raw import input_files, raw_rows
 
@@ -68,6 +70,15 @@ def test_broken_tables_are_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(PairsError, match=name):
+        list(raw_rows(path))
+
+
+def test_without_pyarrow_tables_say_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1")
+    assert count_rows([path]) is None
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # what Python does with a package that is not there
+    with pytest.raises(ValueError, match=r"--input .*rows.parquet: reading .parquet files needs pyarrow: pip install"):
         list(raw_rows(path))
 
 
