@@ -11,6 +11,7 @@ from matplotlib.image import imread
 
 from megatron_longpo.metrics_file import read_metrics
 from megatron_longpo.report import plot_runs, summary_table
+from tools import plot_metrics
 
 
 def write_run(path: Path, metrics: list[str], num_steps: int = 12, offset: float = 0.0) -> Path:
@@ -129,3 +130,30 @@ def test_a_file_that_is_not_there_leaves_nothing_behind(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"{problem}; give what --metrics-jsonl wrote"):
             plot_runs({"run": tmp_path / name}, tmp_path / "new" / "report.png", "Title")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_one_step_has_a_table(tmp_path: Path) -> None:
+    lines = summary_table({"run": write_run(tmp_path / "a.jsonl", ["rewards/margins"], num_steps=1)}).splitlines()
+    assert lines[1].split() == ["reward", "margin", "+1.000", "→", "+1.000"]
+    assert lines[-1].split() == ["seconds", "in", "steps", "0.5"]
+
+
+def test_runs_are_named_or_go_by_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (write_run(tmp_path / name, ["rewards/margins"]) for name in ("lr=1.jsonl", "b.jsonl"))
+    for words, said in (
+        ([f"={first}"], f"'={first}' must be NAME=FILE, or a file alone"),
+        (["name="], "'name=' must be NAME=FILE, or a file alone"),
+        ([f"a={first}", f"a={second}"], "the name 'a' occurs twice: give every run its own, NAME=FILE"),
+    ):
+        monkeypatch.setattr("sys.argv", ["plot_metrics.py", *words, f"--output={tmp_path / 'out.svg'}"])
+        with pytest.raises(SystemExit, match="2"):
+            plot_metrics.main()
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr(
+        "sys.argv", ["plot_metrics.py", str(first), f"two={second}", f"--output={tmp_path / 'out.svg'}"]
+    )
+    plot_metrics.main()
+    assert capsys.readouterr().out.splitlines()[0].split() == [str(first), "two"]
+    assert (tmp_path / "out.svg").is_file()

@@ -71,6 +71,23 @@ def test_failed_documents_can_be_skipped(settings: Settings, monkeypatch: pytest
     assert 1 <= dropped["request_failed"] < NUM_DOCUMENTS
 
 
+def test_whole_documents_go_to_a_server_of_their_own(corpus: Path, settings: Settings) -> None:
+    servers = ChatServer(keep_prompts=True), ChatServer(keep_prompts=True)
+    with running(servers[0]) as url, running(servers[1]) as long_url:
+        run(settings(base_url=url, long_base_url=long_url, max_documents=2))
+    texts = [row["text"] for row in map(json.loads, corpus.read_text().splitlines())]
+    for server, is_long in zip(servers, (False, True), strict=True):
+        assert server.prompts
+        assert all(any(prompt.startswith(text) for text in texts) == is_long for prompt in server.prompts)
+
+
+def test_a_server_that_is_not_there_is_said_before_anything_is_asked(settings: Settings) -> None:
+    with pytest.raises(
+        EngineError, match=r"v1/models: Client.*, also after asking 1 times; .* when the server is back$"
+    ):
+        run(settings(max_retries=0, skip_failed_documents=True))
+
+
 def test_the_key_is_sent_and_never_shown(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

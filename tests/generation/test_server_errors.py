@@ -45,5 +45,6 @@ def test_other_errors_stop_the_run(message: str) -> None:
 
 def test_an_error_is_shown_in_one_line() -> None:
     assert error_text(b'{"error": {"message": "two\\n  lines"}}') == "two lines"
+    assert error_text(b'{"detail": "Not Found"}') == "Not Found"
     assert error_text(b"<html>\nno JSON</html>") == "<html> no JSON</html>"
     assert len(error_text(b"x" * 1000)) == 300

@@ -16,6 +16,7 @@ from megatron_longpo.import_pairs.convert import ImportOptions, import_pairs
 from megatron_longpo.pairs import Message, PreferenceDocument, Turn, read_pairs, write_pairs
 from tests.import_pairs.conftest import Importer, write_rows
 from tests.tokenized_rows import text_document
+from tools import import_pairs as import_command
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "import_pairs.py"
 
@@ -76,6 +77,16 @@ def test_the_command(tmp_path: Path) -> None:
     failed = subprocess.run([*command, source], capture_output=True, text=True)
     assert failed.returncode == 1 and "is one of the files of --input" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_the_tokenizer_s_flags_need_a_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--chat-template", "x"], ["--tokenizer-type", "HuggingFaceTokenizer"], ["--trust-remote-code"]):
+        monkeypatch.setattr("sys.argv", ["import_pairs.py", "--input", "x.jsonl", "--output", "y.jsonl", *words])
+        with pytest.raises(SystemExit, match="2"):
+            import_command.main()
+        assert f"{words[0]} has no effect without --tokenizer-model: give that too" in capsys.readouterr().err
 
 
 def test_a_bad_row_leaves_nothing(tmp_path: Path, run: Importer) -> None:

@@ -64,6 +64,18 @@ def test_parquet_and_arrow_tables(tmp_path: Path) -> None:
         assert isinstance(rows[0][1]["ids"], np.ndarray), "half a million Python integers a row would be slow"
 
 
+def test_lists_of_other_writers(tmp_path: Path) -> None:
+    """Polars writes lists with 64-bit offsets."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = {"ids": [1, 2], "nested": [[1], [2, 3]], "holes": [1, None], "texts": ["a", "b"], "shares": [0.5]}
+    numbers, large = arrow.int64(), arrow.large_list
+    types = {"ids": numbers, "nested": large(numbers), "holes": numbers, "texts": arrow.string()}
+    schema = arrow.schema({name: large(types.get(name, arrow.float64())) for name in row})
+    parquet.write_table(arrow.Table.from_pylist([row], schema), tmp_path / "rows.parquet")
+    ((_, read),) = raw_rows(tmp_path / "rows.parquet")
+    assert plain(read) == row and isinstance(read["ids"], np.ndarray) and isinstance(read["nested"][1], np.ndarray)
+
+
 @pytest.mark.parametrize("name", ["broken.parquet", "broken.arrow"])
 def test_broken_tables_are_named(tmp_path: Path, name: str) -> None:
     pytest.importorskip("pyarrow")
