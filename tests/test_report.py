@@ -142,18 +142,17 @@ def test_runs_are_named_or_go_by_their_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, second = (write_run(tmp_path / name, ["rewards/margins"]) for name in ("lr=1.jsonl", "b.jsonl"))
+    output = f"--output={tmp_path / 'out.svg'}"
     for words, said in (
         ([f"={first}"], f"'={first}' must be NAME=FILE, or a file alone"),
         (["name="], "'name=' must be NAME=FILE, or a file alone"),
         ([f"a={first}", f"a={second}"], "the name 'a' occurs twice: give every run its own, NAME=FILE"),
     ):
-        monkeypatch.setattr("sys.argv", ["plot_metrics.py", *words, f"--output={tmp_path / 'out.svg'}"])
+        monkeypatch.setattr("sys.argv", ["plot_metrics.py", *words, output])
         with pytest.raises(SystemExit, match="2"):
             plot_metrics.main()
         assert said in capsys.readouterr().err
-    monkeypatch.setattr(
-        "sys.argv", ["plot_metrics.py", str(first), f"two={second}", f"--output={tmp_path / 'out.svg'}"]
-    )
+    monkeypatch.setattr("sys.argv", ["plot_metrics.py", str(first), f"two={second}", output])
     plot_metrics.main()
     assert capsys.readouterr().out.splitlines()[0].split() == [str(first), "two"]
     assert (tmp_path / "out.svg").is_file()

@@ -108,9 +108,9 @@ class _Plot:
         number = 0
         while number * step <= top * 1.0001:
             x = self.left + number * step / top * (self.right - self.left)
-            is_last = number * step > top * 0.93
-            more = "+" if has_more_above and is_last else ""
-            self.text(x, _HEIGHT - 7, short_number(number * step) + more, "end" if is_last else "middle")
+            more = "+" if has_more_above and (number + 1) * step > top * 1.0001 else ""
+            anchor = "end" if number * step > top * 0.93 else "middle"
+            self.text(x, _HEIGHT - 7, short_number(number * step) + more, anchor)
             number += 1
 
     def svg(self) -> Markup:

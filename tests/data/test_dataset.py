@@ -103,3 +103,9 @@ def test_one_document_cannot_be_shared() -> None:
     assert held_out_documents("98,2", 2) == held_out_documents("1e20,1", 2) == 1
     with pytest.raises(ValueError, match="--split 98,2 holds documents out and the dataset has 1: give more, or"):
         held_out_documents("98,2", 1)
+
+
+def test_a_vocabulary_that_is_not_recorded_has_all_of_the_tokens(tmp_path: Path) -> None:
+    dataset = make(tmp_path / "pairs", [random_document(0)])
+    assert dataset.manifest.tokenizer.get("vocab_size") is None
+    assert dataset.vocab_size == max(int(tokens.max()) for tokens in dataset[0].all_tokens() if len(tokens)) + 1

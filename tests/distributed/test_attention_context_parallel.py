@@ -119,12 +119,15 @@ def messages() -> list[str]:
     layout = layouts(2)[0]
     q, k, v, _ = (x[layout.local_index(dist.get_rank())] for x in random_row(layout))
     said = []
+    both, alone = dist.group.WORLD, [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     for arguments in (
         (q[:, :6], k[:, :3], v[:, :3], layout, dist.group.WORLD, "a2a", SCALE),
         (q, k, v, layout, dist.group.WORLD, "allgather", SCALE),
         (q, k, v, layout, dist.group.WORLD, "a2a+p2p", SCALE),
         (q, k, v, RowLayout(layout.documents, 4), dist.group.WORLD, "a2a", SCALE),
         (q[1:], k, v, layout, dist.group.WORLD, "all_gather", SCALE),
+        (q[:, :6], k[:, :3], v[:, :3], layout, dist.group.WORLD, "a2a+p2p", SCALE, (both, alone)),
+        (q, k, v, layout, dist.group.WORLD, "a2a+p2p", SCALE, (both, both)),
     ):
         with pytest.raises(ValueError) as raised:
             context_parallel_attention(*arguments)
@@ -191,7 +194,8 @@ def test_module_in_bf16_errors_and_the_order_of_a_ring() -> None:
 
     # A rank sends all of its true keys; where a window of 3 is enough, the last two of a chunk that others see.
     full, windowed = (38, 46), (6, 4)
-    for rank, (_, (heads, comm_type, hierarchy, cp_size, tokens), phases) in enumerate(results):
+    for rank, (_, said, phases) in enumerate(results):
+        heads, comm_type, hierarchy, cp_size, tokens, inner_heads, product = said
         for sent, (forward, recomputed, backward) in zip((full, windowed), (phases[:3], phases[3:]), strict=True):
             own, gradients = f"send {sent[rank]}", f"send {sent[1 - rank]}"
             assert forward == [own, "kernel", "received", "kernel"], "keys travel while a step is computed"
@@ -203,6 +207,8 @@ def test_module_in_bf16_errors_and_the_order_of_a_ring() -> None:
         assert hierarchy == "--cp-comm-type a2a+p2p needs --hierarchical-context-parallel-sizes"
         assert "laid out for 4 context-parallel ranks in a group of 2" in cp_size
         assert "for a layout of" in tokens
+        assert "splits heads over 2 ranks, but 3 key/value heads" in inner_heads and "cp-comm-type p2p" in inner_heads
+        assert product == "--hierarchical-context-parallel-sizes 2 2 must multiply to --context-parallel-size 2"
 
 
 def test_heads_are_gathered_in_chunks_where_it_pays() -> None:

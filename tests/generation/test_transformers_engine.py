@@ -75,6 +75,18 @@ def test_answers_are_those_of_transformers(settings: Settings, model_folder: Pat
         assert answer.cut_off == (2 not in new)
 
 
+def test_a_number_format_and_several_ends_of_a_turn(settings: Settings, model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    generation = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+
+    async def opened() -> tuple[torch.dtype, frozenset[int | None]]:
+        async with TransformersEngine(embedded(settings, folder, dtype="bf16")) as engine:
+            return engine._model.dtype, engine._stop_ids
+
+    assert asyncio.run(opened()) == (torch.bfloat16, {2, 5})
+
+
 def test_a_template_for_tokenizers_that_have_none(
     settings: Settings, model_folder: Path, sentencepiece_file: Path, inst_template_file: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_longpo.data.tokenize import PromptTemplate
-from megatron_longpo.import_pairs.split import chunk_span, split_prompts
+from megatron_longpo.import_pairs.split import chunk_span, split_prompts, splits
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,11 @@ def test_instructions_before_the_document_and_other_separators() -> None:
 def test_a_chunk_has_a_place_only_if_it_has_one() -> None:
     assert chunk_span("abcabd", "abd") == (3, 6)
     assert chunk_span("abcabd", "ab") is None and chunk_span("aaa", "aa") is None and chunk_span("abc", "x") is None
+
+
+@pytest.mark.parametrize("template", ["{document}{instruction}", "{instruction}{document}"])
+def test_messages_without_a_separator_have_every_place(template: str) -> None:
+    found = list(splits(PromptTemplate(template), "abcd", 2))
+    assert sorted(found) == (
+        [("ab", "cd"), ("abc", "d")] if template.startswith("{d") else [("bcd", "a"), ("cd", "ab")]
+    )

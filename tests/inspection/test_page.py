@@ -112,6 +112,16 @@ def test_long_texts_are_cut_and_differences_marked(tmp_path: Path, max_chars: in
     assert (page.count("mark") > 10) != is_cut, "a cut answer is not compared"
 
 
+def test_the_last_bar_says_what_lies_above_it(tmp_path: Path) -> None:
+    def document(number: int) -> PreferenceDocument:
+        times = 5000 if number == 0 else 2
+        return PreferenceDocument(str(number), "doc " * times, (Turn("Ask?", "So. " * times, "No.", "doc", (0, 3)),))
+
+    write_pairs(tmp_path / "pairs.jsonl", map(document, range(200)))
+    content = page_of(tmp_path, num_pairs=1)
+    assert len(re.findall(r"<text[^>]*>\d+\+</text>", content)) == 2 and content.count(" and more: ") == 1
+
+
 def test_tokenized_rows_make_a_page_too(tokenized: Path) -> None:
     content = page_of(tokenized)
     assert_self_contained(content)

@@ -12,6 +12,7 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 
 from megatron_longpo.config import ModelConfig
 from megatron_longpo.model.rope import attention_factor, inverse_frequencies, rotary_angles, rotate
+from megatron_longpo.training.fingerprint import rope_scaling_mark
 
 HEADS, HIDDEN = 4, 256
 SHAPE = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "kv_channels": HIDDEN // HEADS}
@@ -108,3 +109,20 @@ def test_rotation_equals_megatrons_and_keeps_only_the_angles() -> None:
     torch.testing.assert_close(
         torch.autograd.grad(ours, heads, grad), torch.autograd.grad(theirs, heads, grad), rtol=1e-14, atol=1e-14
     )
+
+
+def test_the_weights_key_of_a_scaled_rope_has_all_of_its_numbers() -> None:
+    marks = [
+        rope_scaling_mark(ModelConfig(**model))
+        for model in (
+            {},
+            {"use_rope_scaling": True},
+            {"use_rope_scaling": True, "rope_scaling_factor": 4.0},
+            {"use_rope_scaling": True, "rope_original_max_position_embeddings": 4096},
+            {"position_embedding_type": "yarn"},
+            {"position_embedding_type": "yarn", "yarn_beta_fast": 16.0},
+            {"position_embedding_type": "yarn", "yarn_correction_range_round_to_int": False},
+        )
+    ]
+    assert marks[0] == "" and len(set(marks)) == len(marks)
+    assert [mark.split("-")[1] for mark in marks[1:]] == ["llama3"] * 3 + ["yarn"] * 3

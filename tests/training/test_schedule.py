@@ -70,7 +70,5 @@ def test_weight_decay(words: str, expected: list[float]) -> None:
 
 
 def test_a_schedule_that_is_all_warm_up_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"would warm up for 72 samples of a schedule of 72: lower --lr-warmup-fraction"
-    ):
+    with pytest.raises(ValueError, match="would warm up for 72 samples of a schedule of 72: lower --lr"):
         course("--train-iters 10 --lr-decay-iters 9 --lr-warmup-fraction 0.999", "lr")
