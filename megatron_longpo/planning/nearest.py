@@ -76,8 +76,6 @@ def _nearest(searches: Iterable[Search], num_tried: int | None = None) -> list[t
 
 def _batches(search: Search) -> list[int]:
     """The nearest ``--global-batch-size`` below and above the given one with which a layout of these GPUs fits."""
-    if "--global-batch-size" not in search.base:
-        return []
     place = search.base.index("--global-batch-size") + 1
     given = int(search.base[place])
 

@@ -126,7 +126,8 @@ def saved_config(checkpoint: Path) -> RunConfig:
     values = {key: saved[key] for key in wanted if key in saved}
     if "hidden_size" not in values:
         raise ValueError(
-            f"{checkpoint} does not record its model's shape: give the model's flags instead of --use-checkpoint-args"
+            f"{checkpoint} does not record its model's shape, as those of this trainer and Megatron-LM do: to train "
+            "from it, give the model's flags instead of --use-checkpoint-args"
         )
     return RunConfig.from_flat_dict(values)
 

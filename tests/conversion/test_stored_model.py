@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import shutil
 from pathlib import Path
@@ -72,6 +73,12 @@ def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
+def _pickled(content: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -82,6 +89,7 @@ def test_a_damaged_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
         ),
         ("release/common.pt", b"", r"release cannot be loaded: common\.pt: EOFError"),
         ("release/common.pt", b"PK\x03\x04 half", r"release cannot be loaded: common\.pt: PytorchStreamReader failed"),
+        ("release/common.pt", _pickled({}), r"release does not record its model's shape, as those of this trainer and"),
         ("release/common.pt", b"\xff\xfe", r"release cannot be loaded: common\.pt: \w"),
         ("release/metadata.json", b"", r"release cannot be loaded: metadata\.json: Expecting value"),
         ("release/metadata.json", b"\xff", r"release cannot be loaded: metadata\.json: 'utf-8' codec"),

@@ -16,7 +16,7 @@ from megatron_longpo.config import ConfigError, ParallelConfig
 from megatron_longpo.planning import plan_command
 from megatron_longpo.planning import search as search_module
 from megatron_longpo.planning.dry_run import RankMemory
-from megatron_longpo.planning.dry_run_command import print_dry_run
+from megatron_longpo.planning.dry_run_command import print_dry_run, resolved
 from megatron_longpo.planning.hardware import gpu_named
 from megatron_longpo.planning.layouts import candidates
 from megatron_longpo.planning.options import MEMORY_OPTIONS, MemoryOption
@@ -28,7 +28,7 @@ from megatron_longpo.planning.workload import made_up_rows
 from megatron_longpo.training.initial import with_initial_model
 from megatron_longpo.validation import validate
 from tests.planning.cases import HF_CONFIG, MODEL, WINDOW, words_of
-from tests.tiny import MODEL_FLAGS, write_tiny_dataset
+from tests.tiny import MODEL_FLAGS, VOCAB, write_tiny_dataset
 from tools import plan_run
 
 
@@ -257,5 +257,9 @@ def test_a_dry_run_prints_the_memory_of_exactly_the_given_flags(
         print_dry_run(parse_arguments([*flags[:-1], "--tensor-model-parallel-size=4"]))
     with pytest.raises(ConfigError, match="--attention-backend flash3 is not for b200-192gb"):
         print_dry_run(parse_arguments([*flags, "--gpu=b200-192gb", "--attention-backend=flash3"]))
+    words = [flag for flag in flags if not flag.startswith("--vocab-size")]
+    with pytest.raises(ConfigError, match="--vocab-size is required without --data-path: the dataset's token"):
+        print_dry_run(parse_arguments(words))
+    assert resolved(parse_arguments([*words, f"--data-path={data}"]), 4)[0].model.vocab_size == VOCAB
     with pytest.raises(ConfigError, match="--num-gpus 4 has no effect"):
         parse_arguments([*MODEL_FLAGS, "--num-gpus=4"])

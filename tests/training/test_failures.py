@@ -155,6 +155,11 @@ MISTAKES = {
         ["--load={save}", "--save={save}"],
         "at iteration 1 of an objective without a reference model, and --objective longpo has one",
     ),
+    "a reference that is gone": (
+        1,
+        ["--data-path={data}", "--load={run}", "--train-iters=9", "--lr=1e-3", "--reference-dir={half}"],
+        "half/tiny.reference-short holds no reference log-probs, and this run's weights have moved on from the ref",
+    ),
     "damaged weights": (
         1,
         [*SFT, "--load={damaged}"],
@@ -203,6 +208,7 @@ def mistakes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     folder = tmp_path_factory.mktemp("mistakes")
     names = ("save", "half", "broken", "truncated", "file", "locked", "poisoned", "damaged")
     places = {name: folder / name for name in names}
+    places |= {"data": poisoned, "run": poisoned.parent / "save"}
     places["file"].write_text("mine")
     shutil.copytree(poisoned.parent / "save", places["damaged"])
     for weights in places["damaged"].glob("iter_*/*.distcp"):

@@ -30,7 +30,5 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         writer.finish(tokenizer={"path": str(ours), "hash": load_tokenizer(ours).hash})
     words = [f"--data-path={tmp_path / 'pairs'}", "--vocab-size=100000"]
     assert len(open_dataset(parse_arguments([*words, f"--tokenizer-model={ours}"]))) == 1
-    with pytest.raises(
-        ValueError, match=rf"--tokenizer-model {other} is not .* was made with \({ours}\): prepro"
-    ):
+    with pytest.raises(ValueError, match=rf"--tokenizer-model {other} is not .* was made with \({ours}\): prepro"):
         open_dataset(parse_arguments([*words, f"--tokenizer-model={other}"]))

@@ -77,7 +77,14 @@ def test_parts_whose_removal_was_killed_are_not_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("dataset", "x"), ("weights", "x"), ("rotary_base", 1e7), ("kind", "long-joint"), ("dtype", "bf16")],
+    [
+        ("dataset", "x"),
+        ("weights", "x"),
+        ("rotary_base", 1e7),
+        ("kind", "long-joint"),
+        ("dtype", "bf16"),
+        ("window_tokens", 9),
+    ],
 )
 def test_another_key_is_refused(tmp_path: Path, field: str, value: object) -> None:
     write_all(tmp_path)
@@ -118,6 +125,14 @@ def test_broken_manifest_names_the_file(tmp_path: Path, content: bytes) -> None:
     write_all(tmp_path)
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"manifest\.json is not a JSON object .*: delete .* to compute it again"):
+        ReferenceLogprobs(tmp_path, KEY)
+
+
+def test_a_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
+    with pytest.raises(ValueError, match=rf"manifest\.json: schema 99 is not 1: delete {tmp_path}"):
         ReferenceLogprobs(tmp_path, KEY)
 
 
