@@ -48,6 +48,23 @@ def test_what_speaks_on_ctrl_c_is_let_go_with_the_block(monkeypatch: pytest.Monk
     assert freed_in == [threading.main_thread()]
 
 
+def test_ctrl_c_that_is_for_others_stays_theirs() -> None:
+    """As in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    processes.take_ctrl_c_once()
+    with processes.one_voice_on_ctrl_c(lambda: pytest.fail("it was not for this process")):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_reader_that_has_seen_enough_of_a_message_is_no_failure() -> None:
+    words = "from megatron_longpo import processes; processes.leave(0, lambda: print('a help page ' * 10**5))"
+    process = subprocess.Popen([sys.executable, "-c", words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(20)) == (b"", 0)
+
+
 INTERRUPTED = """
 import ctypes, os, sys, threading, time
 from megatron_longpo import processes

@@ -19,6 +19,7 @@ from megatron_longpo.conversion.logits import model_logits
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
 from megatron_longpo.model.build import build_model
 from megatron_longpo.training.checkpoint import Checkpointer
+from megatron_longpo.training.checkpoint_checks import check_optimizer
 from megatron_longpo.training.initial import load_initial_state, with_initial_model
 from tests.conversion.models import MODELS, hf_logits, random_tokens, run_config, save_random_model
 
@@ -259,10 +260,12 @@ def test_a_converted_checkpoint_gives_the_reference_what_the_model_was_before(tm
         assert (config.reference_rotary_base, config.reference_window_size) == (1e4, Window(15, 0))
 
 
-def test_a_folder_without_a_checkpoint_is_no_model_to_start_from(tmp_path: Path) -> None:
+def test_what_a_folder_must_hold_to_start_from_it(tmp_path: Path) -> None:
     config = parse_arguments([f"--pretrained-checkpoint={tmp_path}"])
     with pytest.raises(ValueError, match=rf"--pretrained-checkpoint {tmp_path} holds no checkpoint"):
         load_initial_state(config, Checkpointer(config, []))
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds no optimizer state: give --no-load-optim to start with a"):
+        check_optimizer(tmp_path, {}, config)
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path: Path) -> None:
