@@ -50,12 +50,12 @@ class Histogram:
 
 def histogram(values: NDArray[np.float64], num_bins: int = 20) -> Histogram:
     """Whole numbers counted from zero up, in round steps; the upper hundredth does not stretch the axis."""
-    top = float(np.quantile(values, 0.99)) if len(values) else 1.0
+    top = float(np.quantile(values, 0.99))
     step = max(1.0, round_step(max(top, 1e-9) / num_bins))
     num_steps = max(1, math.floor(top / step) + 1)
     edges = np.arange(num_steps + 1) * step
     counts, _ = np.histogram(np.minimum(values, edges[-1]), edges)
-    above = bool(len(values)) and float(values.max()) > edges[-1]
+    above = float(values.max()) > edges[-1]
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()), above)
 
 

@@ -59,6 +59,13 @@ def check_outputs(config: RunConfig) -> None:
     if settings.metrics_jsonl is not None:
         check_writable(settings.metrics_jsonl, "--metrics-jsonl", "metrics.jsonl")
         _refuse_other_content(Path(settings.metrics_jsonl))
+    if settings.wandb_project is not None:
+        if settings.wandb_save_dir is not None:
+            check_folder_writable(settings.wandb_save_dir, "--wandb-save-dir")
+        try:
+            import wandb  # noqa: F401
+        except ImportError as error:
+            raise ValueError("--wandb-project needs wandb: pip install 'megatron_longpo[wandb]'") from error
 
 
 def _refuse_other_run(settings: CheckpointConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from megatron_longpo import platform
-from megatron_longpo.config import ConfigError, RunConfig
+from megatron_longpo.config import RunConfig
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.tokenizer import load_tokenizer
 from megatron_longpo.training.distributed import is_rank_0, world_size
@@ -23,10 +23,8 @@ def prepared(config: RunConfig) -> RunConfig:
         ValueError: The checkpoint that gives the model's shape cannot be read; ``--attention-backend`` has no library.
     """
     platform.prepare(config.training.use_cpu)
-    if not config.data.data_path:
-        raise ConfigError("--data-path is missing: the PREFIX that tools/preprocess_pairs.py wrote")
     config = with_initial_model(config)
-    if not config.model.vocab_size:
+    if config.data.data_path and not config.model.vocab_size:
         size = PreferenceDataset(config.data.data_path).vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
     config = config.with_device_defaults(*platform.device_defaults())

@@ -176,10 +176,8 @@ def _start_wandb(settings: LoggingConfig, config: RunConfig, first_step: int) ->
 
     An evaluation alone is a run of its own: wandb takes no values for steps that it has.
     """
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("--wandb-project needs wandb: pip install 'megatron_longpo[wandb]'") from error
+    import wandb  # `check_outputs` has found it
+
     checkpoint = config.checkpoint
     folder = settings.wandb_save_dir or (os.path.join(checkpoint.save, "wandb") if checkpoint.save else None)
     if folder:

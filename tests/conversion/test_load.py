@@ -260,6 +260,17 @@ def test_a_converted_checkpoint_gives_the_reference_what_the_model_was_before(tm
         assert (config.reference_rotary_base, config.reference_window_size) == (1e4, Window(15, 0))
 
 
+def test_a_checkpoint_of_another_program_leaves_the_reference_to_the_flags(tmp_path: Path) -> None:
+    save_random_model(tmp_path / "hf", "llama2")
+    convert_to_megatron(tmp_path / "hf", tmp_path / "megatron", show_progress=False)
+    torch.save({}, tmp_path / "megatron" / "release" / "common.pt")
+    flags = [f"--pretrained-checkpoint={tmp_path / 'megatron'}"]
+    config = parse_arguments([*flags, "--num-layers=4", "--rotary-base=1e7"])
+    assert with_initial_model(config) == config and config.reference_rotary_base == 1e7
+    with pytest.raises(ValueError, match=r"release does not record its model's shape, .* instead of --use-check"):
+        with_initial_model(parse_arguments([*flags, "--use-checkpoint-args"]))
+
+
 def test_what_a_folder_must_hold_to_start_from_it(tmp_path: Path) -> None:
     config = parse_arguments([f"--pretrained-checkpoint={tmp_path}"])
     with pytest.raises(ValueError, match=rf"--pretrained-checkpoint {tmp_path} holds no checkpoint"):

@@ -141,7 +141,7 @@ MISTAKES = {
     "length": (1, ["--seq-length=16"], "above --seq-length 16"),
     # The step that is made takes others.
     "length of a later one": (1, [*SFT, "--seq-length=62"], "'tiny-3' has a conversation of 63 tokens, above --seq-l"),
-    "no data": (2, ["--data-path="], "--data-path is missing: the PREFIX that tools/preprocess_pairs.py wrote"),
+    "no data": (2, ["--data-path="], "--data-path is required: the PREFIX that tools/preprocess_pairs.py wrote"),
     "no shape": (1, ["--load=nowhere", "--use-checkpoint-args"], "neither --load nor --pretrained-checkpoint holds a"),
     "unknown flag": (2, ["--learning-rate=1"], "--learning-rate is not a flag"),
     "other shape": (1, [*SFT, "--load={save}", "--hidden-size=64"], "--hidden-size is 64, the checkpoint's is 32"),

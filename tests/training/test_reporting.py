@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,32 @@ def test_an_evaluation_alone_removes_no_step(tmp_path: Path) -> None:
     config = parse_arguments([f"--metrics-jsonl={path}", "--skip-train"])
     Reporter(config, active=True, total_steps=2, first_step=1).close()
     assert [row["iteration"] for row in metrics(path)] == [1, 2]
+
+
+def test_the_progress_bar_goes_on_and_leaves_the_lines_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(parse_arguments(["--progress-bar=on"]), active=True, total_steps=4, first_step=2)
+    reporter.step_done()
+    reporter.report({"iteration": 3, "consumed_samples": 24, "loss": 0.25})
+    reporter.report({"iteration": 3, "consumed_samples": 24, "loss": 9.0}, prefix="eval/")
+    reporter.close()
+    lines, bar = capfd.readouterr()
+    assert [line.split("/")[0].split() for line in lines.splitlines()] == [
+        ["iteration", "3"],
+        ["evaluation", "at", "iteration", "3"],
+    ]
+    shown = bar.split("\r")[-1]
+    assert shown.startswith("training:  75%") and "3/4" in shown and "loss 0.2500" in shown
+
+
+def test_what_wandb_needs_is_found_missing_before_the_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python does with a package that is not there
+    with pytest.raises(ValueError, match=r"--wandb-project needs wandb: pip install 'megatron_longpo\[wandb\]'"):
+        check_outputs(parse_arguments(["--wandb-project=longpo"]))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--wandb-save-dir .*file is a file"):
+        check_outputs(parse_arguments(["--wandb-project=longpo", f"--wandb-save-dir={tmp_path / 'file'}"]))
 
 
 def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
