@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.kernels import CpuFlashKernel
-from megatron_longpo.attention.shared_prefix import shared_prefix_attention
+from megatron_longpo.attention.shared_prefix import backward_tiles, forward_tiles, shared_prefix_attention
+from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
@@ -122,6 +123,17 @@ def test_bf16_is_as_near_to_fp64_as_dense_bf16() -> None:
     ours = with_gradients(shared_prefix_attention, low, grad_out.bfloat16(), layout, SCALE)
     assert all(x.dtype == torch.bfloat16 for x in ours)
     assert_equal([x.double() for x in ours], exact, 2e-2)
+
+
+@pytest.mark.parametrize(("branches", "dtype"), [((3, 5), torch.float32), ((), torch.bfloat16)], ids=["added", "one"])
+def test_key_gradients_of_several_tiles_add_up_in_fp32(branches: tuple[int, ...], dtype: torch.dtype) -> None:
+    layout = RowLayout((DocumentLayout(9, branches),))
+    qkv, grad_out = random_row(layout, torch.bfloat16)
+    tiles, kernel = plan(layout), CpuFlashKernel()
+    q, k, v = (x.detach() for x in qkv)
+    out, lse = forward_tiles(q, k, v, tiles, SCALE, kernel)
+    _, dk, dv = backward_tiles(grad_out, q, k, v, out, lse, tiles, SCALE, kernel)
+    assert (dk.dtype, dv.dtype) == (dtype, dtype)
 
 
 def test_large_scores_do_not_overflow() -> None:
