@@ -1,0 +1,63 @@
+"""One step of a run: the rates that it reports, and gradients that it must not apply."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.model.build import unwrap
+from megatron_longpo.training.data import GlobalBatch, MicroBatches, training_batches
+from megatron_longpo.training.loop import Trainer
+from megatron_longpo.training.step import gradients_are_finite
+from tests.tiny import VOCAB, write_tiny_dataset
+from tests.training.commands import FLAGS
+
+
+def trainer_and_batch(folder: Path) -> tuple[Trainer, GlobalBatch]:
+    data = write_tiny_dataset(folder / "tiny", num_documents=12)
+    flags = [*FLAGS, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=4", "--lr=1e-2"]
+    trainer = Trainer(parse_arguments(flags).with_device_defaults("local", "gloo"), PreferenceDataset(data))
+    return trainer, next(training_batches(MicroBatches(trainer.config, trainer.dataset, None), trainer._sampler()))
+
+
+def test_tokens_and_flops_are_those_of_the_documents(world_of_one: None, tmp_path: Path) -> None:
+    trainer, batch = trainer_and_batch(tmp_path)
+    metrics, _ = trainer._step(batch)
+    lengths = []
+    for number in batch.numbers:
+        document = trainer.dataset[number]
+        assert document.joint is not None
+        lengths.append(len(document.document_tokens) + len(document.joint[0].tokens))
+    seconds = metrics["iteration_time_s"]
+    assert metrics["tokens_per_s_per_gpu"] * seconds == pytest.approx(sum(lengths))
+    # 4 layers: queries and output 32 x 64, keys and values 32 x 32, the MLP's three 32 x 48; a causal pair costs
+    # 4 * 64. The LM head sees every token but the last.
+    per_token = 2 * 4 * 32 * (2 * 64 + 2 * 32 + 3 * 48)
+    forward = sum(per_token * n + 4 * 4 * 64 * n * (n + 1) // 2 + 2 * 32 * VOCAB * (n - 1) for n in lengths)
+    assert metrics["tflops_per_gpu"] * 1e12 * seconds == pytest.approx(3 * forward)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_not_applied(world_of_one: None, tmp_path: Path, value: float) -> None:
+    """The loss may be finite all the same."""
+    trainer, batch = trainer_and_batch(tmp_path)
+    parameters = dict(unwrap(trainer.chunks[0]).named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    hook = parameters["decoder.final_layernorm.weight"].register_hook(lambda gradient: gradient.fill_(value))
+    metrics, bad = trainer._step(batch)
+    assert math.isfinite(metrics["loss"]) and math.isnan(metrics["grad_norm"])
+    assert bad == [trainer.dataset[number].id for number in batch.numbers], "each of them may be the one"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
+    hook.remove()
+    healthy, _ = trainer_and_batch(tmp_path / "healthy")
+    assert not gradients_are_finite([*healthy.chunks, *trainer.chunks]), "one chunk is enough"
+    again, bad = trainer._step(batch)
+    assert bad is None and math.isfinite(again["grad_norm"])
+    assert again["learning_rate"] == metrics["learning_rate"], "the schedule waits"
+    progress = trainer.progress
+    assert (progress.iteration, progress.consumed_samples, progress.skipped_steps) == (2, 2 * len(batch.numbers), 1)
