@@ -63,3 +63,11 @@ def test_an_interrupted_pass_keeps_what_it_has(
     folder = sidecar_folder(str(data), reference_kind(config), None)
     assert SidecarWriter(folder, key, len(dataset)).finished() == set(taken)
     assert all(chunk.training for chunk in chunks)
+
+
+def test_a_short_prompt_that_is_too_long_is_named(world_of_one: None, tmp_path: Path) -> None:
+    data = write_tiny_dataset(tmp_path / "tiny", num_documents=2)
+    flags = [*FLAGS, "--seq-length=10", f"--data-path={data}", "--train-iters=1"]
+    config = parse_arguments(flags).with_device_defaults("local", "gloo")
+    with pytest.raises(ValueError, match=r"'tiny-1' has a conversation of .* above --seq-length 10"):
+        reference_logprobs(config, PreferenceDataset(data), build_model(config), None)
