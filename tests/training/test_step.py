@@ -1,4 +1,4 @@
-"""One step of a run: the rates that it reports, and gradients that it must not apply."""
+"""Single steps of a run: what is reported of them, and gradients that must not be applied."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from megatron_longpo.training.loop import Trainer
 from megatron_longpo.training.step import gradients_are_finite
 from tests.tiny import VOCAB, write_tiny_dataset
 from tests.training.commands import FLAGS
+from tests.training.commands import metrics as metrics_of
+
+
+def new_trainer(folder: Path, *more: str) -> Trainer:
+    data = write_tiny_dataset(folder / "tiny", num_documents=12)
+    flags = [*FLAGS, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=4", "--lr=1e-2", *more]
+    return Trainer(parse_arguments(flags).with_device_defaults("local", "gloo"), PreferenceDataset(data))
 
 
 def trainer_and_batch(folder: Path) -> tuple[Trainer, GlobalBatch]:
-    data = write_tiny_dataset(folder / "tiny", num_documents=12)
-    flags = [*FLAGS, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=4", "--lr=1e-2"]
-    trainer = Trainer(parse_arguments(flags).with_device_defaults("local", "gloo"), PreferenceDataset(data))
+    trainer = new_trainer(folder)
     return trainer, next(training_batches(MicroBatches(trainer.config, trainer.dataset, None), trainer._sampler()))
 
 
@@ -61,3 +66,9 @@ def test_a_gradient_that_is_not_finite_is_not_applied(world_of_one: None, tmp_pa
     assert again["learning_rate"] == metrics["learning_rate"], "the schedule waits"
     progress = trainer.progress
     assert (progress.iteration, progress.consumed_samples, progress.skipped_steps) == (2, 2 * len(batch.numbers), 1)
+
+
+def test_the_last_steps_are_reported_if_no_interval_ends_with_them(world_of_one: None, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    new_trainer(tmp_path, f"--metrics-jsonl={path}", "--log-interval=3").train()
+    assert [(step["iteration"], step["consumed_samples"]) for step in metrics_of(path)] == [(3, 6), (4, 8)]
