@@ -68,7 +68,10 @@ def test_a_gradient_that_is_not_finite_is_not_applied(world_of_one: None, tmp_pa
     assert (progress.iteration, progress.consumed_samples, progress.skipped_steps) == (2, 2 * len(batch.numbers), 1)
 
 
-def test_the_last_steps_are_reported_if_no_interval_ends_with_them(world_of_one: None, tmp_path: Path) -> None:
+def test_what_a_run_reports_and_when(world_of_one: None, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    new_trainer(tmp_path, f"--metrics-jsonl={path}", "--log-interval=3").train()
-    assert [(step["iteration"], step["consumed_samples"]) for step in metrics_of(path)] == [(3, 6), (4, 8)]
+    when = ["--log-interval=3", "--eval-interval=2", "--eval-iters=1"]
+    new_trainer(tmp_path, f"--metrics-jsonl={path}", *when).train()
+    lines = [(line["iteration"], line["consumed_samples"], "eval/loss" in line) for line in metrics_of(path)]
+    # The last steps too, if no interval ends with them.
+    assert lines == [(2, 4, True), (3, 6, False), (4, 8, False), (4, 8, True)]
