@@ -21,7 +21,7 @@ from tests.training.commands import metrics as metrics_of
 
 def new_trainer(folder: Path, *more: str) -> Trainer:
     data = write_tiny_dataset(folder / "tiny", num_documents=12)
-    flags = [*FLAGS, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=4", "--lr=1e-2", *more]
+    flags = [*FLAGS, f"--data-path={data}", "--objective=sft-chosen", "--lr=1e-2", *(more or ["--train-iters=4"])]
     return Trainer(parse_arguments(flags).with_device_defaults("local", "gloo"), PreferenceDataset(data))
 
 
@@ -70,8 +70,17 @@ def test_a_gradient_that_is_not_finite_is_not_applied(world_of_one: None, tmp_pa
 
 def test_what_a_run_reports_and_when(world_of_one: None, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    when = ["--log-interval=3", "--eval-interval=2", "--eval-iters=1"]
+    when = ["--train-iters=4", "--log-interval=3", "--eval-interval=2", "--eval-iters=1"]
     new_trainer(tmp_path, f"--metrics-jsonl={path}", *when).train()
     lines = [(line["iteration"], line["consumed_samples"], "eval/loss" in line) for line in metrics_of(path)]
     # The last steps too, if no interval ends with them.
     assert lines == [(2, 4, True), (3, 6, False), (4, 8, False), (4, 8, True)]
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [("--train-iters=3", 3), ("--train-samples=9", 4), ("--train-epochs=2", 10)]
+)
+def test_the_length_of_a_run(world_of_one: None, tmp_path: Path, length: str, steps: int) -> None:
+    trainer = new_trainer(tmp_path, length)
+    assert len(trainer.train_numbers) == 10 and trainer.config.training.global_batch_size == 2
+    assert (trainer.total_steps, trainer.total_samples) == (steps, 2 * steps)
