@@ -95,6 +95,12 @@ def test_split_sizes_are_proportional(shares: list[int], num_documents: int) -> 
         assert abs(size - exact) < 1 + len(shares)
 
 
+def test_the_largest_remainder_gets_the_document_left_over() -> None:
+    assert split_sizes("50,30,20", 7) == [4, 2, 1]  # 3.5, 2.1, 1.4
+    assert split_sizes("20,30,50", 8) == [2, 2, 4]  # 1.6, 2.4, 4
+    assert split_sizes("98,1,1", 10) == [8, 1, 1]
+
+
 @pytest.mark.parametrize("shares", ["", "a,b", "98,-2", "0,0", "nan,1", "inf,1"])
 def test_unusable_shares_are_named(shares: str) -> None:
     with pytest.raises(ValueError, match="--split"):
