@@ -28,7 +28,7 @@ EXTRAS = {
     "eval": ["lm-eval"],
     # datatrove's inference runner and request cache; the answers' language; vLLM and SGLang are asked over HTTP.
     "generate": ["datatrove[io]>=0.10", "aiofiles", "aiohttp", "aiosqlite", "py3langid"],
-    "export": ["nvidia-modelopt>=0.42,<0.44", "requests"],  # modelopt imports requests without declaring it
+    "export": ["nvidia-modelopt>=0.42,<0.48", "requests"],  # modelopt imports requests without declaring it
     # trl is an oracle in the tests and an opponent in the benchmark, never imported by the package.
     "dev": [
         "megatron_longpo[generate]",

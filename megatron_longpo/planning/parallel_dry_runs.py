@@ -5,9 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from megatron_longpo.config import RunConfig
 from megatron_longpo.data.rows import TrainingRow
@@ -18,41 +23,71 @@ Result = TypeVar("Result")
 
 
 def dry_runs(
-    runs: Sequence[tuple[RunConfig, int]],
-    rows: Sequence[TrainingRow],
-    done: Callable[[int, int], None] = lambda finished, total: None,
+    runs: Sequence[tuple[RunConfig, int]], rows: Sequence[TrainingRow], title: str = "dry run"
 ) -> list[list[RankMemory]]:
-    """The peaks of several runs, each with its number of ranks, over the same rows.
+    """The peaks of several runs, each with its number of ranks, over the same rows; progress goes to stderr.
 
     Args:
         runs: Validated configurations, and their numbers of ranks.
         rows: The longest micro-batch.
-        done: Called after every process with the number of finished ones and of all.
+        title: What the progress is called.
 
     Returns:
         For every run its first and its last pipeline stage.
     """
     tasks = [(number, stage) for number, (config, _) in enumerate(runs) for stage in measured_stages(config)]
     results: list[list[RankMemory]] = [[] for _ in runs]
-    if len(tasks) == 1:
-        (config, world_size), (_, stage) = runs[0], tasks[0]
-        results[0].append(dry_run_stage(config, world_size, stage, rows))
-        done(1, 1)
-        return results
-    workers = min(len(tasks), os.cpu_count() or 1)
-    # Fresh processes: the fake world is global state, and forked ones would inherit torch's threads.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
-        try:
-            waiting = {_submit(pool, dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
-            for finished, future in enumerate(as_completed(waiting), 1):
-                results[waiting[future]].append(future.result())
-                done(finished, len(tasks))
-        except BaseException:
-            # Ctrl-C or a failed stage: what the others would find is of no use, and a stage takes minutes.
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    with _progress(title, len(tasks)) as finished:
+        if len(tasks) == 1:
+            (config, world_size), (_, stage) = runs[0], tasks[0]
+            results[0].append(dry_run_stage(config, world_size, stage, rows))
+            finished()
+            return results
+        workers = min(len(tasks), os.cpu_count() or 1)
+        # Fresh processes: the fake world is global state, and forked ones would inherit torch's threads.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
+            try:
+                waiting = {_submit(pool, dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
+                for future in as_completed(waiting):
+                    results[waiting[future]].append(future.result())
+                    finished()
+            except BaseException:
+                # Ctrl-C or a failed stage: what the others would find is of no use, and a stage takes minutes.
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
     return [sorted(stages, key=lambda stage: stage.stage) for stages in results]
+
+
+@contextmanager
+def _progress(title: str, num_stages: int) -> Iterator[Callable[[], object]]:
+    """Show stages and time while the block runs; yields what to call when a stage is finished.
+
+    A stage takes up to two minutes, so a thread keeps the time moving. A log file gets a line every half minute.
+    """
+    live = sys.stderr.isatty()
+    over = threading.Event()
+    bar = tqdm(
+        total=num_stages,
+        desc=title,
+        bar_format="{desc}: {n_fmt} of {total_fmt} pipeline stages, {elapsed} so far, {remaining} left",
+        mininterval=0.5 if live else 30.0,
+        leave=not live,
+        dynamic_ncols=True,
+    )
+
+    def tick() -> None:
+        while not over.wait(1.0):
+            bar.update(0)
+
+    ticking = threading.Thread(target=tick, daemon=True)
+    ticking.start()
+    try:
+        yield bar.update
+    finally:
+        over.set()
+        ticking.join()
+        bar.close()
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: Any) -> Future[Result]:

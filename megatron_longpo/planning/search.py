@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from tqdm import tqdm
 
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.config import ConfigError
@@ -72,22 +69,21 @@ def find_plans(search: Search) -> list[Plan]:
     possible = [entry for entry in timed if entry.may_fit(search.gpu, ESTIMATE_MARGIN)]
     plans: list[Plan] = []
     measured = 0
-    with tqdm(desc="dry runs", unit="stage", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
-        while possible and len(plans) < search.num_plans and measured < MAX_MEASURED:
-            chosen = _best_of_sizes(possible)[: search.num_plans - len(plans)]
-            measured += len(chosen)
-            tried = list(zip(chosen, _measured(search, chosen, rows, bar), strict=True))
-            found = [plan for _, plan in tried if plan.fits(search.gpu)]
-            plans += found
-            # Of sizes that have a plan, what saves more memory or sends more bytes is of no interest.
-            done = {_sizes(plan.candidate) for plan in found}
-            possible = [e for e in possible if e not in chosen and _sizes(e.candidate) not in done]
-            for estimated, plan in tried:
-                possible = [entry for entry in possible if _may_fit_beside(entry, estimated, plan, search.gpu)]
-        if not plans and possible and measured >= MAX_MEASURED:
-            # The fastest were estimated too low; the leanest may fit all the same.
-            leanest = min(possible, key=lambda entry: entry.memory.gib)
-            plans = [plan for plan in _measured(search, [leanest], rows, bar) if plan.fits(search.gpu)]
+    while possible and len(plans) < search.num_plans and measured < MAX_MEASURED:
+        chosen = _best_of_sizes(possible)[: search.num_plans - len(plans)]
+        measured += len(chosen)
+        tried = list(zip(chosen, _measured(search, chosen, rows), strict=True))
+        found = [plan for _, plan in tried if plan.fits(search.gpu)]
+        plans += found
+        # Of sizes that have a plan, what saves more memory or sends more bytes is of no interest.
+        done = {_sizes(plan.candidate) for plan in found}
+        possible = [e for e in possible if e not in chosen and _sizes(e.candidate) not in done]
+        for estimated, plan in tried:
+            possible = [entry for entry in possible if _may_fit_beside(entry, estimated, plan, search.gpu)]
+    if not plans and possible and measured >= MAX_MEASURED:
+        # The fastest were estimated too low; the leanest may fit all the same.
+        leanest = min(possible, key=lambda entry: entry.memory.gib)
+        plans = [plan for plan in _measured(search, [leanest], rows) if plan.fits(search.gpu)]
     if not plans:
         raise ConfigError(nothing_fits(search, timed))
     return sorted(plans, key=lambda plan: rank(plan.candidate, plan.time))[: search.num_plans]
@@ -135,19 +131,9 @@ def _sizes(candidate: Candidate) -> tuple[int, int, int]:
     )
 
 
-def _measured(
-    search: Search,
-    chosen: Sequence[Timed],
-    rows: Sequence[TrainingRow],
-    bar: tqdm,  # type: ignore[type-arg]
-) -> list[Plan]:
-    before = bar.n
-
-    def done(finished: int, total: int) -> None:
-        bar.total = before + total
-        bar.update(before + finished - bar.n)
-
+def _measured(search: Search, chosen: Sequence[Timed], rows: Sequence[TrainingRow]) -> list[Plan]:
     for entry in chosen:
         validate(entry.candidate.config, search.num_gpus)
-    memories = dry_runs([(entry.candidate.config, search.num_gpus) for entry in chosen], rows, done)
+    runs = [(entry.candidate.config, search.num_gpus) for entry in chosen]
+    memories = dry_runs(runs, rows, f"dry runs of {len(runs)} layouts" if len(runs) > 1 else "dry run of a layout")
     return [Plan(entry.candidate, entry.time, tuple(stages)) for entry, stages in zip(chosen, memories, strict=True)]

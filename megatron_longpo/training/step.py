@@ -108,7 +108,7 @@ def document_loss(objective: ObjectiveConfig, batch: Batch, logps: torch.Tensor)
     losses = stage.leave(losses)
     count = losses.new_full((), len(losses) if group.rank() == 0 else 0, dtype=torch.int)
     named = {"loss": losses.detach()} | metrics
-    return losses.sum(), count, {"ids": batch.sample_ids, "metrics": {k: v.detach() for k, v in named.items()}}
+    return losses.sum(), count, {"ids": batch.sample_ids, "metrics": named}
 
 
 def global_batch_metrics(

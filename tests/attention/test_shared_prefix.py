@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_longpo.attention.dense import dense_attention
 from megatron_longpo.attention.kernels import CpuFlashKernel
-from megatron_longpo.attention.shared_prefix import shared_prefix_attention
+from megatron_longpo.attention.shared_prefix import backward_tiles, forward_tiles, shared_prefix_attention
+from megatron_longpo.attention.tiles import plan
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 8
@@ -124,6 +125,17 @@ def test_bf16_is_as_near_to_fp64_as_dense_bf16() -> None:
     assert_equal([x.double() for x in ours], exact, 2e-2)
 
 
+@pytest.mark.parametrize(("branches", "dtype"), [((3, 5), torch.float32), ((), torch.bfloat16)], ids=["added", "one"])
+def test_key_gradients_of_several_tiles_add_up_in_fp32(branches: tuple[int, ...], dtype: torch.dtype) -> None:
+    layout = RowLayout((DocumentLayout(9, branches),))
+    qkv, grad_out = random_row(layout, torch.bfloat16)
+    tiles, kernel = plan(layout), CpuFlashKernel()
+    q, k, v = (x.detach() for x in qkv)
+    out, lse = forward_tiles(q, k, v, tiles, SCALE, kernel)
+    _, dk, dv = backward_tiles(grad_out, q, k, v, out, lse, tiles, SCALE, kernel)
+    assert (dk.dtype, dv.dtype) == (dtype, dtype)
+
+
 def test_large_scores_do_not_overflow() -> None:
     layout = RowLayout((DocumentLayout(30, (5, 6)),))
     (q, k, v), grad_out = random_row(layout)
@@ -155,7 +167,14 @@ def test_padding_is_zero_and_has_no_gradient() -> None:
     for segment in layout.segments:
         padding[segment.start : segment.stop] = False
     assert padding.sum() > 4
-    for x in with_gradients(shared_prefix_attention, qkv, grad_out, layout, SCALE):
+    torch.use_deterministic_algorithms(True)  # memory that is not written is NaN
+    try:
+        out = shared_prefix_attention(*qkv, layout, SCALE)
+        gradients = torch.autograd.grad(out, qkv, grad_out, retain_graph=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    *_, lse = out.grad_fn.saved_tensors
+    for x in (out, *gradients, lse.t()):
         assert not x[padding].any()
         assert x[~padding].any()
 

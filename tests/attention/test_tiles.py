@@ -96,6 +96,7 @@ def test_branches_share_one_rectangle_on_the_prefix() -> None:
         (slice(100, 105), slice(100, 105), True),
         (slice(0, 100), slice(0, 100), True),
     ]
+    assert [t.of_branch for t in tiles] == [True, True, True, True, False]
 
 
 def test_middle_chunks_of_the_last_rank_are_one_square() -> None:
@@ -129,6 +130,7 @@ def test_a_window_cuts_blocks_of_its_length_and_what_they_still_see() -> None:
         (slice(10, 13), slice(9, 10), False, False),
         (slice(10, 12), slice(7, 9), True, True),
     ]
+    assert [t.of_branch for t in tiles] == [t.queries.start >= 10 for t in tiles]
 
 
 @pytest.mark.parametrize("window_tokens", [None, 500])

@@ -40,8 +40,10 @@ def test_its_importer_fills_the_model_as_ours_does(name: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", MODELS)
 def test_its_exporter_undoes_our_import(name: str, tmp_path: Path) -> None:
-    from modelopt.torch.export import export_mcore_gpt_to_hf
+    from modelopt.torch.export import export_mcore_gpt_to_hf, unified_export_megatron
 
+    if not hasattr(unified_export_megatron, "LLaVAModel"):
+        pytest.skip("the exporter of this modelopt needs a newer megatron-core: its imports of it failed unsaid")
     _save(tmp_path / "hf", name)
     config = run_config(tmp_path / "hf")
     chunks = build_model(config)

@@ -34,6 +34,23 @@ def test_a_document_knows_its_turns_and_its_longest_conversation() -> None:
     assert replace(document, short=()).longest_short_tokens == 0
 
 
+def test_documents_are_equal_to_the_last_token() -> None:
+    document, again = (random_document(3, num_turns=2) for _ in range(2))
+    assert document == again and document.joint is not None
+    (chosen, rejected), short = document.joint, document.short[1]
+    other = replace(chosen, tokens=chosen.tokens + (np.arange(len(chosen.tokens)) == len(chosen.tokens) - 1))
+    changes = {
+        "id": "another",
+        "document_tokens": document.document_tokens[:-1],
+        "joint": (other, rejected),
+        "independent": document.independent[::-1],
+        "short": (document.short[0], replace(short, prefix_tokens=short.prefix_tokens[1:])),
+    }
+    for field, value in changes.items():
+        assert replace(document, **{field: value}) != document, field
+    assert replace(chosen, spans=chosen.spans[:1]) != chosen and replace(short, chosen=other) != short
+
+
 def test_a_branch_finds_the_response_of_a_turn() -> None:
     branch = Branch(np.arange(10, dtype=np.int32), ((0, 1, 3), (2, 5, 9)))
     assert branch.response(2).tolist() == [5, 6, 7, 8]

@@ -109,6 +109,7 @@ def test_layout_of_two_documents_by_hand() -> None:
     assert layout.local_index(1).tolist() == [2, 3, 4, 5, 9, 10, 13, 14, 17, 18, 21, 22]
     assert layout.position_ids().tolist()[:16] == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 5, 6, 7, 8]
     assert (layout.num_tokens, layout.padded_tokens, layout.local_tokens) == (15, 24, 12)
+    assert RowLayout(layout.documents).padded_tokens == 15, "one rank needs no padding"
 
 
 @pytest.mark.parametrize(("prefix", "branches"), [(0, (1, 1)), (3, (0,)), (-1, ())])

@@ -143,5 +143,9 @@ def test_unusable_sizes_are_named() -> None:
         GlobalBatchSampler([], 8, 0)
     with pytest.raises(ValueError, match="--global-batch-size 0"):
         GlobalBatchSampler(LENGTHS, 0, 0)
+    with pytest.raises(ValueError, match="consumed samples -1"):
+        GlobalBatchSampler(LENGTHS, 8, 0, consumed_samples=-1)
+    with pytest.raises(ValueError, match="group size -1"):
+        GlobalBatchSampler(LENGTHS, 8, 0, group_samples=-1)
     with pytest.raises(ValueError, match="2 documents have 1000 lengths"):
         GlobalBatchSampler(LENGTHS, 8, 0, documents=[1, 2])

@@ -23,7 +23,8 @@ def document(text: str) -> PreferenceDocument:
         Turn(f"Question {i}?", f"Right answer {i}.", f"Wrong {i}.", words[slice(*span)], span)
         for i, span in enumerate(spans)
     )
-    return PreferenceDocument("long", words, turns)
+    given_as_text = Turn("Question 3?", "Right answer 3.", "Wrong 3.", words[2_900:3_100])
+    return PreferenceDocument("long", words, (*turns, given_as_text))
 
 
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
@@ -33,13 +34,13 @@ def test_the_middle_of_the_document_goes(tokenizer: ChatTokenizer, document: Pre
     limit = int(whole.longest_sequence_tokens * share)
     cut = cut_text(document, whole, limit, tokenize, tokenizer)
     assert cut is not None
-    assert limit - 8 <= cut.document.longest_sequence_tokens <= limit
+    assert cut.document.longest_sequence_tokens == limit, "no more goes than must"
     assert cut.tokens_cut == whole.longest_sequence_tokens - cut.document.longest_sequence_tokens
     kept = tokenizer.decode(cut.document.document_tokens)
     assert document.document[:200] in kept and document.document[-200:] in kept
     assert cut.turns_with_cut_chunk == (1,)
     assert cut.document.joint is not None and whole.joint is not None
-    for turn in range(3):
+    for turn in range(4):
         assert np.array_equal(cut.document.joint[CHOSEN].response(turn), whole.joint[CHOSEN].response(turn))
     assert cut.document.short == whole.short
 
@@ -75,4 +76,6 @@ def test_documents_that_came_as_tokens() -> None:
     expected = [*document.document_tokens[:16].tolist(), *document.document_tokens[23:].tolist()]
     assert cut.document.document_tokens.tolist() == expected
     assert cut.document == replace(document, document_tokens=cut.document.document_tokens)
+    least = cut_tokens(document, document.longest_sequence_tokens - 38)
+    assert least is not None and len(least.document.document_tokens) == 2
     assert cut_tokens(document, document.longest_sequence_tokens - 39) is None

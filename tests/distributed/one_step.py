@@ -68,6 +68,9 @@ def one_step(flags: list[str], data: str, save_to: str) -> dict[str, float]:
     finally:
         parallel_state.destroy_model_parallel()
     named = {name: value for name, value in metrics.items() if "/" in name or name == "loss"}
+    if "iteration_time_s" in metrics:  # of a whole step
+        seconds = metrics["iteration_time_s"] * dist.get_world_size()
+        named |= {name: metrics[name] * seconds for name in ("tokens_per_s_per_gpu", "tflops_per_gpu")}
     return named | {f"eval/{name}": value for name, value in held_out.items()}
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_longpo.attention.dense import dense_mask
 from megatron_longpo.config import ModelConfig, Window
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
-from megatron_longpo.model.flops import attended_pairs, forward_flops
+from megatron_longpo.model.flops import attended_pairs, forward_flops, step_flops
 
 
 @given(
@@ -32,3 +32,14 @@ def test_the_models_window_counts() -> None:
     # 10 tokens each, but for the first 9: 4 * N * D per pair.
     saved = 100 * 101 // 2 - (100 * 10 - 45)
     assert forward_flops(full, layout, 0) - forward_flops(model, layout, 0) == 4 * 8 * saved
+
+
+def test_a_step_by_hand() -> None:
+    shape = {"num_layers": 3, "hidden_size": 8, "num_attention_heads": 4, "kv_channels": 6, "ffn_hidden_size": 20}
+    grouped = {"group_query_attention": True, "num_query_groups": 2}
+    layout = RowLayout((DocumentLayout(5, (2,)),), cp_size=2)  # 5 + 2 tokens, 15 + 10 + 3 pairs, and padding
+    for swiglu, mlp in ((True, 3), (False, 2)):
+        model = ModelConfig(**shape, **grouped, vocab_size=11, swiglu=swiglu)
+        # Queries and output 8 x 24, keys and values 8 x 12.
+        layers = 3 * (2 * 7 * (2 * 8 * 24 + 2 * 8 * 12 + mlp * 8 * 20) + 4 * 24 * 28)
+        assert step_flops(model, layout, 6) == 3 * (layers + 2 * 8 * 11 * 6)

@@ -79,6 +79,8 @@ def test_yarn_temperature_from_mscale() -> None:
     scaled = dict(SHAPE, position_embedding_type="yarn", yarn_rotary_scaling_factor=40.0)
     equal = ModelConfig(**scaled, yarn_mscale=1.0, yarn_mscale_all_dim=1.0)
     assert attention_factor(equal) == 1.0
+    for one in ({}, {"yarn_mscale": 0.7}, {"yarn_mscale_all_dim": 0.7}):
+        assert attention_factor(ModelConfig(**scaled, **one)) == 0.1 * math.log(40) + 1, "both count or none"
     other = ModelConfig(**scaled, yarn_mscale=0.7, yarn_mscale_all_dim=1.0)
     assert attention_factor(other) == pytest.approx((0.07 * math.log(40) + 1) / (0.1 * math.log(40) + 1))
 

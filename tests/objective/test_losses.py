@@ -87,6 +87,15 @@ def test_lost_and_won_comparisons_stay_finite(dtype: torch.dtype, reduction: str
         assert logps.grad.abs().max().item() == (1.0 if role == 0 else 0.0)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_tie_is_not_won(reduction: str) -> None:
+    """Under the weights of its reference a policy prefers nothing yet."""
+    config = ObjectiveConfig(turn_reduction=reduction)
+    case = make_case(config, (1, 3))
+    equal = replace(case.predictions, reference_logps=case.logps)
+    assert objective_loss(config, case.logps, equal)[1]["rewards/accuracies"].tolist() == [0.0, 0.0]
+
+
 def test_the_kl_estimate_is_not_negative_and_keeps_its_digits() -> None:
     difference = torch.tensor([0.0, 1e-3, -1e-3, 1e-6, 2.0, -30.0], dtype=torch.float64)
     estimate = kl_estimate(-5 - difference, torch.full_like(difference, -5.0))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import time
 from concurrent.futures import ProcessPoolExecutor
 
-from megatron_longpo.planning.parallel_dry_runs import _submit
+import pytest
+
+from megatron_longpo.planning.parallel_dry_runs import _progress, _submit
 
 
 def test_ctrl_c_does_not_reach_a_worker_even_while_it_starts() -> None:
@@ -14,3 +17,21 @@ def test_ctrl_c_does_not_reach_a_worker_even_while_it_starts() -> None:
         blocked = _submit(pool, signal.pthread_sigmask, signal.SIG_BLOCK, ()).result()
     assert signal.SIGINT in blocked
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_log_says_what_is_done_from_the_first_second_and_what_was_done_at_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with _progress("dry runs of 3 layouts", 4) as finished:
+        assert "dry runs of 3 layouts: 0 of 4 pipeline stages, 00:00 so far, ? left" in capsys.readouterr().err
+        finished()
+    assert "1 of 4 pipeline stages" in capsys.readouterr().err
+
+
+def test_time_moves_while_no_stage_is_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with _progress("dry run", 1):
+        time.sleep(1.2)
+        assert "00:01 so far" in capsys.readouterr().err

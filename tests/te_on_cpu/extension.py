@@ -7,6 +7,7 @@ name.
 from __future__ import annotations
 
 import enum
+import zlib
 from typing import Any
 
 import torch
@@ -14,18 +15,15 @@ import torch.distributed as dist
 
 
 class DType(enum.IntEnum):
-    """Numbered as in ``transformer_engine.h``."""
+    """Numbered as in ``transformer_engine.h``; those that ``pybind.cpp`` has."""
 
     kByte = 0
-    kInt16 = 1
     kInt32 = 2
-    kInt64 = 3
     kFloat32 = 4
     kFloat16 = 5
     kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
-    kFloat8E8M0 = 9
     kFloat4E2M1 = 10
 
 
@@ -54,6 +52,19 @@ class FP8BwdTensors(enum.IntEnum):
     GRAD_INPUT3 = 5
 
 
+class _AttentionBackends(enum.EnumMeta):
+    def __getattr__(cls, name: str) -> Any:
+        return _Name(name)
+
+
+class NVTE_Fused_Attn_Backend(enum.IntEnum, metaclass=_AttentionBackends):
+    """Numbered as in ``fused_attn.h``; an older Transformer Engine names more."""
+
+    NVTE_No_Backend = -1
+    NVTE_F16_arbitrary_seqlen = 1
+    NVTE_FP8 = 2
+
+
 class _Name:
     """Something that modules name when they are imported."""
 
@@ -67,6 +78,9 @@ class _Name:
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError(f"transformer_engine_torch.{self._name} has no formula in {__name__}")
+
+    def __int__(self) -> int:
+        return zlib.crc32(self._name.encode())  # members of enumerations are told apart by it
 
     def __or__(self, other: Any) -> Any:
         return Any
@@ -179,12 +193,14 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
     if noop is not None and bool(noop):
         return output
     amax = tensor.detach().abs().amax().float()
-    if hasattr(quantizer, "use_existing_amax"):
+    if type(quantizer).__name__ == "Float8CurrentScalingQuantizer":
         if quantizer.with_amax_reduction:
             dist.all_reduce(amax, dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
-        quantizer.scale.copy_(largest / amax if amax > 0 else torch.ones(()))
-    quantizer.amax.copy_(amax.reshape(quantizer.amax.shape))
-    data = (tensor.detach().float() * quantizer.scale).clamp(-largest, largest).to(dtype).view(torch.uint8)
+        scale = largest / amax if amax > 0 else torch.ones(())
+    else:
+        scale = quantizer.scale
+        quantizer.amax.copy_(amax.reshape(quantizer.amax.shape))
+    data = (tensor.detach().float() * scale).clamp(-largest, largest).to(dtype).view(torch.uint8)
     if output is None:
         output = quantizer.make_empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if output._data is not None:
@@ -192,8 +208,28 @@ def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: tor
     if output._transpose is not None:
         output._transpose.copy_(data.movedim(-1, 0))
         output._transpose_invalid = False
-    output._scale_inv.copy_(1 / quantizer.scale)
+    output._scale_inv.copy_(1 / scale)
     return output
+
+
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
+) -> Any:
+    """An fp8 tensor that `quantize` fills: rows, columns (the transposed copy that Hopper multiplies) or both."""
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
+
+    transposed = [shape[-1], *shape[:-1]]
+    parts = {
+        "data": torch.empty(shape, dtype=torch.uint8) if quantizer.rowwise_usage else None,
+        "data_transpose": torch.empty(transposed, dtype=torch.uint8) if quantizer.columnwise_usage else None,
+        "fp8_scale_inv": torch.empty(1),
+        "fp8_dtype": quantizer.dtype,
+        "quantizer": quantizer,
+    }
+    if quantizer.internal:
+        return Float8TensorStorage(**parts, fake_dtype=dtype)
+    return Float8Tensor(**parts, shape=shape, dtype=dtype, device=device)
 
 
 def bgrad_quantize(tensor: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, Any]:

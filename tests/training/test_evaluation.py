@@ -7,11 +7,30 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_longpo.arguments import parse_arguments
+from megatron_longpo.data.dataset import PreferenceDataset
+from megatron_longpo.model.build import build_model, wrap_for_training
+from megatron_longpo.training.data import MicroBatches
+from megatron_longpo.training.evaluation import evaluate
 from tests.tiny import write_tiny_dataset
+from tests.training.commands import FLAGS as COMMON
 from tests.training.commands import metrics, train
 
 # 3 of 10 documents are held out: a number that neither batches nor ranks divide.
 FLAGS = ["--split=70,30", "--train-iters=2", "--eval-interval=1", "--eval-iters=5", "--lr=1e-3", "--log-interval=2"]
+
+
+@pytest.mark.parametrize("row", [1, 2])
+def test_the_mean_is_that_of_every_document_alone(world_of_one: None, tmp_path: Path, row: int) -> None:
+    data = write_tiny_dataset(tmp_path / "tiny", num_documents=5)
+    flags = [*COMMON, f"--data-path={data}", "--objective=sft-chosen", "--train-iters=1", f"--micro-batch-size={row}"]
+    config = parse_arguments(flags).with_device_defaults("local", "gloo")
+    chunks = wrap_for_training(config, build_model(config))
+    micro_batches = MicroBatches(config, PreferenceDataset(data), None)
+    alone = [evaluate(config, chunks, micro_batches, [number])["loss"] for number in range(5)]
+    assert len(set(alone)) == 5
+    assert evaluate(config, chunks, micro_batches, list(range(5)))["loss"] == pytest.approx(sum(alone) / 5, rel=1e-6)
+    assert all(chunk.training for chunk in chunks), "activations are recomputed in training only"
 
 
 @pytest.mark.slow

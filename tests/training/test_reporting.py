@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.training.outputs import check_outputs
@@ -66,8 +67,33 @@ def test_a_line_that_a_kill_or_a_power_cut_tore_is_left_out(tmp_path: Path, end:
     assert path.read_bytes() == line
 
 
+def test_tensorboard_has_every_step_of_a_resumed_run_once(tmp_path: Path) -> None:
+    config = parse_arguments([f"--tensorboard-dir={tmp_path}"])
+    for first_step, losses in ((0, [5.0, 4.0, 3.0]), (2, [2.0, 1.0])):
+        reporter = Reporter(config, active=True, total_steps=4, first_step=first_step)
+        for step, loss in enumerate(losses, first_step + 1):
+            reporter.report({"iteration": step, "consumed_samples": 8 * step, "loss": loss})
+        reporter.report({"iteration": first_step + 2, "consumed_samples": 8, "loss": 9.0}, prefix="eval/")
+        reporter.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 5.0), (2, 4.0), (3, 2.0), (4, 1.0)]
+    assert [event.step for event in events.Scalars("eval/loss")] == [2, 4]
+
+
+def test_the_progress_bar_goes_on_where_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, bar in ((["--progress-bar=on"], True), (["--progress-bar=off"], False), ([], False)):
+        reporter = Reporter(parse_arguments(flags), active=True, total_steps=4, first_step=2)
+        reporter.step_done()
+        reporter.report({"iteration": 3, "consumed_samples": 24, "loss": 0.25})
+        reporter.report({"iteration": 3, "consumed_samples": 24, "loss": 9.0}, prefix="eval/")
+        reporter.close()
+        output = capsys.readouterr()
+        assert ("3/4" in output.err and "loss 0.2500" in output.err) == bar, "none where nobody looks at it"
+        assert f" iteration {3:8d}/{4:8d} | consumed samples" in output.out
+
+
 def test_a_disk_without_room_for_metrics_names_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "new" / "metrics.jsonl"
     reporter = Reporter(parse_arguments([f"--metrics-jsonl={path}"]), active=True, total_steps=4, first_step=0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
@@ -85,21 +111,6 @@ def test_an_evaluation_alone_removes_no_step(tmp_path: Path) -> None:
     config = parse_arguments([f"--metrics-jsonl={path}", "--skip-train"])
     Reporter(config, active=True, total_steps=2, first_step=1).close()
     assert [row["iteration"] for row in metrics(path)] == [1, 2]
-
-
-def test_the_progress_bar_goes_on_and_leaves_the_lines_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    reporter = Reporter(parse_arguments(["--progress-bar=on"]), active=True, total_steps=4, first_step=2)
-    reporter.step_done()
-    reporter.report({"iteration": 3, "consumed_samples": 24, "loss": 0.25})
-    reporter.report({"iteration": 3, "consumed_samples": 24, "loss": 9.0}, prefix="eval/")
-    reporter.close()
-    lines, bar = capfd.readouterr()
-    assert [line.split("/")[0].split() for line in lines.splitlines()] == [
-        ["iteration", "3"],
-        ["evaluation", "at", "iteration", "3"],
-    ]
-    shown = bar.split("\r")[-1]
-    assert shown.startswith("training:  75%") and "3/4" in shown and "loss 0.2500" in shown
 
 
 def test_what_wandb_needs_is_found_missing_before_the_model_is_built(

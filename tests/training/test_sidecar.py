@@ -32,6 +32,8 @@ def write_all(folder: Path) -> None:
     writer = SidecarWriter(folder, KEY, len(DOCUMENTS))
     for number in (2, 0, 1):  # the pass goes by length, not by number
         writer.add(number, DOCUMENTS[number])
+        if number != 1:
+            writer.flush()
     writer.finish()
 
 
@@ -143,6 +145,14 @@ def test_a_manifest_without_a_count_is_damaged(tmp_path: Path, field: str) -> No
     (tmp_path / "manifest.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != field}))
     with pytest.raises(ValueError, match="is damaged"):
         ReferenceLogprobs(tmp_path, KEY)
+
+
+def test_pickles_are_not_loaded(tmp_path: Path) -> None:
+    """Loading one runs what it says."""
+    writer = SidecarWriter(tmp_path, KEY, len(DOCUMENTS))
+    np.savez(tmp_path / "parts" / "000000000.npz", lengths=np.array([[{}]]), logps=np.zeros(1))
+    with pytest.raises(ValueError, match=r"is damaged .*allow_pickle"):
+        writer.finished()
 
 
 @pytest.mark.parametrize("kept", [0, 100])
