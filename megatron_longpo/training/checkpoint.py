@@ -46,6 +46,7 @@ from megatron_longpo.training.checkpoint_folder import (
     remove_remains,
 )
 from megatron_longpo.training.distributed import is_rank_0
+from megatron_longpo.training.fp8_state import scaling_factors_allowed
 from megatron_longpo.training.optimizer import awaits_first_step
 from megatron_longpo.training.random_state import random_state, set_random_state
 
@@ -177,7 +178,8 @@ class Checkpointer:
         with clear_damage(checkpoint):
             loaded = dist_checkpointing.load(state, str(checkpoint), _load_strategy(checkpoint))
         for key, chunk in zip(self._chunk_keys(), self.chunks, strict=True):
-            unwrap(chunk).load_state_dict(loaded[key])
+            with scaling_factors_allowed(checkpoint, loaded[key]):
+                unwrap(chunk).load_state_dict(loaded[key])
         if with_state:
             if self.config.optimizer.optimizer == "sgd":
                 # Without momentum it has no state, and what is empty is not written.
