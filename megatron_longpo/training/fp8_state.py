@@ -18,6 +18,9 @@ versions unpickle whatever they are given (``transformer_engine/pytorch/_extra_s
 
 _RECIPES = "transformer_engine.common.recipe"
 
+_STORAGES = {("torch.storage", "_load_from_bytes"), ("megatron.core.safe_globals", "safe_load_from_bytes")}
+"""What makes a tensor's storage; megatron-core 0.19 puts its own in the place of torch's, which unpickles anything."""
+
 _HARMLESS = {
     ("collections", "OrderedDict"),
     ("torch._utils", "_rebuild_tensor_v2"),
@@ -67,7 +70,7 @@ class _ScalingFactors(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """A class of recipes, or what a tensor is made with; UnpicklingError for everything else."""
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in _STORAGES:
             return _storage
         if (module, name) in _HARMLESS:
             return super().find_class(module, name)
@@ -80,5 +83,5 @@ class _ScalingFactors(pickle.Unpickler):
 
 
 def _storage(content: bytes) -> Any:
-    """``torch.storage._load_from_bytes``, which would unpickle anything."""
+    """Either of `_STORAGES`, without pickles of anything else."""
     return torch.load(io.BytesIO(content), weights_only=True)
