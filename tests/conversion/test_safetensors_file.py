@@ -17,10 +17,11 @@ def _specs(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
     return [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in tensors.items()]
 
 
-def _write(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> None:
+def _write(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int) -> ShardedWriter:
     with ShardedWriter(folder, _specs(tensors), max_shard_bytes) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
+    return writer
 
 
 TENSORS = {
@@ -33,20 +34,23 @@ TENSORS = {
 
 
 def test_one_file(tmp_path: Path) -> None:
-    _write(tmp_path, TENSORS, 10**6)
+    writer = _write(tmp_path, TENSORS, 10**6)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     loaded = load_file(tmp_path / "model.safetensors")
+    del writer  # nothing had to wait for its end
     assert loaded.keys() == TENSORS.keys()
     assert all(loaded[name].equal(value) and loaded[name].dtype == value.dtype for name, value in TENSORS.items())
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+    header_bytes = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    assert header_bytes % 8 == 0, "mapped values would lie at odd addresses"
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
-    _write(tmp_path, TENSORS, 150)
+    _write(tmp_path, TENSORS, 74)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    # z and half (74 bytes); a (96); large alone, beyond the limit; other.
+    # z and half fill a file; a and large alone, beyond the limit; other.
     assert files == [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
     assert {name: files.index(place) for name, place in index["weight_map"].items()} == {
         "z": 0,
