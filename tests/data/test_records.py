@@ -101,7 +101,7 @@ def test_row_lengths_are_empty_when_a_document_lacks_the_kind(tmp_path: Path) ->
 def test_the_dataset_hash_follows_the_content_only(tmp_path: Path) -> None:
     one, two = random_document(0, id="a"), random_document(1, id="b")
     reference = write(tmp_path / "pairs", [one, two]).dataset_hash
-    assert write(tmp_path / "elsewhere" / "other", [one, two]).dataset_hash == reference
+    assert write(tmp_path / "some" / "where" / "other", [one, two]).dataset_hash == reference
     changed = Branch(one.independent[0][0].tokens + 1, one.independent[0][0].spans)
     moved = Branch(one.independent[0][0].tokens, ((0, 0, 1),))
     others = [
