@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,16 @@ def test_shards_and_index(tmp_path: Path) -> None:
     assert index["metadata"] == {"total_parameters": 149, "total_size": total}
     for name, place in index["weight_map"].items():
         assert load_file(tmp_path / place)[name].equal(TENSORS[name])
+
+
+def test_a_shard_without_room_is_an_error_though_the_last_one_fits(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            _write(tmp_path, {"large": torch.zeros(500), "small": torch.zeros(3)}, 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_tensors_come_as_announced(tmp_path: Path) -> None:
