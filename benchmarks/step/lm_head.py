@@ -37,6 +37,7 @@ def run_lm_head(case: StepCase, folder: Path, num_steps: int, clock: StepClock) 
                 weight,
                 torch.arange(NUM_TOKENS, device=device),
                 targets,
+                vocab_size=VOCAB_SIZE,
                 chunk_tokens=TrainingConfig().logits_chunk_tokens,
             ).mean()
             loss.backward()

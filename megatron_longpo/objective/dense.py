@@ -13,7 +13,7 @@ def linear_logprobs_reference(
     source_index: torch.Tensor,
     targets: torch.Tensor,
     *,
-    vocab_size: int | None = None,
+    vocab_size: int,
 ) -> torch.Tensor:
     """``log softmax(hidden[source_index] @ weight.T)[targets]`` with the whole ``[K, V]`` in memory.
 
@@ -22,7 +22,7 @@ def linear_logprobs_reference(
         weight: ``[V, H]``, the whole vocabulary.
         source_index: int64 ``[K]``, the row of ``hidden`` that makes each prediction.
         targets: int64 ``[K]``, token ids.
-        vocab_size: Rows of the weight beyond it get no probability; None: all rows are tokens.
+        vocab_size: Rows of the weight beyond it get no probability.
 
     Returns:
         ``[K]``, fp32 (fp64 for fp64).

@@ -27,7 +27,7 @@ def linear_logprobs(
     source_index: torch.Tensor,
     targets: torch.Tensor,
     *,
-    vocab_size: int | None = None,
+    vocab_size: int,
     chunk_tokens: int = 1024,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
@@ -50,7 +50,7 @@ def linear_logprobs(
             a prefix predicts the first token of every branch.
         targets: int64 ``[K]``, token ids of the whole vocabulary. One outside of it has log-prob -inf.
         vocab_size: The true vocabulary over all ranks; rows of the weight beyond it are padding and get no
-            probability. None: no row is padding.
+            probability.
         chunk_tokens: Predictions whose logits exist at one time.
         tp_group: The ranks that the vocabulary is split over, in rank order. None or one rank: not split.
         sequence_parallel: The row is split over the same ranks.
@@ -75,12 +75,12 @@ class _Shard:
     vocab_size: int  # tokens over all ranks
 
     @staticmethod
-    def of(weight: torch.Tensor, vocab_size: int | None, group: dist.ProcessGroup | None) -> _Shard:
+    def of(weight: torch.Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> _Shard:
         """The shard that a rank's ``weight [V, H]`` is; without a group it is the whole vocabulary."""
         columns = weight.shape[0]
         rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
-        total = min(vocab_size or columns * size, columns * size)
-        return _Shard(rank * columns, min(max(total - rank * columns, 0), columns), total)
+        assert vocab_size <= columns * size, (vocab_size, weight.shape, size)
+        return _Shard(rank * columns, min(max(vocab_size - rank * columns, 0), columns), vocab_size)
 
     def find(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Columns of the targets, int64 ``[c, 1]``, and whether they are here at all, bool ``[c, 1]``."""
@@ -176,7 +176,7 @@ class _LinearLogprobs(torch.autograd.Function):
         weight: torch.Tensor,
         source_index: torch.Tensor,
         targets: torch.Tensor,
-        vocab_size: int | None,
+        vocab_size: int,
         chunk_tokens: int,
         group: dist.ProcessGroup | None,
         tokens: _Tokens,

@@ -162,8 +162,10 @@ def test_what_completes_a_folder_comes_when_the_rest_is_on_the_disk(
 
     def renamed(old: Path, new: Path) -> None:
         events.append(f"{place(old)} -> {place(new)}")
+        assert not (tmp_path / "last").exists(), "a mixture of old and new looks complete"
         rename(old, new)
 
+    (tmp_path / "last").write_text("old")
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "rename", renamed)
     with target.filled_folder(tmp_path, stale=[], last="last") as folder:

@@ -62,11 +62,13 @@ def test_lengths_are_checked_without_the_tokens(tmp_path: Path, changes: dict, r
     for turns in [kind for kind in ("joint", "independent") if dataset.manifest.row_tokens[kind]]:
         longest = [dataset.row(n, turns, roles).longest_sequence_tokens for n in range(9)]
         dataset.check_lengths(range(9), turns, roles, max(longest))
-        most = longest.index(max(longest))
+        for n in range(9):
+            message = f"'document-{n}' has a conversation of {longest[n]} tokens, above --seq-length"
+            with pytest.raises(ValueError, match=message):
+                dataset.check_lengths([n], turns, roles, longest[n] - 1)
         others = [n for n in range(9) if longest[n] < max(longest)]
         dataset.check_lengths(others, turns, roles, max(longest) - 1)
-        message = f"'document-{most}' has a conversation of {max(longest)} tokens, above --seq-length"
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"'document-{longest.index(max(longest))}' has"):
             dataset.check_lengths(range(9), turns, roles, max(longest) - 1)
 
 

@@ -30,13 +30,17 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[platform.HostCop
 def test_a_tensor_is_copied_once_and_weights_stay(copies: list[weakref.ref[platform.HostCopy]]) -> None:
     weight = torch.randn(5, 5, requires_grad=True)
     x = torch.randn(3, 5, requires_grad=True)
-    with OffloadChain().next([weight]).saving():
+    layer = OffloadChain().next([weight])
+    with layer.saving():
         y = (x.sin() * x.cos()) @ weight  # sin, cos: x twice; the product: both factors; matmul: its input
     assert len(copies) == 1 + 2 + 1
     grad, weight_grad = torch.autograd.grad(y.sum(), (x, weight))
     expected = torch.autograd.grad(((x.sin() * x.cos()) @ weight).sum(), (x, weight))
     assert torch.equal(grad, expected[0]) and torch.equal(weight_grad, expected[1])
     assert all(copy() is None for copy in copies), "a copy outlived the graph"
+    with layer.saving():
+        again = x.sin().sum()  # of which there was a copy
+    assert torch.equal(torch.autograd.grad(again, x)[0], x.cos())
 
 
 def test_shapes_of_a_tensor_share_a_copy(copies: list[weakref.ref[platform.HostCopy]]) -> None:

@@ -23,13 +23,14 @@ def weights(dtype: torch.dtype) -> list[torch.nn.Parameter]:
 
 
 def gradients(dtype: torch.dtype, piece: int, tokens: int = 37) -> list[torch.Tensor]:
-    """Of the row and of two weights, one of them unused; the result comes first."""
+    """Of the row and of a weight; the result comes first. Two weights may get one tensor, and another one nothing."""
     used, unused = weights(dtype)
+    added = torch.nn.Parameter(torch.zeros_like(used))
     torch.manual_seed(1)
     row = normal(tokens, 1, 6, dtype=dtype).requires_grad_()
-    out = in_pieces(lambda x: torch.tanh(x @ used), row * 1, [used, unused], piece)
+    out = in_pieces(lambda x: torch.tanh(x @ (used + added)), row * 1, [used, added, unused], piece)
     out.backward(normal(tokens, 1, 8, dtype=dtype))
-    assert unused.grad is None
+    assert unused.grad is None and torch.equal(added.grad, used.grad)  # type: ignore[arg-type]
     return [out.detach(), row.grad, used.grad]  # type: ignore[list-item]
 
 

@@ -118,15 +118,17 @@ def test_inside_of_a_checkpoint_nothing_is_held() -> None:
     assert all(torch.equal(ours, plain) for ours, plain in zip(gradients, expected, strict=True))
 
 
-def test_an_output_that_is_written_to_is_kept_as_it_is() -> None:
+@pytest.mark.parametrize("written", ["output", "input"])
+def test_an_output_is_kept_as_it_is_when_something_is_written_to(written: str) -> None:
     def gradient(make: Callable[..., torch.Tensor]) -> torch.Tensor:
-        made = make(_SwiGLU.apply, x)
+        scaled = x.clone()
+        made = make(torch.mul, scaled, x)
         with torch.no_grad():
-            made.mul_(2)
+            (made if written == "output" else scaled).mul_(2)
         (grad,) = torch.autograd.grad((made @ weight).sum(), weight)
         return grad
 
-    x, weight = torch.randn(6, 10, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    x, weight = torch.randn(6, 5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     with Remaking().saving():
         ours = gradient(remade)
     assert torch.equal(ours, gradient(lambda function, *inputs: function(*inputs)))
@@ -152,3 +154,15 @@ def test_a_change_before_the_backward_pass_is_an_error_as_without_hooks(make: Ca
 def test_outside_of_a_layer_it_is_the_function() -> None:
     x = torch.randn(6, 10, requires_grad=True)
     assert torch.equal(remade(_SwiGLU.apply, x), plain_swiglu(x))
+
+
+def test_after_a_layer_nothing_is_held() -> None:
+    def made_and_input() -> tuple[torch.Tensor, weakref.ref[torch.UntypedStorage]]:
+        x = torch.randn(6)
+        return remade(torch.sin, x), weakref.ref(x.untyped_storage())
+
+    remaking = Remaking()
+    with remaking.saving():
+        results = [made_and_input()]
+    results.append(made_and_input())
+    assert [storage() for _, storage in results] == [None, None]

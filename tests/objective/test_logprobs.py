@@ -128,9 +128,9 @@ def test_half_precision_products_of_cuda(dtype: torch.dtype, cuda_products: None
 def test_fp32_states_and_bf16_weights() -> None:
     """With fp32 residuals the states are wider than the weight; each gradient has the dtype of its own tensor."""
     inputs = head_inputs(dtype=torch.bfloat16)
-    narrow = logps_and_gradients(linear_logprobs, inputs, chunk_tokens=8)
+    narrow = logps_and_gradients(linear_logprobs, inputs, vocab_size=VOCAB, chunk_tokens=8)
     wide_states = HeadInputs(inputs.hidden.float(), *list(vars(inputs).values())[1:])
-    wide = logps_and_gradients(linear_logprobs, wide_states, chunk_tokens=8)
+    wide = logps_and_gradients(linear_logprobs, wide_states, vocab_size=VOCAB, chunk_tokens=8)
     assert torch.equal(wide[0], narrow[0]) and torch.equal(wide[2], narrow[2])
     assert wide[1].dtype == torch.float32 and relative_difference(narrow[1].float(), wide[1]) < 0.01
 
@@ -139,12 +139,14 @@ def test_the_gradient_of_the_weight_is_summed_in_fp32() -> None:
     """1024 equal terms, added up one chunk at a time: a bf16 sum would stop growing long before that."""
     hidden, weight = torch.ones(1, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
     zeros = torch.zeros(1024, dtype=torch.int64)
-    linear_logprobs(hidden, weight, zeros, zeros, chunk_tokens=1).sum().backward()
+    linear_logprobs(hidden, weight, zeros, zeros, vocab_size=2, chunk_tokens=1).sum().backward()
     assert weight.grad is not None and weight.grad[:, 0].tolist() == [512.0, -512.0]
 
 
 def test_no_predictions_give_zero_gradients() -> None:
-    logps, grad_hidden, grad_weight = logps_and_gradients(linear_logprobs, head_inputs(0), chunk_tokens=8)
+    logps, grad_hidden, grad_weight = logps_and_gradients(
+        linear_logprobs, head_inputs(0), vocab_size=VOCAB, chunk_tokens=8
+    )
     assert logps.shape == (0,) and not grad_hidden.any() and not grad_weight.any()
 
 
@@ -152,7 +154,7 @@ def test_no_predictions_give_zero_gradients() -> None:
 def test_huge_logits_stay_finite(scale: float) -> None:
     inputs = head_inputs(dtype=torch.float32)
     inputs = HeadInputs(inputs.hidden * scale, *list(vars(inputs).values())[1:])
-    for value in logps_and_gradients(linear_logprobs, inputs, chunk_tokens=8):
+    for value in logps_and_gradients(linear_logprobs, inputs, vocab_size=VOCAB, chunk_tokens=8):
         assert torch.isfinite(value).all()
 
 
@@ -169,15 +171,15 @@ def test_gradients_only_of_what_requires_them() -> None:
     frozen_weight, frozen_hidden = inputs.leaves(), inputs.leaves()
     frozen_weight.weight.requires_grad_(False)
     frozen_hidden.hidden.requires_grad_(False)
-    both = logps_and_gradients(linear_logprobs, inputs)
+    both = logps_and_gradients(linear_logprobs, inputs, vocab_size=VOCAB)
     with LargestTensor() as allocated:
-        linear_logprobs(*frozen_weight.arguments(), chunk_tokens=1).backward(inputs.grad_logps)
+        linear_logprobs(*frozen_weight.arguments(), vocab_size=VOCAB, chunk_tokens=1).backward(inputs.grad_logps)
     assert frozen_weight.hidden.grad is not None and torch.allclose(frozen_weight.hidden.grad, both[1])
     assert allocated.largest < inputs.hidden.numel() + 1, "a frozen weight still got a gradient"
-    linear_logprobs(*frozen_hidden.arguments()).backward(inputs.grad_logps)
+    linear_logprobs(*frozen_hidden.arguments(), vocab_size=VOCAB).backward(inputs.grad_logps)
     assert frozen_hidden.weight.grad is not None and torch.equal(frozen_hidden.weight.grad, both[2])
     with torch.no_grad():
-        assert not linear_logprobs(*inputs.leaves().arguments()).requires_grad
+        assert not linear_logprobs(*inputs.leaves().arguments(), vocab_size=VOCAB).requires_grad
 
 
 class LargestTensor(TorchDispatchMode):
@@ -200,7 +202,7 @@ class LargestTensor(TorchDispatchMode):
 def test_forward_allocates_one_chunk_and_never_a_copy_of_the_row() -> None:
     inputs = head_inputs(512, row_tokens=512, hidden_size=64, vocab_rows=48, vocab_size=48)
     with LargestTensor() as allocated, torch.no_grad():
-        linear_logprobs(*inputs.arguments(), chunk_tokens=16)
+        linear_logprobs(*inputs.arguments(), vocab_size=48, chunk_tokens=16)
     assert allocated.largest <= max(16 * 64, 16 * 48, 2 * 512)
 
 
@@ -213,7 +215,7 @@ hidden = torch.randn(tokens, hidden_size, requires_grad=True)
 weight = torch.randn(vocab, hidden_size, requires_grad=True)
 targets = torch.randint(vocab, (tokens,))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-linear_logprobs(hidden, weight, torch.arange(tokens), targets).mean().backward()
+linear_logprobs(hidden, weight, torch.arange(tokens), targets, vocab_size=vocab).mean().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 

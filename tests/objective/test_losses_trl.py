@@ -84,7 +84,12 @@ def our_logps(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], predicted
     hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     source_index = predicted.flatten().nonzero()[:, 0] - 1
     return linear_logprobs(
-        hidden.flatten(0, 1), model.lm_head.weight, source_index, batch["input_ids"][predicted], chunk_tokens=5
+        hidden.flatten(0, 1),
+        model.lm_head.weight,
+        source_index,
+        batch["input_ids"][predicted],
+        vocab_size=model.config.vocab_size,
+        chunk_tokens=5,
     )
 
 

@@ -176,7 +176,14 @@ def test_rows_of_any_shape_equal_the_definition(first_seed: int) -> None:
         )
         parts = [batch.predictions for batch in batches]
         logps = [
-            linear_logprobs(hidden[layout.local_index(r)], model.head, p.source_index, p.targets, chunk_tokens=7)
+            linear_logprobs(
+                hidden[layout.local_index(r)],
+                model.head,
+                p.source_index,
+                p.targets,
+                vocab_size=len(model.head),
+                chunk_tokens=7,
+            )
             for r, p in enumerate(parts)
         ]
         losses, _ = objective_loss(config, torch.cat(logps), of_all_ranks(parts))

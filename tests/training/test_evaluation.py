@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.model.build import build_model, wrap_for_training
-from megatron_longpo.training.data import MicroBatches
+from megatron_longpo.training.data import MicroBatches, evaluation_batches
 from megatron_longpo.training.evaluation import evaluate
 from tests.tiny import write_tiny_dataset
 from tests.training.commands import FLAGS as COMMON
@@ -30,6 +30,8 @@ def test_the_mean_is_that_of_every_document_alone(world_of_one: None, tmp_path: 
     alone = [evaluate(config, chunks, micro_batches, [number])["loss"] for number in range(5)]
     assert len(set(alone)) == 5
     assert evaluate(config, chunks, micro_batches, list(range(5)))["loss"] == pytest.approx(sum(alone) / 5, rel=1e-6)
+    groups = [group.micro_batches for group, _ in evaluation_batches(micro_batches, list(range(5)))]
+    assert {len(batch.layout.documents) for group in groups for batch in group} == {row}
     assert all(chunk.training for chunk in chunks), "activations are recomputed in training only"
 
 

@@ -1,4 +1,4 @@
-"""The reference pass is interrupted, and goes on where it was."""
+"""The reference pass is interrupted, and goes on where it was; it knows the weights again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import TrainingRow
-from megatron_longpo.model.build import build_model
+from megatron_longpo.model.build import build_model, unwrap
+from megatron_longpo.training import fingerprint
 from megatron_longpo.training.fingerprint import weights_fingerprint
 from megatron_longpo.training.reference import reference_key, reference_kind, reference_logprobs
 from megatron_longpo.training.sidecar import SidecarWriter, TurnLogps, sidecar_folder
@@ -27,10 +28,10 @@ def test_documents_of_an_interrupted_pass_are_not_computed_again(world_of_one: N
     dataset, done = PreferenceDataset(data), (1, 2, 6)
     config = parse_arguments([*FLAGS, f"--data-path={data}", "--train-iters=1"]).with_device_defaults("local", "gloo")
     chunks = build_model(config)
-    whole, fingerprint = reference_logprobs(config, dataset, chunks, None)
+    whole, weights = reference_logprobs(config, dataset, chunks, None)
     assert all(chunk.training for chunk in chunks)
     folder = str(tmp_path / "interrupted")
-    key = reference_key(config, dataset, fingerprint)
+    key = reference_key(config, dataset, weights)
     writer = SidecarWriter(sidecar_folder(str(data), reference_kind(config), folder), key, len(dataset))
     for number in done:
         writer.add(number, [(chosen + 100, rejected + 100) for chosen, rejected in whole.of(number)])
@@ -71,3 +72,26 @@ def test_a_short_prompt_that_is_too_long_is_named(world_of_one: None, tmp_path: 
     config = parse_arguments(flags).with_device_defaults("local", "gloo")
     with pytest.raises(ValueError, match=r"'tiny-1' has a conversation of .* above --seq-length 10"):
         reference_logprobs(config, PreferenceDataset(data), build_model(config), None)
+
+
+def test_the_fingerprint_is_of_every_weight_and_of_no_padding(
+    world_of_one: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = build_model(parse_arguments([*FLAGS, "--train-iters=1"]).with_device_defaults("local", "gloo"))
+    (model,) = map(unwrap, chunks)
+    prints = [weights_fingerprint(chunks)]
+    monkeypatch.setattr(fingerprint, "_CHUNK", 100)
+    for vocabulary in (model.embedding.word_embeddings.weight, model.output_layer.weight):
+        padding = vocabulary.data[model.model_shape.vocab_size :]
+        assert len(padding)
+        padding += 1
+    assert weights_fingerprint(chunks) == prints[0]
+    for parameter in model.parameters():
+        parameter.data.view(-1)[parameter.numel() // 2] += 1
+        prints.append(weights_fingerprint(chunks))
+    first, second = (layer.mlp.linear_fc2.weight for layer in model.decoder.layers[:2])
+    first.data, second.data = second.data, first.data
+    prints.append(weights_fingerprint(chunks))
+    model.bfloat16()
+    prints.append(weights_fingerprint(chunks))
+    assert len(set(prints)) == len(prints)
