@@ -114,10 +114,8 @@ def copy_companions(template_folder: str | Path, folder: Path) -> None:
     """Copy the template's other files that belong to a model, where the folder has none of their own."""
     for path in _companions(template_folder):
         target = folder / path.name
-        if path.is_dir():
-            shutil.copytree(path, target, dirs_exist_ok=True)
-        elif not target.exists():
-            shutil.copyfile(path, target)
+        if not target.exists():
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
 
 
 def has_tokenizer(folder: str | Path) -> bool:

@@ -6,10 +6,8 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -37,20 +35,19 @@ def dry_runs(
     """
     tasks = [(number, stage) for number, (config, _) in enumerate(runs) for stage in measured_stages(config)]
     results: list[list[RankMemory]] = [[] for _ in runs]
-    with _progress(title, len(tasks)) as finished:
+    with _progress(title, len(tasks)) as bar:
         if len(tasks) == 1:
             (config, world_size), (_, stage) = runs[0], tasks[0]
             results[0].append(dry_run_stage(config, world_size, stage, rows))
-            finished()
+            bar.update()
             return results
         workers = min(len(tasks), os.cpu_count() or 1)
         # Fresh processes: the fake world is global state, and forked ones would inherit torch's threads.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare_worker) as pool:
             try:
                 waiting = {_submit(pool, dry_run_stage, *runs[number], stage, rows): number for number, stage in tasks}
-                for future in as_completed(waiting):
+                for future in _as_completed(waiting, bar):
                     results[waiting[future]].append(future.result())
-                    finished()
             except BaseException:
                 # Ctrl-C or a failed stage: what the others would find is of no use, and a stage takes minutes.
                 for process in multiprocessing.active_children():
@@ -59,15 +56,10 @@ def dry_runs(
     return [sorted(stages, key=lambda stage: stage.stage) for stages in results]
 
 
-@contextmanager
-def _progress(title: str, num_stages: int) -> Iterator[Callable[[], object]]:
-    """Show stages and time while the block runs; yields what to call when a stage is finished.
-
-    A stage takes up to two minutes, so a thread keeps the time moving. A log file gets a line every half minute.
-    """
+def _progress(title: str, num_stages: int) -> tqdm:  # type: ignore[type-arg]
+    """A bar of stages and time on stderr; a log file gets a line every half minute."""
     live = sys.stderr.isatty()
-    over = threading.Event()
-    bar = tqdm(
+    return tqdm(
         total=num_stages,
         desc=title,
         bar_format="{desc}: {n_fmt} of {total_fmt} pipeline stages, {elapsed} so far, {remaining} left",
@@ -76,18 +68,17 @@ def _progress(title: str, num_stages: int) -> Iterator[Callable[[], object]]:
         dynamic_ncols=True,
     )
 
-    def tick() -> None:
-        while not over.wait(1.0):
-            bar.update(0)
 
-    ticking = threading.Thread(target=tick, daemon=True)
-    ticking.start()
-    try:
-        yield bar.update
-    finally:
-        over.set()
-        ticking.join()
-        bar.close()
+def _as_completed(
+    futures: Iterable[Future[Result]],
+    bar: tqdm,  # type: ignore[type-arg]
+) -> Iterator[Future[Result]]:
+    """The futures as they finish. The time on the bar moves meanwhile, since a stage takes up to two minutes."""
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+        yield from finished
+        bar.update(len(finished))
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[..., Result], *arguments: Any) -> Future[Result]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
-from megatron_longpo.planning.parallel_dry_runs import _progress, _submit
+from megatron_longpo.planning.parallel_dry_runs import _as_completed, _progress, _submit
 
 
 def test_ctrl_c_does_not_reach_a_worker_even_while_it_starts() -> None:
@@ -22,9 +22,9 @@ def test_ctrl_c_does_not_reach_a_worker_even_while_it_starts() -> None:
 def test_a_log_says_what_is_done_from_the_first_second_and_what_was_done_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with _progress("dry runs of 3 layouts", 4) as finished:
+    with _progress("dry runs of 3 layouts", 4) as bar:
         assert "dry runs of 3 layouts: 0 of 4 pipeline stages, 00:00 so far, ? left" in capsys.readouterr().err
-        finished()
+        bar.update()
     assert "1 of 4 pipeline stages" in capsys.readouterr().err
 
 
@@ -32,6 +32,7 @@ def test_time_moves_while_no_stage_is_finished(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with _progress("dry run", 1):
-        time.sleep(1.2)
-        assert "00:01 so far" in capsys.readouterr().err
+    with ThreadPoolExecutor(2) as pool, _progress("dry runs", 2) as bar:
+        stages = [pool.submit(time.sleep, seconds) for seconds in (1.3, 0)]
+        assert list(_as_completed(stages, bar)) == stages[::-1]
+    assert "1 of 2 pipeline stages, 00:01 so far" in capsys.readouterr().err
