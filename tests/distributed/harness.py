@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,25 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(TIMEOUT_S)
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+        wait_for_all(processes)
         failures = sorted(Path(folder).glob("*.error"), key=lambda p: p.stat().st_mtime)
         assert not failures, f"{failures[0].stem} failed first:\n{failures[0].read_text()}"
         codes = [process.exitcode for process in processes]
         assert codes == [0] * world_size, f"exit codes {codes}"
         return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def wait_for_all(processes: list[Any]) -> None:
+    """Wait until all have ended; if one fails, what the others wait for never comes, and they get ten seconds."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while (alive := [process for process in processes if process.is_alive()]) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):
+            deadline = min(deadline, time.monotonic() + 10)
+        wait([process.sentinel for process in alive], timeout=1)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
 
 
 def fresh_world(rendezvous: str, rank: int, world_size: int) -> None:
