@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_longpo.config import Window
 from megatron_longpo.conversion.hf_config import read_hf_model
+from megatron_longpo.conversion.hf_export import copy_companions
 from megatron_longpo.training.checkpoint_folder import find_checkpoint, saved_config
 from tests.conversion.converting import config_of, for_both_generations, to_hf, to_megatron
 from tests.conversion.models import MODELS, assert_same_weights, save_random_model, weights_of
@@ -215,6 +216,16 @@ def test_companions_are_copied_and_nothing_else(llama: Path, tmp_path: Path) -> 
     assert found == {*companions, "additional_chat_templates", "config.json", "model.safetensors"}
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "content of tokenizer.json"
     assert (tmp_path / "back" / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+
+
+def test_companions_of_the_folder_itself_stay(tmp_path: Path) -> None:
+    for name in ("template", "export"):
+        (tmp_path / name / "additional_chat_templates").mkdir(parents=True)
+        for file in ("chat_template.jinja", f"additional_chat_templates/{name}.jinja"):
+            (tmp_path / name / file).write_text(f"of the {name}")
+    copy_companions(tmp_path / "template", tmp_path / "export")
+    assert (tmp_path / "export" / "chat_template.jinja").read_text() == "of the export"
+    assert [path.name for path in (tmp_path / "export" / "additional_chat_templates").iterdir()] == ["export.jinja"]
 
 
 def test_a_template_of_another_model_is_refused(llama: Path, tmp_path: Path) -> None:

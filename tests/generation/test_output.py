@@ -100,14 +100,20 @@ def test_a_damaged_state_is_named_and_can_be_deleted(settings: Settings) -> None
         assert run(chosen) == pairs
 
 
+async def store_without_table(folder: Path) -> TaskStore:
+    """Every outcome that it is given fails to be written."""
+    store = TaskStore(folder)
+    await store.initialize(0)
+    assert store._conn is not None
+    await store._conn.execute("DROP TABLE outcomes")
+    return store
+
+
 def test_an_outcome_that_nobody_waits_for_does_not_stop_the_writer(tmp_path: Path) -> None:
     """Ctrl-C on a full disk: the outcome cannot be written, and who asked for it is gone."""
 
     async def interrupted() -> None:
-        store = TaskStore(tmp_path)
-        await store.initialize(0)
-        assert store._conn is not None
-        await store._conn.execute("DROP TABLE outcomes")
+        store = await store_without_table(tmp_path)
         waiting = asyncio.create_task(store.store_outcome(Outcome(0, "id"), 0.0))
         await asyncio.sleep(0)
         waiting.cancel()
@@ -118,10 +124,7 @@ def test_an_outcome_that_nobody_waits_for_does_not_stop_the_writer(tmp_path: Pat
 
 def test_an_outcome_that_cannot_be_written_is_an_error_of_the_run(tmp_path: Path) -> None:
     async def lost() -> None:
-        store = TaskStore(tmp_path)
-        await store.initialize(0)
-        assert store._conn is not None
-        await store._conn.execute("DROP TABLE outcomes")
+        store = await store_without_table(tmp_path)
         try:
             await store.store_outcome(Outcome(0, "id"), 0.0)
         finally:
