@@ -12,30 +12,9 @@ from typing import Any, NoReturn
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.config.flags import FLAGS, GROUPS, FlagSpec, nearest
 from megatron_longpo.config.help import help_text
+from megatron_longpo.config.not_offered import NOT_OFFERED
 from megatron_longpo.config.yaml_file import read_yaml
 from megatron_longpo.processes import leave
-
-NOT_OFFERED = {
-    "--accumulate-allreduce-grads-in-fp32": "gradients are always reduced in fp32",
-    "--bias-swiglu-fusion": "fusions are chosen by device",
-    "--check-for-nan-in-loss-and-grad": "always checked; --max-skipped-steps says how many steps may be skipped",
-    "--decoupled-lr": "all weights have one learning rate",
-    "--fp16": "use --bf16",
-    "--hybrid-override-pattern": "the supported families are plain transformers",
-    "--log-throughput": "throughput is always reported",
-    "--num-experts": "mixtures of experts are not supported",
-    "--no-check-for-nan-in-loss-and-grad": "always checked; --max-skipped-steps says how many steps may be skipped",
-    "--num-virtual-stages-per-pipeline-rank": "use --num-layers-per-virtual-pipeline-stage",
-    "--override-opt-param-scheduler": "a resumed run always takes the schedule from its flags",
-    "--rampup-batch-size": "the batch size is constant",
-    "--rotary-percent": "the supported families turn all dimensions of a head",
-    "--use-checkpoint-opt-param-scheduler": "a resumed run always takes the schedule from its flags",
-    "--use-flash-attn": "attention never stores scores",
-    "--use-mcore-models": "models are always Megatron-Core's",
-    "--use-rotary-position-embeddings": "use --position-embedding-type rope",
-    "--vocab-file": "use --tokenizer-model",
-}
-"""Flags of Megatron-LM that people carry over from their scripts, and what to do instead."""
 
 
 class HelpRequested(Exception):
@@ -133,8 +112,8 @@ def _unknown(word: str) -> str:
     fields = {"--" + spec.field.replace("_", "-"): spec.flag for spec in FLAGS.values()}
     known = [spec.flag for spec in FLAGS.values()] + ["--config", "--help"]
     normal = name.replace("_", "-").lower()
-    if normal in NOT_OFFERED:
-        return f"{name} is not offered: {NOT_OFFERED[normal]}"
+    if advice := NOT_OFFERED.get(normal):
+        return f"{name} is not offered: {advice}"
     if normal in known:
         return f"{name} is not a flag; did you mean {normal}?"
     if normal in fields:

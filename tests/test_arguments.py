@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_longpo.arguments import NOT_OFFERED, HelpRequested, parse_arguments, parse_command_line
+from megatron_longpo.arguments import HelpRequested, parse_arguments, parse_command_line
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.config.flags import FLAGS, GROUPS, FlagSpec
 from megatron_longpo.config.help import default_text, flag_lines, help_text
+from megatron_longpo.config.not_offered import NOT_OFFERED
 
 MEGATRON_FLAGS = """
 --tensor-model-parallel-size --pipeline-model-parallel-size --num-layers-per-virtual-pipeline-stage
@@ -100,6 +101,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> N
         ("--context-parallel 2", "--context-parallel is not a flag; did you mean --context-parallel-size?"),
         ("--qqqqq 2", "--qqqqq is not a flag; --help GROUP lists those of a group: objective, data,"),
         ("--fp16", "--fp16 is not offered: use --bf16"),
+        ("--manual_gc-interval=5", "--manual_gc-interval is not offered: Python's garbage collector"),
         ("stray", "'stray' stands alone: flags begin with --"),
         ("--lr", "--lr: expected one argument"),
         ("--lr fast", "--lr 'fast' must be a finite number"),

@@ -10,6 +10,7 @@ import yaml
 
 from megatron_longpo.config.field import ConfigError, Window
 from megatron_longpo.config.flags import FLAGS, GROUPS, FlagSpec, nearest
+from megatron_longpo.config.not_offered import NOT_OFFERED
 
 _NULL = "tag:yaml.org,2002:null"
 
@@ -33,7 +34,7 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         name, line = str(key_node.value), key_node.start_mark.line + 1
         key, where = name.replace("-", "_"), f"{path}:{line}: {name}"
         if key not in FLAGS:
-            errors.append(f"{where} is not a flag{_nearest_key(key)}")
+            errors.append(f"{where} {_unknown(key)}")
         elif group not in (None, FLAGS[key].group):
             errors.append(f"{where} belongs to group {FLAGS[key].group}, not {group}")
         elif key in origins:
@@ -119,6 +120,8 @@ def _yaml_value(spec: FlagSpec, value: Any) -> str:
     return text if is_list else text[1:-1]
 
 
-def _nearest_key(key: str) -> str:
+def _unknown(key: str) -> str:
+    if advice := NOT_OFFERED.get("--" + key.replace("_", "-")):
+        return f"is not offered: {advice}"
     renamed = {spec.field: spec.key for spec in FLAGS.values() if spec.field != spec.key}
-    return f"; did you mean {renamed[key]}?" if key in renamed else nearest(key, FLAGS)
+    return "is not a flag" + (f"; did you mean {renamed[key]}?" if key in renamed else nearest(key, FLAGS))

@@ -72,8 +72,10 @@ def separate_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout
 
 
 def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    largest = max(b.abs().max() for b in expected)
     for name, a, b in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
-        error = (a - b).abs().max() / b.abs().max().clamp_min(1e-30)
+        # A query that sees one key has no gradient: what rounding leaves of it depends on the CPU.
+        error = (a - b).abs().max() / b.abs().max().clamp_min(largest / 100)
         assert error <= tolerance, f"{name} is off by {error:.1e} relative to its largest value"
 
 

@@ -50,7 +50,8 @@ def test_layers_see_the_one_layout_with_their_own_window() -> None:
     [
         pytest.param("--global-batch-size 2", 0.01, marks=pytest.mark.slow),
         (f"--global-batch-size 2 --use-distributed-optimizer {FULL}", 0.01),
-        (f"--global-batch-size 1 --bf16 {SELECTIVE} --turns independent", 0.01),
+        # Where the CPU has no instructions for bf16, a matrix product adds up in an fp32 buffer of its own.
+        (f"--global-batch-size 1 --bf16 {SELECTIVE} --turns independent", 0.04),
         pytest.param("--global-batch-size 1 --window-size 15,0", 0.01, marks=pytest.mark.slow),
         # So little is kept that the peak is inside of the CPU's attention kernel, which allocates for itself.
         (f"--global-batch-size 1 {FULL} --recompute-keep-attention {FRUGAL}", 0.04),
