@@ -19,7 +19,7 @@ from megatron_longpo.config.yaml_file import read_yaml
         ("lr: 1e-6\n\nlearning-rat: 2\n", ":3: learning-rat is not a flag"),
         ("num-layer: 2\n", ":1: num-layer is not a flag; did you mean num_layers?"),
         ("preference-weight: 2\n", ":1: preference-weight is not a flag; did you mean lambda?"),
-        ("bf16: true\ntp_comm-overlap: true\n", ":2: tp_comm-overlap is not offered: Transformer Engine's user buffers"),
+        ("bf16: true\ntp_comm-overlap: true\n", ":2: tp_comm-overlap is not offered: Transformer"),
         ("optimiser:\n  lr: 1.0\n", ":1: optimiser is not a group of flags; did you mean optimizer?"),
         ("training:\n  lr: 1.0\n", ":2: lr belongs to group optimizer, not training"),
         ("lr: 1.0\noptimizer:\n  lr: 2.0\n", ":3: lr is given a second time; first at "),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_longpo.arguments import parse_arguments
-from megatron_longpo.planning.dry_run_command import resolved
+from megatron_longpo.planning.dry_run_command import predicted, resolved
+from megatron_longpo.planning.hardware import gpu_named
 from tests.conversion.test_hf_config import LLAMA3_SCALING, LLAMA31_8B, MISTRAL_7B, QWEN25_7B
 from tests.training.commands import run
 
@@ -48,7 +49,7 @@ def test_every_model_has_every_length() -> None:
 def test_is_accepted_and_says_what_it_does(file: Path, tmp_path: Path) -> None:
     words, first = flags(file, tmp_path)
     num_gpus = int(first["gpus"])
-    config, _ = resolved(parse_arguments(words), num_gpus)
+    config, rows = resolved(parse_arguments(words), num_gpus)
     parallel = config.parallel
     assert config.data.seq_length == config.model.max_position_embeddings == 1024 * int(first["length"])
     assert file.stem == f"{first['length']}k"
@@ -63,6 +64,9 @@ def test_is_accepted_and_says_what_it_does(file: Path, tmp_path: Path) -> None:
     # What the files leave out is the paper's.
     assert (config.objective.beta, config.objective.preference_weight, config.optimizer.lr) == (0.1, 0.01, 5e-7)
     assert config.training.global_batch_size == 8
+    said = SECONDS.search(file.read_text())
+    time = predicted(config, num_gpus, rows, gpu_named(first["gpu"]))
+    assert said and said["s"] == f"{time.seconds_per_document:.2f}"
 
 
 def test_the_table_of_the_page_is_that_of_the_files() -> None:

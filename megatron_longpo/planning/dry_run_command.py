@@ -8,9 +8,9 @@ from megatron_longpo import platform
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.data.dataset import PreferenceDataset
 from megatron_longpo.data.rows import TrainingRow
-from megatron_longpo.planning.hardware import gpu_named, usable_gib
+from megatron_longpo.planning.hardware import GPU, gpu_named, usable_gib
 from megatron_longpo.planning.parallel_dry_runs import dry_runs
-from megatron_longpo.planning.step_time import step_time
+from megatron_longpo.planning.step_time import StepTime, step_time
 from megatron_longpo.planning.tables import layout_line, memory_table, rows_line, time_line
 from megatron_longpo.planning.workload import longest_rows, made_up_rows, num_predictions, work_of
 from megatron_longpo.training.distributed import is_rank_0, world_size
@@ -42,14 +42,18 @@ def print_dry_run(config: RunConfig) -> None:
     stages = dry_runs([(config, num_gpus)], rows)[0]
     print("\n" + memory_table(stages, gpu))
     if gpu is not None:
-        work = work_of(config, rows, num_predictions(config, rows))
-        print(time_line(step_time(config, num_gpus, work, gpu)))
+        print(time_line(predicted(config, num_gpus, rows, gpu)))
     needed = max(stage.gib for stage in stages)
     if gpu is not None and needed > usable_gib(gpu):
         raise ValueError(
             f"the run needs {needed:.2f} GiB and {gpu.name} has {usable_gib(gpu):.2f} GiB for tensors: spread it over "
             "more GPUs, add --recompute-granularity full, or let tools/plan_run.py choose"
         )
+
+
+def predicted(config: RunConfig, num_gpus: int, rows: list[TrainingRow], gpu: GPU) -> StepTime:
+    """The time of one step of these micro-batches."""
+    return step_time(config, num_gpus, work_of(config, rows, num_predictions(config, rows)), gpu)
 
 
 def resolved(config: RunConfig, num_gpus: int) -> tuple[RunConfig, list[TrainingRow]]:
