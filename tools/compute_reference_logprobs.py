@@ -23,16 +23,16 @@ def compute(config: RunConfig, dataset: PreferenceDataset) -> None:
     from megatron_longpo.training.checkpoint import Checkpointer
     from megatron_longpo.training.distributed import is_rank_0
     from megatron_longpo.training.initial import load_initial_state
-    from megatron_longpo.training.reference import reference_kind, reference_logprobs
-    from megatron_longpo.training.sidecar import sidecar_folder
+    from megatron_longpo.training.reference import check_reference_folder, reference_folder, reference_logprobs
 
     if not config.objective.needs_reference:
         raise ConfigError(f"--objective {config.objective.objective} has no reference model: nothing to compute")
+    check_reference_folder(config)
     chunks = build_model(config)
     load_initial_state(config, Checkpointer(config, chunks))
     _, fingerprint = reference_logprobs(config, dataset, chunks, None)
     if is_rank_0():
-        folder = sidecar_folder(config.data.data_path, reference_kind(config), config.objective.reference_dir)
+        folder = reference_folder(config)
         print(f"reference log-probs of {len(dataset)} documents under weights {fingerprint} are in {folder}")
 
 

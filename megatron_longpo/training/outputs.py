@@ -12,6 +12,7 @@ from megatron_longpo.files import check_folder_writable, check_writable, folder_
 from megatron_longpo.metrics_file import metrics_of
 from megatron_longpo.training.checkpoint_folder import RELEASE, find_checkpoint, remove_remains
 from megatron_longpo.training.distributed import is_rank_0, require_shared
+from megatron_longpo.training.reference import check_reference_folder
 
 _BEGINNING = '{"iteration"'
 """How every line of metrics begins."""
@@ -54,6 +55,8 @@ def check_outputs(config: RunConfig) -> None:
         check_folder_writable(settings.profile_dir, "--profile-dir")
     if not is_rank_0():
         return
+    if config.objective.needs_reference:
+        check_reference_folder(config)
     if settings.tensorboard_dir is not None:
         check_folder_writable(settings.tensorboard_dir, "--tensorboard-dir")
     if settings.metrics_jsonl is not None:

@@ -37,6 +37,22 @@ def reference_kind(config: RunConfig) -> str:
     return f"long-{config.objective.turns}" if config.objective.objective == "dpo" else "short"
 
 
+def check_reference_folder(config: RunConfig) -> None:
+    """Refuse, before weights are read, a place where a pass that has yet to run could not write.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    folder = reference_folder(config)
+    if not (folder / "manifest.json").exists():
+        _require_writable(folder, create=False)
+
+
+def reference_folder(config: RunConfig) -> Path:
+    """Where the reference log-probs of a run lie."""
+    return sidecar_folder(config.data.data_path, reference_kind(config), config.objective.reference_dir)
+
+
 def reference_key(config: RunConfig, dataset: PreferenceDataset, fingerprint: str) -> ReferenceKey:
     """What the reference log-probs of this run depend on."""
     return ReferenceKey(
@@ -67,8 +83,7 @@ def reference_logprobs(
         ValueError: Those on disk were made from something else, or there are none and the weights have moved on, or
             another run is computing them.
     """
-    kind = reference_kind(config)
-    folder = sidecar_folder(config.data.data_path, kind, config.objective.reference_dir)
+    folder = reference_folder(config)
     resumed = fingerprint is not None
     # A scaled RoPE makes another model of the same weights.
     fingerprint = fingerprint or weights_fingerprint(chunks) + rope_scaling_mark(config.reference_rope)
@@ -93,10 +108,14 @@ def reference_logprobs(
 
 def _alone_in(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other passes out: one of other weights would remove this one's parts, and replace what it wrote."""
-    if problem := problem_of_writing(folder / "probe"):
-        raise ValueError(f"{folder} cannot be written ({problem}): give another --reference-dir for the log-probs")
+    _require_writable(folder)
     complaint = "another run is computing reference log-probs there; start again when it is done, to use them"
     return folder_lock(folder, f"{folder}: {complaint}, or give another --reference-dir")
+
+
+def _require_writable(folder: Path, create: bool = True) -> None:
+    if problem := problem_of_writing(folder / "probe", create):
+        raise ValueError(f"{folder} cannot be written ({problem}): give another --reference-dir for the log-probs")
 
 
 class SidecarWriterOnRank0:

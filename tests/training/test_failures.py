@@ -183,7 +183,7 @@ MISTAKES = {
     ),
     "reference where nothing can be written": (
         1,
-        ["--reference-dir=/proc/run"],
+        ["--reference-dir=/proc/run", "--load={damaged}"],  # found before weights are read
         "/proc/run/tiny.reference-short cannot be written (No such file or directory): give another --reference-dir",
     ),
     "metrics over a file": (
