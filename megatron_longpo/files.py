@@ -61,17 +61,17 @@ def _sync(descriptor: int, path: str | Path) -> None:
 def atomic_writer(path: str | Path, binary: bool = False) -> Iterator[IO[Any]]:
     """Open a file that takes its name only when the block ends without an error.
 
-    The parent folder is created. On any error, Ctrl-C included, the temporary file is removed and ``path`` is as it
-    was before.
+    The parent folder is created. A link stays, and the file that it points to is replaced. On any error, Ctrl-C
+    included, the temporary file is removed and ``path`` is as it was before.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(target)
     try:
         text = {} if binary else {"encoding": "utf-8", "newline": "\n"}
         with open(temporary, "wb" if binary else "w", **text) as file:  # type: ignore[call-overload]
             yield file
-        replace_file(temporary, path)
+        replace_file(temporary, target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         name_file(error, path)

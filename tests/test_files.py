@@ -29,6 +29,16 @@ def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    link, there = tmp_path / "file.txt", tmp_path / "other disk" / "file.txt"
+    there.parent.mkdir()
+    there.write_text("old")
+    link.symlink_to(there)
+    with atomic_writer(link) as file:
+        file.write("new")
+    assert link.is_symlink() and there.read_text() == "new" and list(there.parent.iterdir()) == [there]
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
 def test_a_failure_leaves_the_old_content(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
