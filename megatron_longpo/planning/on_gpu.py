@@ -14,11 +14,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from megatron_longpo.objective import logprobs
 from megatron_longpo.planning.ledger import MemoryLedger
 from megatron_longpo.planning.replaced import replaced
 from megatron_longpo.planning.two_memories import two_memories
+
+NORM_IS_A_KERNEL = Version(torch.__version__) >= Version("2.9")
+"""Whether torch has RMSNorm as one kernel on CUDA (pytorch/pytorch#153666). Before it was a formula there too, which
+keeps its input in fp32 and what it multiplies by its weight."""
 
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -29,7 +34,8 @@ def as_on_gpu(on_gpu: bool, ledger: MemoryLedger) -> Iterator[None]:
     with ExitStack() as stack:
         if on_gpu:
             stack.enter_context(replaced(logprobs, "_operand", lambda weight: weight))
-            stack.enter_context(replaced(torch.nn.RMSNorm, "forward", _fused_norm))
+            if NORM_IS_A_KERNEL:
+                stack.enter_context(replaced(torch.nn.RMSNorm, "forward", _fused_norm))
             stack.enter_context(two_memories(ledger))
         yield
 

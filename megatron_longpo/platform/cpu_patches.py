@@ -1,4 +1,4 @@
-"""Patches that let Megatron-Core train on a CPU: its random states, gradient clipping, and names of tensor types."""
+"""Patches that let Megatron-Core train on a CPU: its random states, optimizers, gradient clipping, and type names."""
 
 from __future__ import annotations
 
@@ -37,6 +37,30 @@ def use_cpu_rng_tracker() -> None:
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     random._CUDA_RNG_STATE_TRACKER = CpuRNGStatesTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+
+
+def use_torch_optimizers() -> None:
+    """Where a GPU is hidden, leave the optimizers of Transformer Engine and Apex alone, whose kernels need it.
+
+    Megatron takes them, and their norm and scaling of gradients, wherever they can be imported, which is where there is
+    a GPU. Remove when it chooses by the parameters' device.
+    """
+    if not torch.cuda.is_available():
+        return
+    from megatron.core import optimizer as package
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    # What these modules set themselves where they find neither of the two.
+    package.Adam, package.SGD, package.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, torch.optim.SGD, True
+    distrib_optimizer.Adam = torch.optim.Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = False
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None  # of 0.19
 
 
 def replace_grad_clipping() -> None:

@@ -11,7 +11,7 @@ from megatron_longpo.platform.checkpoint_writers import (
     tie_checkpoint_writers_to_their_rank,
     write_checkpoints_in_threads,
 )
-from megatron_longpo.platform.cpu_patches import replace_grad_clipping, use_cpu_rng_tracker
+from megatron_longpo.platform.cpu_patches import replace_grad_clipping, use_cpu_rng_tracker, use_torch_optimizers
 from megatron_longpo.platform.cpu_torch import install_cpu_torch
 from megatron_longpo.platform.devices import device, has_cuda
 from megatron_longpo.platform.megatron_core import require_checked_version
@@ -51,7 +51,9 @@ def prepare(use_cpu: bool = False) -> None:
     if _prepared:
         return
     require_checked_version()
+    let_checkpoints_name_optimizers()  # those that Megatron has found, used or not
     if not has_cuda():
+        use_torch_optimizers()
         install_cpu_torch()
         use_cpu_rng_tracker()
         replace_grad_clipping()
@@ -61,7 +63,6 @@ def prepare(use_cpu: bool = False) -> None:
     let_hybrid_optimizer_resume()
     norm_gradients_without_waiting()
     pin_weights_on_host()
-    let_checkpoints_name_optimizers()
     let_ranks_write_their_own_shards()
     write_checkpoints_in_threads()
     tie_checkpoint_manager_to_its_rank()

@@ -235,12 +235,17 @@ def test_more_micro_batches_than_are_measured_need_no_more_memory(
     assert [m.gib for m in planned(words, world_size)] == pytest.approx([m.gib for m in fewer], rel=1e-4)
 
 
-def test_a_gpu_holds_no_fp32_copy_of_the_lm_head_and_its_norms_keep_less() -> None:
+def test_a_gpu_holds_no_fp32_copy_of_the_lm_head_and_its_norms_keep_less(monkeypatch: pytest.MonkeyPatch) -> None:
     (on_cpu,) = planned("--bf16")
     config = run_config("--bf16 --no-use-cpu")
     (on_gpu,) = dry_run(config, 1, rows_of(config))
     assert on_gpu.parts[Part.WEIGHTS] == on_cpu.parts[Part.WEIGHTS]
     assert on_gpu.parts[Part.ACTIVATIONS] < on_cpu.parts[Part.ACTIVATIONS]
+    monkeypatch.setattr("megatron_longpo.planning.on_gpu.NORM_IS_A_KERNEL", False)
+    (with_formula,) = dry_run(config, 1, rows_of(config))
+    norms = 2 * config.model.num_layers * rows_of(config)[0].layout.num_tokens * config.model.hidden_size
+    # Before torch 2.9: the input in fp32, and what the weight is multiplied by.
+    assert with_formula.parts[Part.ACTIVATIONS] > on_gpu.parts[Part.ACTIVATIONS] + 6 * norms
 
 
 def test_flash_attention_s_own_buffers_are_counted() -> None:
