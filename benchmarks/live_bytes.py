@@ -63,29 +63,28 @@ class LiveBytes(TorchDispatchMode):
     def hosts_left_out(self) -> Iterator[None]:
         """Copies in host memory do not count as the device's, until they are brought back."""
         copies: Any = platform.HostCopy
-        make, bring_back = copies.__init__, copies.start_return
+        send, bring_back = copies._send, copies._bring_back
         counted = self
 
-        def made(copy: platform.HostCopy, tensor: torch.Tensor) -> None:
+        def sent(copy: platform.HostCopy, tensor: torch.Tensor) -> None:
             before, peak = counted.now, counted.peak
-            make(copy, tensor)
+            send(copy, tensor)
             added = counted.now - before
             counted.now, counted.peak = before, peak
             counted.on_host += added
             # What the end of the storage will take off again was never added.
             weakref.finalize(copy._host.untyped_storage(), counted._end, -added)
 
-        def returned(copy: platform.HostCopy) -> None:
-            if copy._returned is None:
-                # On a CPU the tensor itself comes back; count it as the device's from here on.
-                nbytes = copy._host.untyped_storage().nbytes()
-                counted.now += nbytes
-                counted.peak = max(counted.peak, counted.now)
-                weakref.finalize(copy._host.untyped_storage(), counted._end, nbytes)
-            bring_back(copy)
+        def brought_back(copy: platform.HostCopy) -> torch.Tensor:
+            # On a CPU the copy itself comes back; count it as the device's from here on.
+            nbytes = copy._host.untyped_storage().nbytes()
+            counted.now += nbytes
+            counted.peak = max(counted.peak, counted.now)
+            weakref.finalize(copy._host.untyped_storage(), counted._end, nbytes)
+            return bring_back(copy)
 
-        copies.__init__, copies.start_return = made, returned
+        copies._send, copies._bring_back = sent, brought_back
         try:
             yield
         finally:
-            copies.__init__, copies.start_return = make, bring_back
+            copies._send, copies._bring_back = send, bring_back

@@ -1,7 +1,9 @@
 """Saved activations that wait for the backward pass in host memory (``--cpu-offloading-num-layers``).
 
-A layer's saved tensors are copied to pinned host memory behind its computation. The backward pass of a layer asks for
-its own back and, at the same time, for those of the layer that comes next, so that these arrive while it computes.
+A layer's saved tensors are copied to pinned host memory behind its computation and that of the layer after it, which
+gives the device's memory back: its first tensor that of the first one, and so on. So about one layer is on its way, and
+the layer that computed last stays where it is if the backward pass comes next. That of a layer asks for its own tensors
+back and, at the same time, for those of the layer that comes next, so that these arrive while it computes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -43,6 +46,9 @@ class LayerOffload:
         resident: Tensors that stay on the device: weights, and what all layers share.
     """
 
+    _newest: ClassVar[weakref.ref[LayerOffload] | None] = None
+    """The layer that computed last, of any block and micro-batch: its tensors are on their way."""
+
     def __init__(self, previous: LayerOffload | None, resident: Iterable[torch.Tensor]) -> None:
         self._previous = weakref.ref(previous) if previous is not None else None
         # By storage, not address: the tensors of a dry run have none.
@@ -50,6 +56,11 @@ class LayerOffload:
         # Weak: a copy is freed with the last node of the graph that needs it.
         self._copies: list[tuple[weakref.ref[torch.UntypedStorage], tuple[object, ...], weakref.ref]] = []
         self._fetched = False
+        newest = LayerOffload._newest() if LayerOffload._newest is not None else None
+        self._on_its_way = newest.copies() if newest is not None else iter(())
+        if newest is not None:
+            newest.release_before()
+        LayerOffload._newest = weakref.ref(self)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -73,6 +84,8 @@ class LayerOffload:
             if owner() is storage and known == place and found is not None:
                 return HostView(found, tensor.shape)
         made = platform.HostCopy(tensor)
+        if (before := next(self._on_its_way, None)) is not None:
+            before.release()
         self._copies.append((weakref.ref(storage), place, weakref.ref(made)))
         return HostView(made, tensor.shape)
 
@@ -91,10 +104,19 @@ class LayerOffload:
         if self._fetched:
             return
         self._fetched = True
+        for copy in self.copies():
+            copy.start_return()
+
+    def copies(self) -> Iterator[platform.HostCopy]:
+        """Those that are needed still, in the order in which they were made."""
         for _, _, reference in self._copies:
-            copy = reference()
-            if copy is not None:
-                copy.start_return()
+            if (copy := reference()) is not None:
+                yield copy
+
+    def release_before(self) -> None:
+        """Give back what the layer before has on the device still."""
+        for copy in self._on_its_way:
+            copy.release()
 
 
 class OffloadChain:

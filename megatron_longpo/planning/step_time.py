@@ -192,8 +192,8 @@ def _tensor_parallel_s(config: RunConfig, work: Work, gpu: GPU, again: Repeated)
 def _host_transfers_s(config: RunConfig, work: Work, gpu: GPU, compute: dict[str, float]) -> float:
     """Offloaded activations to the host and back: what is longer than the computation that hides it, each way.
 
-    The host's memory takes both ways together. The last layer's tensors are asked for as soon as they are away, so one
-    layer's transfer hides behind nothing.
+    The host's memory takes both ways together. Where the backward pass follows at once, the last layer's tensors are
+    still on the device; between interleaved stages one layer's come back behind nothing.
     """
     layers = offloaded_share(config) * config.model.num_layers / config.parallel.pipeline_model_parallel_size
     if not layers:
@@ -205,7 +205,7 @@ def _host_transfers_s(config: RunConfig, work: Work, gpu: GPU, compute: dict[str
     backward = compute["matrix products"] + compute["attention"] + compute["recomputation"] - forward
     in_memory = 2 * one_way * gpu.host_link_gbs / gpu.host_mem_gbs
     waiting = max(max(0.0, one_way - forward) + max(0.0, one_way - backward), in_memory - forward - backward)
-    return one_layer + waiting
+    return waiting + (one_layer if config.num_virtual_stages else 0.0)
 
 
 def _pipeline_s(config: RunConfig, num_gpus: int, work: Work, gpu: GPU) -> float:

@@ -36,24 +36,19 @@ def two_memories(ledger: MemoryLedger) -> Iterator[None]:
         yield
 
 
-class _HostCopy:
+class _HostCopy(platform.HostCopy):
     """The allocations of `platform.HostCopy` on CUDA."""
 
     def __init__(self, ledger: MemoryLedger, tensor: torch.Tensor) -> None:
-        with ledger.on_host():
+        self._ledger = ledger
+        super().__init__(tensor)
+
+    def _send(self, tensor: torch.Tensor) -> None:
+        with self._ledger.on_host():
             self._host = tensor.detach().clone()
-        self._returned: torch.Tensor | None = None
 
-    def start_return(self) -> None:
-        """Allocate the device's tensor, once."""
-        if self._returned is None:
-            self._returned = self._host.clone()
-
-    def tensor(self) -> torch.Tensor:
-        """The device's tensor."""
-        self.start_return()
-        assert self._returned is not None
-        return self._returned
+    def _bring_back(self) -> torch.Tensor:
+        return self._host.clone()
 
 
 def _with_host(method: Callable[..., Any], ledger: MemoryLedger) -> Callable[..., Any]:

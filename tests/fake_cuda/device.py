@@ -1,20 +1,25 @@
 """``torch.cuda`` as on a machine with one GPU: what the trainer and Megatron-Core ask it, answered without one.
 
-Streams and events order nothing, since fake tensors have no data. Random states are those of a CPU's generator.
+Fake tensors have no data, so everything is done at once; `STREAMS` knows what a GPU would have to wait for. Random
+states are those of a CPU's generator.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._subclasses import fake_tensor
 
+from tests.fake_cuda.streams import COMPUTE, HOST, Clock, Streams
+
 host_waits: Counter[str] = Counter()
 """Calls that let the host wait for the device, by name."""
+
+STREAMS = Streams()
+"""Of the device."""
 
 
 def pretend() -> None:
@@ -31,12 +36,12 @@ def pretend() -> None:
         "get_device_capability": lambda device=None: (9, 0),
         "empty_cache": lambda: None,
         "max_memory_allocated": lambda device=None: 0,
-        "synchronize": _waits("torch.cuda.synchronize"),
+        "synchronize": synchronize,
         "Stream": Stream,
         "Event": Event,
-        "current_stream": lambda device=None: Stream(),
-        "default_stream": lambda device=None: Stream(),
-        "stream": contextlib.nullcontext,
+        "current_stream": lambda device=None: Stream(STREAMS.current),
+        "default_stream": lambda device=None: Stream(COMPUTE),
+        "stream": lambda stream: contextlib.nullcontext() if stream is None else STREAMS.on(stream.number),
         "default_generators": (generator,),
         "manual_seed": generator.manual_seed,
         "manual_seed_all": generator.manual_seed,
@@ -51,36 +56,55 @@ def pretend() -> None:
     fake_tensor.init_gpu_context = lambda device: None
 
 
-def _waits(name: str) -> Callable[..., None]:
-    def wait(*_: Any) -> None:
-        host_waits[name] += 1
-
-    return wait
+def synchronize(device: Any = None) -> None:
+    """The host waits for all streams."""
+    host_waits["torch.cuda.synchronize"] += 1
+    for stream in range(COMPUTE, len(STREAMS.clocks)):
+        STREAMS.wait(HOST, STREAMS.place(stream))
 
 
 class Event:
     """A place in a stream."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.place: Clock = {}
 
-    def record(self, stream: Any = None) -> None: ...
+    def record(self, stream: Stream | None = None) -> None:
+        self.place = STREAMS.place(_number(stream))
 
-    def wait(self, stream: Any = None) -> None: ...
+    def wait(self, stream: Stream | None = None) -> None:
+        STREAMS.wait(_number(stream), self.place)
 
-    synchronize = _waits("Event.synchronize")
+    def synchronize(self) -> None:
+        host_waits["Event.synchronize"] += 1
+        STREAMS.wait(HOST, self.place)
 
 
 class Stream(torch.Stream):
-    """A stream in which everything is done at once."""
+    """A stream of `STREAMS`: a new one, or that with a number."""
 
-    def __new__(cls, *_: Any, **__: Any) -> Stream:
-        return super().__new__(cls, device="cuda:0")
+    number: int
 
-    def wait_stream(self, stream: Any) -> None: ...
+    def __new__(cls, number: Any = None, *_: Any, **__: Any) -> Stream:
+        stream = super().__new__(cls, device="cuda:0")
+        stream.number = number if isinstance(number, int) else STREAMS.new()
+        return stream
 
-    def wait_event(self, event: Any) -> None: ...
+    def wait_stream(self, stream: Stream) -> None:
+        STREAMS.wait(self.number, STREAMS.place(stream.number))
 
-    def record_event(self, event: Any = None) -> Event:
-        return Event()
+    def wait_event(self, event: Event) -> None:
+        STREAMS.wait(self.number, event.place)
 
-    synchronize = _waits("Stream.synchronize")
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def synchronize(self) -> None:
+        host_waits["Stream.synchronize"] += 1
+        STREAMS.wait(HOST, STREAMS.place(self.number))
+
+
+def _number(stream: Stream | None) -> int:
+    return STREAMS.current if stream is None else stream.number

@@ -33,8 +33,8 @@ HOST_MEMORY = {
     "megatron/core/tensor_parallel/layers.py: forward": "0, an argument of a kernel",
     "autograd": "0, an argument of that kernel's gradient",
     "megatron_longpo/model/rope.py: inverse_frequencies": "made on the host, once per pass",
-    "megatron_longpo/platform/transfers.py: __init__": "offloaded activations",
-    "megatron_longpo/platform/transfers.py: start_return": "offloaded activations",
+    "megatron_longpo/platform/transfers.py: _send": "offloaded activations",
+    "megatron_longpo/platform/transfers.py: _bring_back": "offloaded activations",
     "megatron/core/pipeline_parallel/schedules.py: forward_step_calc_loss": "a count of 0 where there is no loss",
     "megatron/core/pipeline_parallel/schedules.py: forward_backward_pipelining_without_interleaving": "the same",
     "megatron/core/pipeline_parallel/schedules.py: forward_step_helper_postprocess": "the same",
@@ -119,10 +119,15 @@ def test_products_are_of_the_training_dtype_and_gradients_fp32(run: tuple[Case, 
 def test_only_what_belongs_there_is_in_host_memory(run: tuple[Case, dict[str, Any]]) -> None:
     case, found = run
     assert not unexpected_in_host_memory(found)
-    offloaded = found["on_host"].get("megatron_longpo/platform/transfers.py: start_return", 0)
+    offloaded = found["on_host"].get("megatron_longpo/platform/transfers.py: _bring_back", 0)
     assert offloaded == case.offloaded or (case.offloaded is None and offloaded > 0)
     on_host = any("hybrid_optimizer" in place for place in found["on_host"])
     assert on_host == ("--optimizer-cpu-offload" in case.words)
+
+
+def test_streams_leave_each_other_s_memory_alone(run: tuple[Case, dict[str, Any]]) -> None:
+    _, found = run
+    assert not found["races"]
 
 
 def test_the_host_runs_ahead_until_the_end_of_the_step(run: tuple[Case, dict[str, Any]]) -> None:

@@ -67,7 +67,7 @@ def trace_run(case: Case) -> dict[str, Any]:
                 facts = _facts(watch) | _tensors(trainer)
                 _start_again(watch)
                 _reference_pass(trainer, [fake_batch(prompts, mode)] * len(batches.micro_batches))
-                return facts | {"reference pass": _facts(watch)}
+                return facts | {"reference pass": _facts(watch), "races": sorted(watch.races.found)}
 
 
 def trace_rates() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every operator of a step was given: the devices, and where the host had to wait for the GPU."""
+"""What every operator of a step was given: the devices, where the host had to wait for the GPU, and on which stream."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from megatron_longpo.planning.fake_calls import without_data
+from tests.fake_cuda.device import STREAMS
+from tests.fake_cuda.streams import HOST, Races
 
 aten = torch.ops.aten
 
@@ -30,15 +32,17 @@ class Watch(TorchDispatchMode):
         on_host: Places in the code with a tensor in host memory among operands or results, and how often.
         waits: Places in the code at which the host waits for the GPU, and how often.
         dtypes: The dtypes of the results, by operator; several where its calls differ.
+        races: What streams may do to each other's memory.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self.races = Races(STREAMS)
         self.start_again()
 
     def start_again(self) -> None:
-        """Forget what was seen; not which tensors are in pinned memory."""
+        """Forget what was seen; not which tensors are in pinned memory, nor who used them."""
         self.calls: Counter[str] = Counter()
         self.on_host: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
@@ -61,9 +65,30 @@ class Watch(TorchDispatchMode):
         self.dtypes[name].add(tuple(str(tensor.dtype).removeprefix("torch.") for tensor in made))
         if any(tensor.device.type == "cpu" for tensor in (*given, *made)):
             self.on_host[_place()] += 1
+        stream = STREAMS.current if any(tensor.is_cuda for tensor in (*given, *made)) else HOST
+        self._use(func, name, args, kwargs, result, stream)
         if self._waits(name, args, kwargs, given, made):
             self.waits[f"{name} in {_place()}"] += 1
+            STREAMS.wait(HOST, STREAMS.place(stream))
         return result
+
+    def _use(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any, stream: int) -> None:
+        """Tell `races` what the operator reads and writes, by its schema."""
+        schema = func._schema
+        if name == "record_stream":
+            self.races.record(args[0], args[1].number)
+        if any(value.alias_info is not None and not value.alias_info.is_write for value in schema.returns):
+            return  # a view
+        reads: list[torch.Tensor] = []
+        writes: list[torch.Tensor] = []
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        for argument in schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            (writes if written else reads).extend(_tensors(given.get(argument.name)))
+        if name.startswith(("empty", "new_empty")):
+            self.races.begin(result, stream)
+            return
+        self.races.use(reads, [*writes, *_tensors(result)], stream, f"{name} in {_place()}")
 
     def _run(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         if name == "is_pinned":

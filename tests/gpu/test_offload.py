@@ -37,10 +37,13 @@ def run(offloads: bool) -> tuple[list[torch.Tensor], int]:
 
 def test_gradients_are_equal_and_memory_is_not() -> None:
     expected, held = run(offloads=False)
+    torch.cuda.reset_peak_memory_stats()
     actual, held_offloaded = run(offloads=True)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    # The last layer's output is in use; the allocator may still wait for the last copy.
-    assert held_offloaded < 0.4 * held
+    assert held_offloaded < 0.4 * held, "more than what the last layer saved, which stays"
+    # The host is ahead of the device, and no memory waits for it to see that a copy is done.
+    peaks = torch.cuda.memory_stats()
+    assert peaks["active_bytes.all.peak"] == peaks["allocated_bytes.all.peak"]
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 2**20 + 1), (5, 7, 300_000)])

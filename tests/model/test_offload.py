@@ -89,6 +89,54 @@ def test_the_layer_before_is_fetched_ahead(copies: list[weakref.ref[platform.Hos
     assert fetched == [[False, True, True], [True, True, True], [True, True, True]]
 
 
+def test_a_layer_gives_memory_back_while_the_next_one_computes(copies: list[weakref.ref[platform.HostCopy]]) -> None:
+    """Tensor by tensor, whatever block it belongs to, and the rest when the one after that begins."""
+
+    def on_device() -> list[bool]:
+        return [copy() is not None and copy()._tensor is not None for copy in copies]  # type: ignore[union-attr]
+
+    chains, x = [OffloadChain(), OffloadChain()], torch.randn(4, requires_grad=True)
+    with chains[0].next([]).saving():
+        y = x.sin().cos().exp()
+    assert on_device() == [True] * 3
+    with chains[1].next([]).saving():
+        y = y.sin()
+        assert on_device() == [False, True, True, True]
+        y = y.cos()
+    assert on_device() == [False, False, True, True, True]
+    with chains[0].next([]).saving():
+        assert on_device() == [False, False, False, True, True]
+        y = y.sin()
+    (grad,) = torch.autograd.grad(y, x, torch.ones(4))
+    expected = x.sin().cos().exp().sin().cos().sin()
+    assert torch.equal(grad, torch.autograd.grad(expected, x, torch.ones(4))[0])
+
+
+def test_what_is_still_on_the_device_is_not_copied_back() -> None:
+    tensor = torch.randn(4)
+    copy = platform.HostCopy(tensor)
+    assert copy.tensor().data_ptr() == tensor.data_ptr()
+    copy.release()
+    assert torch.equal(copy.tensor(), tensor), "it was asked for"
+    released, changed, old = platform.HostCopy(tensor), platform.HostCopy(tensor), tensor.clone()
+    released.release()
+    tensor.zero_()
+    assert torch.equal(released.tensor(), old) and torch.equal(changed.tensor(), old)
+
+
+def test_a_copy_that_nobody_needs_keeps_its_memory_until_it_is_made() -> None:
+    class Stream:
+        waited: list[str] = []  # noqa: RUF012
+
+        def wait_event(self, event: str) -> None:
+            self.waited.append(event)
+
+    copy = platform.HostCopy(torch.randn(4))
+    copy._stream, copy._busy = Stream(), "copied"
+    del copy
+    assert Stream.waited == ["copied"]
+
+
 def test_a_forward_pass_that_is_never_differentiated_leaves_nothing(
     copies: list[weakref.ref[platform.HostCopy]],
 ) -> None:

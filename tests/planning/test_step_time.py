@@ -234,11 +234,16 @@ def test_a_window_shortens_the_hops_and_leaves_them_less_to_hide_behind() -> Non
 def test_transfers_to_the_host_hide_behind_computation_until_the_link_is_too_slow() -> None:
     offloaded = f"{FULL} --recompute-keep-attention --cpu-offloading-num-layers 32"
     assert predicted().parts["host transfers"] == 0
-    hidden = predicted(offloaded).parts["host transfers"]
-    config = config_of(offloaded)
+    assert predicted(offloaded).parts["host transfers"] == 0
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4 "
+    in_stages = f"{stages} {offloaded.replace('-layers 32', '-layers 4')}"
+    config = config_of(in_stages)
     work = work_of(config, made_up_rows(config), 1)
     rate = H100.host_link_gbs * 1e9 * MEASURED_LINK_SHARE
-    assert hidden == pytest.approx(kept_bytes(config, work) / rate)  # of one layer
+    one_layer = config.num_microbatches(8) * kept_bytes(config, work) / rate
+    assert predicted(in_stages).parts["host transfers"] == pytest.approx(one_layer)
+    config = config_of(offloaded)
+    work = work_of(config, made_up_rows(config), 1)
     slow = dataclasses.replace(H100, host_link_gbs=1)
     both_ways = 2 * 32 * kept_bytes(config, work) / (1e9 * MEASURED_LINK_SHARE)
     assert 0.5 * both_ways < predicted(offloaded, gpu=slow).parts["host transfers"] < both_ways
