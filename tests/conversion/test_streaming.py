@@ -15,7 +15,6 @@ from tests.conversion.models import save_random_model
 MEASURED = """
 import json, sys
 from pathlib import Path
-from megatron_longpo.conversion.hf_config import read_hf_folder
 from megatron_longpo.conversion.to_hf import convert_to_hf
 from megatron_longpo.conversion.to_megatron import convert_to_megatron
 
@@ -28,22 +27,27 @@ def growth(work):
     work()
     return rss("VmHWM:") - before
 
-hf, megatron, back = map(Path, sys.argv[1:])
-read_hf_folder(hf)  # imports transformers
-work = {
-    "to_megatron": lambda: convert_to_megatron(hf, megatron, show_progress=False),
-    "to_hf": lambda: convert_to_hf(megatron, hf, back, show_progress=False),
-}
-print(json.dumps({name: growth(one) for name, one in work.items()}))
+def work(folder):
+    hf, megatron, back = (folder / name for name in ("hf", "megatron", "back"))
+    return {
+        "to_megatron": lambda: convert_to_megatron(hf, megatron, show_progress=False),
+        "to_hf": lambda: convert_to_hf(megatron, hf, back, show_progress=False),
+    }
+
+small, large = map(Path, sys.argv[1:])
+for one in work(small).values():  # imports everything
+    one()
+print(json.dumps({name: growth(one) for name, one in work(large).items()}))
 """
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's resettable peak")
 def test_peak_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     shape = {"num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
-    save_random_model(tmp_path / "hf", "llama2", **shape, max_shard_size="1GB")
-    size = sum(path.stat().st_size for path in (tmp_path / "hf").glob("*.safetensors"))
-    words = [str(tmp_path / name) for name in ("hf", "megatron", "back")]
+    save_random_model(tmp_path / "small" / "hf", "llama2")
+    save_random_model(tmp_path / "large" / "hf", "llama2", **shape, max_shard_size="1GB")
+    size = sum(path.stat().st_size for path in (tmp_path / "large" / "hf").glob("*.safetensors"))
+    words = [str(tmp_path / name) for name in ("small", "large")]
     result = subprocess.run([sys.executable, "-c", MEASURED, *words], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     grown = json.loads(result.stdout.splitlines()[-1])
