@@ -25,7 +25,7 @@ _ADVICE = {
     "log-probs come from the LM head, chunk by chunk: --logits-chunk-tokens": (
         "--cross-entropy-loss-fusion --cross-entropy-fusion-impl"
     ),
-    "losses are means over documents, those of a token are in the metrics": "--calculate-per-token-loss",
+    "losses are means over documents, as in the paper": "--calculate-per-token-loss",
     "mixtures of experts are not supported": "--num-experts --expert-model-parallel-size --moe-grouped-gemm",
     "models are always Megatron-Core's": "--use-mcore-models --use-legacy-models",
     "no index is built, so there is nothing to cache": "--data-cache-path",
