@@ -24,8 +24,9 @@ for name in ("multi_tensor_l2norm", "multi_tensor_scale", "multi_tensor_scale_te
 kernels.FusedAdam.step = refuse
 
 from megatron_longpo import platform
-torch.cuda.is_available = lambda: True
-platform.prepare(use_cpu=True)
+from megatron_longpo.planning.replaced import replaced
+with replaced(torch.cuda, "is_available", lambda: True):
+    platform.prepare(use_cpu=True)
 
 from megatron_longpo.training.distributed import initialize
 from tests.planning.cases import measure_real_step, run_config
@@ -37,7 +38,7 @@ measure_real_step(config, 1)
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no wheel of transformer-engine in {FOLDER}: make install")
-@pytest.mark.parametrize("flags", ["", "--use-distributed-optimizer"])
+@pytest.mark.parametrize("flags", [pytest.param("", marks=pytest.mark.slow), "--use-distributed-optimizer"])
 def test_a_step_on_the_cpu_of_a_machine_with_a_gpu(flags: str) -> None:
     program = STEP.format(folder=str(FOLDER), flags=flags)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
