@@ -13,13 +13,14 @@ from megatron_longpo.arguments import parse_arguments
 from megatron_longpo.attention import ring
 from megatron_longpo.config import ConfigError, RunConfig
 from megatron_longpo.data.layout import DocumentLayout, RowLayout
+from megatron_longpo.planning import dry_run_command
 from megatron_longpo.planning.hardware import GPU, GPUS, H100, MEASURED_LINK_SHARE, gpu_named, usable_gib
 from megatron_longpo.planning.links import all_gather_s, all_reduce_s, all_to_all_s, ring_bytes_per_s
 from megatron_longpo.planning.recomputation import Repeated, repeated
 from megatron_longpo.planning.ring_work import hop_tokens, step_shares
 from megatron_longpo.planning.saved import kept_bytes
-from megatron_longpo.planning.step_time import StepTime, parameters_of_rank, step_time
-from megatron_longpo.planning.workload import made_up_rows, num_predictions, work_of
+from megatron_longpo.planning.step_time import StepTime, parameters_of_rank
+from megatron_longpo.planning.workload import made_up_rows, work_of
 
 SHAPE = (
     "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention "
@@ -34,9 +35,7 @@ def config_of(words: str = "") -> RunConfig:
 
 
 def predicted(words: str = "", num_gpus: int = 8, gpu: GPU = H100) -> StepTime:
-    config = config_of(words)
-    rows = made_up_rows(config)
-    return step_time(config, num_gpus, work_of(config, rows, num_predictions(config, rows)), gpu)
+    return dry_run_command.predicted(config := config_of(words), num_gpus, made_up_rows(config), gpu)
 
 
 def test_compute_is_flops_over_rate_and_divides_over_all_ranks() -> None:
@@ -235,17 +234,13 @@ def test_transfers_to_the_host_hide_behind_computation_until_the_link_is_too_slo
     offloaded = f"{FULL} --recompute-keep-attention --cpu-offloading-num-layers 32"
     assert predicted().parts["host transfers"] == 0
     assert predicted(offloaded).parts["host transfers"] == 0
-    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4 "
-    in_stages = f"{stages} {offloaded.replace('-layers 32', '-layers 4')}"
-    config = config_of(in_stages)
-    work = work_of(config, made_up_rows(config), 1)
-    rate = H100.host_link_gbs * 1e9 * MEASURED_LINK_SHARE
-    one_layer = config.num_microbatches(8) * kept_bytes(config, work) / rate
-    assert predicted(in_stages).parts["host transfers"] == pytest.approx(one_layer)
     config = config_of(offloaded)
-    work = work_of(config, made_up_rows(config), 1)
+    one_layer = kept_bytes(config, work_of(config, made_up_rows(config), 1)) / (1e9 * MEASURED_LINK_SHARE)
+    stages = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4 "
+    in_stages = predicted(stages + offloaded.replace("32", "4")).parts["host transfers"]
+    assert in_stages == pytest.approx(2 * one_layer / H100.host_link_gbs)  # of two micro-batches
     slow = dataclasses.replace(H100, host_link_gbs=1)
-    both_ways = 2 * 32 * kept_bytes(config, work) / (1e9 * MEASURED_LINK_SHARE)
+    both_ways = 2 * 32 * one_layer
     assert 0.5 * both_ways < predicted(offloaded, gpu=slow).parts["host transfers"] < both_ways
     half = predicted(offloaded.replace("32", "16"), gpu=slow).parts["host transfers"]
     assert half < predicted(offloaded, gpu=slow).parts["host transfers"] / 2
