@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,16 +148,21 @@ class RunConfig:
 
     def has_effect(self, key: str) -> bool:
         """Whether a flag's value is used, beside the values of the other flags."""
-        values = _values(self)
-        return all(need.holds(values, self.undecided()) for need in FLAGS[key].info.needs)
+        return bool(self.with_effect([key]))
+
+    def with_effect(self, keys: Iterable[str]) -> set[str]:
+        """Those of the flags whose values are used, beside the values of the others."""
+        values, undecided = _values(self), self.undecided()
+        return {key for key in keys if all(need.holds(values, undecided) for need in FLAGS[key].info.needs)}
 
     def to_yaml(self) -> str:
         """A YAML text that ``--config`` reads back to an equal configuration.
 
         Flags without effect are in it as comments, and what a checkpoint still has to decide is not in it.
         """
-        values = {key: value for key, value in _values(self).items() if key not in self.undecided()}
-        return to_yaml(values, {key for key in values if self.has_effect(key)})
+        undecided = self.undecided()
+        values = {key: value for key, value in _values(self).items() if key not in undecided}
+        return to_yaml(values, self.with_effect(values))
 
     def dump_yaml(self, path: str | Path) -> None:
         """Write `to_yaml` to a file, whole or not at all."""
@@ -167,9 +172,11 @@ class RunConfig:
     def model_flags(self) -> list[str]:
         """The command line that makes the same model."""
         words: list[str] = []
-        for key, spec in FLAGS.items():
-            value = getattr(self.model, spec.field) if spec.group == "model" else spec.default
-            if value != spec.default and self.has_effect(key):
+        model = {key: spec for key, spec in FLAGS.items() if spec.group == "model"}
+        effective = self.with_effect(model)
+        for key, spec in model.items():
+            value = getattr(self.model, spec.field)
+            if value != spec.default and key in effective:
                 words += [spec.flag] if spec.kind is bool else [spec.flag, show(value)]
         return words
 
