@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from megatron_longpo import platform
 
@@ -35,13 +34,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, torch.Tensor):
-                self._know(value.untyped_storage(), 0)
+        for tensor in _tensors((args, tuple((kwargs or {}).values()))):
+            self._know(tensor.untyped_storage(), 0)
         result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
-                self._know(value.untyped_storage(), value.untyped_storage().nbytes())
+        for tensor in _tensors(result):
+            self._know(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return result
 
     def _know(self, storage: torch.UntypedStorage, nbytes: int) -> None:
@@ -88,3 +85,15 @@ class LiveBytes(TorchDispatchMode):
             yield
         finally:
             copies._send, copies._bring_back = send, bring_back
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Tensors among the arguments or the results of an operator, which are none, themselves or in lists.
+
+    torch's walk through any tree takes longer than small operators do.
+    """
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)

@@ -10,6 +10,7 @@ Modules that import Megatron-Core import this package first: on a CPU it imports
 """
 
 from megatron_longpo.platform.attention import default_attention_backend, device_defaults, use_attention_backend
+from megatron_longpo.platform.checkpoint_writers import prepare_write_results
 from megatron_longpo.platform.cpu_patches import construction
 from megatron_longpo.platform.devices import (
     device,
@@ -41,6 +42,7 @@ __all__ = [
     "peak_memory_gib",
     "peak_pinned_memory_gib",
     "prepare",
+    "prepare_write_results",
     "profiler_activities",
     "synchronize",
     "use_attention_backend",

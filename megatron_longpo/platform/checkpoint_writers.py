@@ -8,7 +8,7 @@ import os
 import queue
 import signal
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.managers import SyncManager
+from multiprocessing.managers import BaseProxy, SyncManager
 from typing import Any
 
 from megatron_longpo.processes import die_with_parent, outlive_sigterm
@@ -46,26 +46,24 @@ def write_checkpoints_in_threads() -> None:
     writer.write_preloaded_data_multiproc = staticmethod(filesystem_async._disable_gc()(write))
 
 
-def tie_checkpoint_manager_to_its_rank() -> None:
-    """Let the process that carries results of checkpoint writers end with its rank, also when that is killed.
+def prepare_write_results(async_save: bool) -> None:
+    """Choose what carries the results of the next checkpoint's writers to the rank; call it before every save.
 
-    Not before it: a SIGTERM to all processes would leave the rank, which saves then, without it.
+    A save that is waited for is written by threads of the rank, and needs a queue. Upstream gives it a process, as an
+    asynchronous one, which imports torch and Megatron-Core at every rank to carry a few lines: seconds of the first
+    save, and their memory. That process ends with its rank here, also when the rank is killed, but not before it: a
+    SIGTERM to all processes would leave the rank, which saves then, without it.
 
-    Remove when Megatron's writer needs no manager process, or ends it itself.
+    Remove when Megatron's writer needs no process for saves that are waited for, and ends the other itself.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    def results_queue() -> Any:
-        if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-            manager.start(initializer=outlive_sigterm)
-            filesystem_async._results_queue = manager.Queue()
-        return filesystem_async._results_queue
-
-    # The second name is that of 0.19.
-    for name in ("_get_write_results_queue", "get_write_results_queue"):
-        if hasattr(filesystem_async, name):
-            setattr(filesystem_async, name, results_queue)
+    if not async_save:
+        filesystem_async._results_queue = queue.Queue()  # a new one: what a failed save left is not read by the next
+    elif not isinstance(filesystem_async._results_queue, BaseProxy):
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=outlive_sigterm)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def tie_checkpoint_writers_to_their_rank() -> None:

@@ -7,7 +7,6 @@ import os
 import torch
 
 from megatron_longpo.platform.checkpoint_writers import (
-    tie_checkpoint_manager_to_its_rank,
     tie_checkpoint_writers_to_their_rank,
     write_checkpoints_in_threads,
 )
@@ -65,7 +64,6 @@ def prepare(use_cpu: bool = False) -> None:
     pin_weights_on_host()
     let_ranks_write_their_own_shards()
     write_checkpoints_in_threads()
-    tie_checkpoint_manager_to_its_rank()
     tie_checkpoint_writers_to_their_rank()
     let_blocks_recompute_themselves()
     name_the_cause_of_failed_writes()

@@ -115,6 +115,7 @@ class Checkpointer:
             state["opt_param_scheduler"] = self.scheduler.state_dict()
         if not settings.no_save_rng:
             state["rng_state"] = random_state()
+        platform.prepare_write_results(settings.async_save)
         with clear_failure(final):
             request = dist_checkpointing.save(
                 state,

@@ -17,22 +17,31 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 400
+IMPORTED = ["torch._dynamo", "megatron_longpo.training.loop", "megatron.core.models.gpt", "transformers"]
+"""What the server of forks imports: it takes longer than most tests."""
+PYTHONPATH = os.environ.get("PYTHONPATH")
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, forked: bool = True) -> list[Any]:
     """Call ``function(rank, *args)`` on every rank of a new gloo world and return the results in rank order.
 
     Args:
         function: A module-level function; it and its arguments are pickled to the new processes.
         world_size: Number of processes.
+        forked: Fork them from a process that has imported all (`IMPORTED`). Others have each its own order of sets of
+            strings, as torchrun's: for tests of what ranks send each other.
 
     Raises:
         AssertionError: A rank failed; the message holds its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        # A test that finds packages elsewhere needs processes that have not imported any.
+        forked = forked and os.environ.get("PYTHONPATH") == PYTHONPATH
+        context: Any = mp.get_context("forkserver" if forked else "spawn")
+        if forked:
+            context.set_forkserver_preload(IMPORTED)
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, args))
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -75,8 +84,18 @@ def fresh_world(rendezvous: str, rank: int, world_size: int) -> None:
     )
 
 
-def _rank_main(function: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _rank_main(
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    folder: str,
+    environment: dict[str, str],
+    args: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
+    # A fork has that of its server, from when that was started.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         fresh_world(f"{folder}/rendezvous", rank, world_size)

@@ -145,7 +145,7 @@ def compute(folder: Path, cases: list[Case], zero: list[str], model: list[str]) 
     layouts += [([*sharded, *ZERO[name]], data, place(f"zero {name}", "-step")) for name in zero]
 
     alone = run_ranks(save_model_and_run_all, 1, singles, str(folder), model)[0]
-    ranks = run_ranks(run_all, 4, layouts, str(folder))
+    ranks = run_ranks(run_all, 4, layouts, str(folder), forked=False)
     names = [f"{objective} {name}" for objective, name in cases] + [f"zero {name}" for name in zero]
     return {
         "single": dict(zip([*OBJECTIVES, "step"], (metrics for metrics, _ in alone), strict=True)),

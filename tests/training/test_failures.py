@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from megatron_longpo.files import folder_lock
 from tests.distributed.harness import run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
-from tests.training.commands import FLAGS, metrics, run_in_one_process, train
+from tests.training.commands import FLAGS, metrics, run_in_one_process, train, train_forked
 
 POISONED = 3
 LENGTH = ["--train-iters=8", "--lr=1e-3"]
@@ -25,7 +26,7 @@ LENGTH = ["--train-iters=8", "--lr=1e-3"]
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with finished reference log-probs, of which one document's are not a number."""
     prefix = write_tiny_dataset(tmp_path_factory.mktemp("poisoned") / "tiny", num_documents=10)
-    train(f"--data-path={prefix}", *LENGTH, f"--save={prefix.parent / 'save'}")
+    train_forked(f"--data-path={prefix}", *LENGTH, f"--save={prefix.parent / 'save'}")
     sidecar = prefix.parent / "tiny.reference-short"
     lengths, logps = np.load(sidecar / "lengths.npy"), np.load(sidecar / "logps.npy")
     start = lengths[lengths[:, 0] < POISONED, 1:].sum()
@@ -108,6 +109,7 @@ def fill_the_disk(rank: int, data: str, folder: str) -> dict[str, Any]:
     Path(folder, "iter_0000009").mkdir()
     untracked = find_checkpoint(folder)
     result = {"errors": errors, "found": found.name, "consumed": progress.consumed_samples, "same": same}
+    result["processes"] = [child.cmdline() for child in psutil.Process().children()]
     return result | {"files": visible, "left behind": hidden, "untracked": untracked}
 
 
@@ -119,6 +121,7 @@ def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert "File too large" in result["errors"][0] or "is the disk full?" in result["errors"][0]
     assert result["files"] == ["iter_0000001", "latest_checkpointed_iteration.txt"]
     assert result["left behind"] == []
+    assert result["processes"] == []  # a save that is waited for starts none
     assert (result["found"], result["consumed"], result["same"]) == ("iter_0000001", 5, True)
     assert result["untracked"] == tmp_path / "save" / "iter_0000003"
 

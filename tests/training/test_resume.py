@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron_longpo.arguments import parse_arguments
 from tests.distributed.harness import run_ranks
 from tests.tiny import MODEL_FLAGS, write_tiny_dataset
-from tests.training.commands import metrics, stop_at_step, train
+from tests.training.commands import metrics, stop_at_step, train, train_forked
 
 STEPS = 20
 FLAGS = [f"--train-iters={STEPS}", "--lr=2e-3", "--lr-decay-style=cosine", "--lambda=0.5", "--save-interval=10"]
@@ -42,7 +42,7 @@ def golden(request: pytest.FixtureRequest, data: str, tmp_path_factory: pytest.T
     """An uninterrupted run of 20 steps."""
     folder = tmp_path_factory.mktemp("golden")
     more = [data, *FLAGS, *OPTIMIZERS[request.param], f"--reference-dir={folder}"]
-    train(*more, f"--save={folder / 'save'}", f"--metrics-jsonl={folder / 'metrics.jsonl'}")
+    train_forked(*more, f"--save={folder / 'save'}", f"--metrics-jsonl={folder / 'metrics.jsonl'}")
     return {"name": request.param, "flags": more, "folder": folder, "steps": metrics(folder / "metrics.jsonl")}
 
 
@@ -78,7 +78,7 @@ def test_killed_run_resumes_bit_equal(golden: dict[str, Any], tmp_path: Path) ->
     code, _ = stop_at_step(15, path, signal.SIGKILL, *flags)
     assert code == -signal.SIGKILL
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "10"
-    train(*flags, f"--metrics-jsonl={path}")
+    train_forked(*flags, f"--metrics-jsonl={path}")
     # Every step once, those of the killed process after its checkpoint replaced, and all of them equal to the last bit.
     assert compared(metrics(path)) == compared(golden["steps"])
     assert checkpoints(save) == [STEPS] and checkpoints(golden["folder"] / "save") == [10, STEPS]
