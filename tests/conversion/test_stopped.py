@@ -18,7 +18,7 @@ from tests.conversion.converting import to_hf, to_megatron
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-import torch._dynamo  # what each of them would import
+import torch._dynamo, transformers.models.auto, transformers.models.llama  # what each of them would import
 from megatron_longpo.conversion import to_hf, to_megatron
 
 class Progress(to_hf.tqdm):
