@@ -20,6 +20,7 @@ TIMEOUT_S = 400
 IMPORTED = ["torch._dynamo", "megatron_longpo.training.loop", "megatron.core.models.gpt", "transformers.models.auto"]
 """What the server of forks imports: it takes longer than most tests."""
 PYTHONPATH = os.environ.get("PYTHONPATH")
+"""Where packages are found outside of tests."""
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, forked: bool = True) -> list[Any]:
@@ -28,15 +29,16 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, forked:
     Args:
         function: A module-level function; it and its arguments are pickled to the new processes.
         world_size: Number of processes.
-        forked: Fork them from a process that has imported all (`IMPORTED`). Others have each its own order of sets of
-            strings, as torchrun's: for tests of what ranks send each other.
+        forked: Fork them from a process that has imported all (`IMPORTED`), where that is possible. Others have each
+            its own order of sets of strings, as torchrun's: for tests of what ranks send each other.
 
     Raises:
         AssertionError: A rank failed; the message holds its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # A test that finds packages elsewhere needs processes that have not imported any.
-        forked = forked and os.environ.get("PYTHONPATH") == PYTHONPATH
+        # A test that finds packages elsewhere needs processes that have not imported any, and what is imported may have
+        # asked for GPUs, which no fork can use then.
+        forked = forked and os.environ.get("PYTHONPATH") == PYTHONPATH and not torch.cuda.is_available()
         context: Any = mp.get_context("forkserver" if forked else "spawn")
         if forked:
             context.set_forkserver_preload(IMPORTED)
