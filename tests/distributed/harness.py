@@ -42,8 +42,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, forked:
         context: Any = mp.get_context("forkserver" if forked else "spawn")
         if forked:
             context.set_forkserver_preload(IMPORTED)
+        # A fork has the environment that its server was started with.
+        environment = dict(os.environ) if forked else None
         processes = [
-            context.Process(target=_rank_main, args=(function, rank, world_size, folder, dict(os.environ), args))
+            context.Process(target=_rank_main, args=(function, rank, world_size, folder, environment, args))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -91,13 +93,13 @@ def _rank_main(
     rank: int,
     world_size: int,
     folder: str,
-    environment: dict[str, str],
+    environment: dict[str, str] | None,
     args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    # A fork has that of its server, from when that was started.
-    os.environ.clear()
-    os.environ.update(environment)
+    if environment is not None:
+        os.environ.clear()
+        os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         fresh_world(f"{folder}/rendezvous", rank, world_size)
