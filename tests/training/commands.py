@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import TIMEOUT_S, run_ranks
 from tests.tiny import MODEL_FLAGS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def environment() -> dict[str, str]:
 def run(script: str, *flags: str, ranks: int = 1) -> str:
     """Run to the end, check that it succeeds, return stdout and stderr together."""
     done = subprocess.run(
-        command(script, *flags, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=200
+        command(script, *flags, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )
     return _output_of(done.returncode, done.stdout + done.stderr)
 
